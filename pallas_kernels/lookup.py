@@ -1,0 +1,65 @@
+"""pooled_lookup: the rows of each bag, weighted and summed, over all tables of a width in one call."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import xla
+
+Implementation = Literal["xla"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
+
+
+def pooled_lookup(
+    store: Float[Array, "lines line"],
+    rows: Int32[Array, "n"],
+    offsets: Int32[Array, "G+1"],
+    weights: Float[Array, "n"] | None = None,
+    *,
+    width: int,
+    longest_bag: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "G w"]:
+    """Looks rows up and pools them: ``out[g] = sum_i weights[i] * store_row[rows[i]]`` over ids i of bag g.
+
+    The sum runs in float32 and in the order of the ids. An empty bag gives zeros. Unpooled lookup is the same call
+    with bags of at most one id.
+
+    Args:
+        store: Line store, 512 bytes a line, seen as ``[-1, width]``.
+        rows: Row of each id in that view, bag after bag. A row outside the store contributes nothing.
+        offsets: Ids of bag g are those from ``offsets[g]`` up to ``offsets[g + 1]``; ids from ``offsets[-1]`` on are
+            padding. Non-decreasing, ``offsets[0] = 0``.
+        weights: One weight for each id, or None for 1.
+        width: Stored width of a row, in elements: 8, 16, 32, 64, 128 or a multiple of 128.
+        longest_bag: No bag has more ids: the caller's promise, worth making where most bags are about that long, since
+            an implementation may then loop over positions instead of ids. None promises nothing.
+        implementation: Which one to use; None picks by platform and shape.
+
+    Returns:
+        One pooled row for each bag, float32.
+
+    Raises:
+        ValueError: A width that the store cannot hold, or an implementation that does not exist.
+    """
+    check_call(store, width, implementation)
+    return xla.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
+
+
+def check_call(store: Float[Array, "lines line"], width: int, implementation: str | None) -> None:
+    """Raises ValueError unless rows of this width lie in the store and the implementation exists.
+
+    Args:
+        store: Line store.
+        width: Stored width of a row.
+        implementation: Name given by the caller, or None.
+    """
+    if width not in (8, 16, 32, 64) and (width < 128 or width % 128):
+        raise ValueError(f"width {width} is not stored: rows are padded to 8, 16, 32, 64, 128 or a multiple of 128")
+    if store.size % width:
+        raise ValueError(f"a store of {store.size} elements is no whole number of rows of width {width}")
+    if store.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"a store of {store.dtype} is not supported; use float32, bfloat16 or float16")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r} does not exist; there are {IMPLEMENTATIONS}, or None")

@@ -1,0 +1,99 @@
+"""The counter hash, and rounding to storage precision.
+
+Random bits are a function of (seed, step, table, logical row, column) and of nothing else, so they do not depend on
+where a row is stored, on which device, or on the implementation that asks.
+
+Letters: R rows, w columns.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
+
+Rounding = Literal["nearest", "stochastic"]
+
+# The golden ratio in 32 bits, and the two multipliers of `lowbias32` (C. Wellons, "Hash Function Prospector", 2018:
+# exact bias 0.17 of the best 32-bit mixers with two multiplications).
+_GOLDEN = 0x9E3779B9
+_FIRST = 0x7FEB352D
+_SECOND = 0x846CA68B
+
+
+def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Permutes the 32-bit integers so that every output bit depends on every input bit (lowbias32)."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(_FIRST)
+    x = x ^ (x >> 15)
+    x = x * jnp.uint32(_SECOND)
+    return x ^ (x >> 16)
+
+
+def fold(key: UInt32[Array, "..."], word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Derives a key from a key and one more word: ``mix(key ^ (word * golden))``."""
+    return mix(key ^ (word * jnp.uint32(_GOLDEN)))
+
+
+def row_key(
+    seed: UInt32[Array, ""],
+    step: UInt32[Array, ""],
+    table: UInt32[Array, "..."],
+    logical_row: UInt32[Array, "... words"],
+) -> UInt32[Array, "..."]:
+    """Key of one row of one table at one step.
+
+    Args:
+        seed: Seed of the run.
+        step: Number of the update, counted from 1; initialisation uses 0.
+        table: Stable number of the table.
+        logical_row: Row in the table, as one 32-bit word or as two, low word first. A high word of 0 gives the same
+            key as no high word.
+
+    Returns:
+        One key for each row, from which `column_bits` derives the bits of its columns.
+    """
+    key = fold(fold(fold(mix(seed), step), table), logical_row[..., 0])
+    if logical_row.shape[-1] == 1:
+        return key
+    high = logical_row[..., 1]
+    return jnp.where(high == 0, key, fold(key, high))
+
+
+def column_bits(keys: UInt32[Array, "R 1"], columns: UInt32[Array, "#R w"]) -> UInt32[Array, "R w"]:
+    """32 random bits for each column of each row."""
+    return fold(keys, columns)
+
+
+def uniform(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """Maps random bits to [0, 1) in steps of 2**-24, which float32 holds exactly."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: jnp.dtype) -> Float[Array, "R w"]:
+    """Rounds float32 to bfloat16 or float16 so that the expected result is ``x``.
+
+    With q the spacing of ``dtype`` at ``x`` and u uniform in [0, 1): ``floor(x / q + u) * q``.
+
+    Args:
+        x: Values.
+        bits: Random bits, one word for each value.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        One of the two neighbours of x in ``dtype``. Infinities and NaNs stay; a float16 whose magnitude exceeds
+        65504 saturates there.
+    """
+    if dtype == jnp.bfloat16:
+        # bfloat16 is the high half of float32, so adding 16 random bits below it and cutting is the formula above.
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        rounded = (words + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
+        result = jax.lax.bitcast_convert_type(rounded, jnp.float32)
+        return jnp.where(jnp.isfinite(x), result, x).astype(dtype)
+    if dtype == jnp.float16:
+        # 10 bits of fraction; below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
+        _, exponent = jnp.frexp(x)
+        spacing = jnp.ldexp(jnp.float32(1.0), jnp.maximum(exponent - 11, -24))
+        rounded = jnp.clip(jnp.floor(x / spacing + uniform(bits)) * spacing, -65504.0, 65504.0)
+        return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+    raise ValueError(f"stochastic rounding to {dtype} is not defined; use bfloat16 or float16")

@@ -1,0 +1,237 @@
+"""Both operations in plain jax.numpy: the reference that every kernel is tested against, and the fallback.
+
+Letters: n ids, G bags, w width of a row, R rows of the store seen as [-1, w].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels import rounding
+from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_columns, updated_rows
+from pallas_kernels.slots import Slots
+
+# A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
+# blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
+RUN_BLOCK = 128
+# Positions of a bag that one iteration of the pooling loop covers.
+MAX_UNROLL = 8
+
+
+def bags_of_ids(offsets: Int32[Array, "G+1"], num_ids: int) -> Int32[Array, "n"]:
+    """Bag of each id; G for the ids beyond the last bag (padding)."""
+    starts = jnp.zeros(num_ids + 1, jnp.int32).at[offsets[1:]].add(1, indices_are_sorted=True, mode="drop")
+    return jnp.cumsum(starts[:num_ids])
+
+
+def pooled_lookup(
+    store: Float[Array, "lines line"],
+    rows: Int32[Array, "n"],
+    offsets: Int32[Array, "G+1"],
+    weights: Float[Array, "n"] | None,
+    *,
+    width: int,
+    longest_bag: int | None,
+) -> Float[Array, "G w"]:
+    """See `pallas_kernels.pooled_lookup`."""
+    table = store.reshape(-1, width)
+    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
+    if num_ids == 0:
+        return jnp.zeros((num_bags, width), jnp.float32)
+
+    def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
+        vectors = table.at[rows[ids]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        return vectors if weights is None else vectors * weights[ids][:, None]
+
+    if longest_bag is not None:
+
+        def add(position: int, pooled: Float[Array, "G w"]) -> Float[Array, "G w"]:
+            ids = offsets[:-1] + position
+            inside = (ids < offsets[1:])[:, None]
+            return pooled + jnp.where(inside, contribution(jnp.minimum(ids, num_ids - 1)), 0)
+
+        pooled = jnp.zeros((num_bags, width), jnp.float32)
+        return jax.lax.fori_loop(0, longest_bag, add, pooled, unroll=min(longest_bag, MAX_UNROLL))
+    vectors = contribution(jnp.arange(num_ids))
+    return jax.ops.segment_sum(vectors, bags_of_ids(offsets, num_ids), num_bags, indices_are_sorted=True)
+
+
+class _TouchedRows(NamedTuple):
+    """The distinct rows of a call, ascending, then padding whose row is beyond the store.
+
+    Attributes:
+        rows: Row in the store.
+        slots: Slot that the row belongs to.
+        first_ids: One id of the row: its first in canonical order.
+        run_of_id: For each id in the order given, the place of its row in `rows`.
+        gradients: Sum of the row's gradients.
+    """
+
+    rows: Int32[Array, "n"]
+    slots: Int32[Array, "n"]
+    first_ids: Int32[Array, "n"]
+    run_of_id: Int32[Array, "n"]
+    gradients: Float[Array, "n w"]
+
+
+def _touched_rows(
+    rows: Int32[Array, "n"],
+    slots: Int32[Array, "n"],
+    offsets: Int32[Array, "G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, "n"] | None,
+    num_rows: int,
+) -> _TouchedRows:
+    """Sorts the ids by row, stably, and sums the gradients of each row in the order in which its ids were given."""
+    num_ids = rows.shape[0]
+    ids = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(offsets, num_ids)
+    valid = (rows >= 0) & (rows < num_rows) & (bags < gradients.shape[0])
+    sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), ids), num_keys=1, is_stable=True)
+    starts = jnp.concatenate([jnp.ones(1, bool), sorted_rows[1:] != sorted_rows[:-1]])
+    runs = jnp.cumsum(starts, dtype=jnp.int32) - 1
+    first_places = jnp.nonzero(starts, size=num_ids, fill_value=num_ids)[0].astype(jnp.int32)
+
+    contributions = gradients.at[bags[order]].get(mode="fill", fill_value=0)
+    if weights is not None:
+        contributions = contributions * weights[order][:, None]
+    place_in_run = ids - first_places[runs]
+    cut = starts | (place_in_run % RUN_BLOCK == 0)
+    blocks = jnp.cumsum(cut, dtype=jnp.int32) - 1
+    # The rows of padding form the last run; how they are added is nobody's business.
+    long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
+
+    def add_blocks() -> Float[Array, "n w"]:
+        sums = jax.ops.segment_sum(contributions, blocks, num_ids, indices_are_sorted=True)
+        block_places = jnp.nonzero(cut, size=num_ids, fill_value=num_ids)[0]
+        runs_of_blocks = runs.at[block_places].get(mode="fill", fill_value=num_ids)
+        return jax.ops.segment_sum(sums, runs_of_blocks, num_ids, indices_are_sorted=True)
+
+    def add_runs() -> Float[Array, "n w"]:
+        return jax.ops.segment_sum(contributions, runs, num_ids, indices_are_sorted=True)
+
+    sums = jax.lax.cond(long_runs, add_blocks, add_runs)
+    first_ids = order.at[first_places].get(mode="fill", fill_value=0)
+    return _TouchedRows(
+        rows=sorted_rows.at[first_places].get(mode="fill", fill_value=num_rows),
+        slots=slots[first_ids],
+        first_ids=first_ids,
+        run_of_id=jnp.zeros(num_ids, jnp.int32).at[order].set(runs, unique_indices=True),
+        gradients=sums,
+    )
+
+
+def _hyperparameters(slots: Slots, slot: Int32[Array, "n"], step: Int32[Array, ""]) -> RowHyperparameters:
+    return RowHyperparameters(
+        learning_rate=slots.learning_rate[slot][:, None],
+        weight_decay=slots.weight_decay[slot][:, None],
+        eps=slots.eps[slot][:, None],
+        beta1=slots.beta1[slot][:, None],
+        beta2=slots.beta2[slot][:, None],
+        dim=slots.dim[slot][:, None],
+        step=step.astype(jnp.float32),
+    )
+
+
+def _read(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Float[Array, "state_lines line"], ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    touched: _TouchedRows,
+    slots: Slots,
+    width: int,
+) -> tuple[RowValues, Int32[Array, "n"]]:
+    """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
+    slot = touched.slots
+    scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
+    scalars = jnp.where(touched.rows < store.size // width, scalars, jnp.iinfo(jnp.int32).max)
+
+    def rows_of(array: Float[Array, "lines line"]) -> Float[Array, "n w"]:
+        values = array.reshape(-1, width).at[touched.rows].get(mode="fill", fill_value=0)
+        return values.astype(jnp.float32)
+
+    values = RowValues(
+        weights=rows_of(store),
+        element_state=tuple(rows_of(state) for state in element_state),
+        row_state=tuple(state.reshape(-1, 1).at[scalars].get(mode="fill", fill_value=0) for state in row_state),
+    )
+    return values, scalars
+
+
+def row_statistics(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Float[Array, "state_lines line"], ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, "n"],
+    slots_of_ids: Int32[Array, "n"],
+    offsets: Int32[Array, "G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, "n"] | None,
+    *,
+    slots: Slots,
+    step: Int32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+) -> Float[Array, "n blocks k"]:
+    """See `pallas_kernels.row_statistics`."""
+    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, store.size // width)
+    values, _ = _read(store, element_state, row_state, touched, slots, width)
+    hyper = _hyperparameters(slots, touched.slots, step)
+    summands = optimizer.summands(values, touched.gradients, hyper)
+    sums = jnp.stack([sum_columns(x) for x in summands], axis=-1)
+    return sums[touched.run_of_id]
+
+
+def sparse_update(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Float[Array, "state_lines line"], ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, "n"],
+    slots_of_ids: Int32[Array, "n"],
+    offsets: Int32[Array, "G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, "n"] | None,
+    *,
+    logical_rows: UInt32[Array, "n words"],
+    slots: Slots,
+    step: Int32[Array, ""],
+    seed: UInt32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: rounding.Rounding,
+    statistics: Float[Array, "n k"] | None,
+) -> tuple[
+    Float[Array, "lines line"],
+    tuple[Float[Array, "state_lines line"], ...],
+    tuple[Float[Array, "scalar_lines line"], ...],
+]:
+    """See `pallas_kernels.sparse_update`."""
+    if rows.shape[0] == 0:
+        return store, element_state, row_state
+    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, store.size // width)
+    old, scalars = _read(store, element_state, row_state, touched, slots, width)
+    hyper = _hyperparameters(slots, touched.slots, step)
+    given = None if statistics is None else statistics[touched.first_ids]
+    new = updated_rows(optimizer, old, touched.gradients, hyper, given)
+
+    new_weights = new.weights
+    if storage_rounding == "stochastic" and store.dtype != jnp.float32:
+        keys = rounding.row_key(
+            seed, step.astype(jnp.uint32), slots.table[touched.slots], logical_rows[touched.first_ids]
+        )
+        columns = slots.first_column[touched.slots][:, None] + jnp.arange(width, dtype=jnp.uint32)
+        bits = rounding.column_bits(keys[:, None], columns)
+        new_weights = rounding.stochastic_round(new_weights, bits, store.dtype)
+
+    def write(array: Array, places: Int32[Array, "n"], values: Array) -> Array:
+        flat = array.reshape(-1, values.shape[1])
+        written = flat.at[places].set(values.astype(array.dtype), mode="drop", indices_are_sorted=True)
+        return written.reshape(array.shape)
+
+    return (
+        write(store, touched.rows, new_weights),
+        tuple(write(a, touched.rows, v) for a, v in zip(element_state, new.element_state, strict=True)),
+        tuple(write(a, scalars, v) for a, v in zip(row_state, new.row_state, strict=True)),
+    )

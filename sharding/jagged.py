@@ -1,0 +1,106 @@
+"""KeyedJagged: the ids of many features, each sample holding any number of them, in one pytree.
+
+Letters: F features, b samples (of one device).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from sharding.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyedJagged:
+    """Ids of many features: one array of values and one of lengths for all of them (paper.md, mechanism 8).
+
+    The bags lie feature by feature, and within a feature sample by sample: the ids of feature ``f`` in sample ``s``
+    are the ``lengths[f, s]`` values that follow those of all bags before. Values beyond ``lengths.sum()`` are
+    padding and mean nothing. Lengths, not offsets, because lengths of several batches concatenate.
+
+    Attributes:
+        values: Ids, feature-major, then padding up to the capacity.
+        lengths: Number of ids in each bag.
+        weights: One weight beside each id, or None if no feature has weights (an unweighted feature beside a
+            weighted one has weight 1).
+        features: Names of the features, in the order of ``lengths``' first axis.
+    """
+
+    values: Int[Any, "capacity"]
+    lengths: Int[Any, "F b"]
+    weights: Float[Any, "capacity"] | None = None
+    features: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return self.lengths.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Number of ids that ``values`` has room for."""
+        return self.values.shape[0]
+
+    @classmethod
+    def from_bags(
+        cls,
+        bags: Mapping[str, Sequence[Sequence[int]]],
+        *,
+        weights: Mapping[str, Sequence[Sequence[float]]] | None = None,
+        capacity: int | None = None,
+    ) -> "KeyedJagged":
+        """Builds one from Python lists, for tests, notebooks and `predict`.
+
+        Args:
+            bags: For each feature, one list of ids for each sample.
+            weights: For the weighted features, one weight for each id.
+            capacity: Room for ids; as many as there are unless given.
+
+        Returns:
+            The same ids as numpy arrays.
+
+        Raises:
+            InputError: Features differ in the number of samples, weights do not match ids, or the capacity is
+                too small.
+        """
+        sizes = {name: len(samples) for name, samples in bags.items()}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"features have different numbers of samples: {sizes}; give each feature one bag a sample")
+        unknown = sorted(set(weights or {}) - set(bags))
+        if unknown:
+            raise InputError(f"weights are given for features without ids: {unknown}; give ids for them too")
+        values, scales = [], []
+        for name, samples in bags.items():
+            feature_weights = (weights or {}).get(name)
+            for sample, bag in enumerate(samples):
+                values.extend(bag)
+                bag_weights = [1.0] * len(bag) if feature_weights is None else feature_weights[sample]
+                if len(bag_weights) != len(bag):
+                    raise InputError(
+                        f"feature {name!r}, sample {sample}: {len(bag)} ids but {len(bag_weights)} weights; "
+                        "give one weight for each id"
+                    )
+                scales.extend(bag_weights)
+        lengths = np.array([[len(bag) for bag in samples] for samples in bags.values()], np.int32)
+        lengths = lengths.reshape(len(bags), next(iter(sizes.values()), 0))
+        capacity = len(values) if capacity is None else capacity
+        if capacity < len(values):
+            raise InputError(f"{len(values)} ids do not fit into capacity {capacity}; raise it or leave it out")
+        padding = capacity - len(values)
+        ids = np.array(values + [0] * padding, np.int64)
+        if len(ids) and (ids.max() > np.iinfo(np.int32).max or ids.min() < np.iinfo(np.int32).min):
+            raise InputError(
+                f"id {ids[np.abs(ids).argmax()]} does not fit into 32 bits, and JAX would narrow it silently: "
+                "tables hold at most 2147483647 rows"
+            )
+        return cls(
+            values=ids.astype(np.int32),
+            lengths=lengths,
+            weights=None if weights is None else np.array(scales + [0.0] * padding, np.float32),
+            features=tuple(bags),
+        )

@@ -1,0 +1,164 @@
+"""TableSpec and FeatureSpec: what is to be embedded, without a word on where it lives."""
+
+import dataclasses
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+from pallas_kernels.rounding import Rounding
+from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
+from sharding.errors import InputError
+
+Pooling = Literal["sum", "mean", "none"]
+StorageDtype = Literal["float32", "bfloat16", "float16"]
+InitializerKind = Literal["uniform", "normal", "constant"]
+RowOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]
+
+MAX_ROWS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initializer:
+    """How the rows of a table begin: a function of (seed, table, row, column), whatever the plan.
+
+    Attributes:
+        kind: "uniform": in [-scale, scale); "normal": of mean 0 and standard deviation scale; "constant": scale.
+        scale: See kind. None means ``1 / sqrt(num_rows)`` (the DLRM reference's choice for uniform) for the first two
+            and 0 for a constant.
+    """
+
+    kind: InitializerKind = "uniform"
+    scale: float | None = None
+
+    def scale_for(self, num_rows: int) -> float:
+        """The scale for a table of so many rows."""
+        if self.scale is not None:
+            return self.scale
+        return 0.0 if self.kind == "constant" else 1.0 / math.sqrt(num_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """An embedding table.
+
+    Attributes:
+        name: Name, unique among tables.
+        num_rows: Rows; ids lie in [0, num_rows).
+        dim: Columns.
+        dtype: How weights are stored; sums and updates are float32, and so is optimizer state.
+        rounding: How an update is rounded to a bfloat16 or float16 table.
+        optimizer: Update rule, see `pallas_kernels.row_optimizers`.
+        learning_rate: Learning rate, before the schedule's multiplier.
+        weight_decay: Weight decay; the rule says how it enters.
+        eps: Added to the square root in the rule's denominator.
+        beta1: Decay of the first moment (Adam, LAMB).
+        beta2: Decay of the second moment (Adam, LAMB).
+        initializer: How rows begin.
+        frozen: Rows never change; no optimizer state is kept.
+        initial_values: A .npy file of [num_rows, dim] that rows begin with instead.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    dtype: StorageDtype = "float32"
+    rounding: Rounding = "nearest"
+    optimizer: RowOptimizerName = "rowwise_adagrad"
+    learning_rate: float = 0.01
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.999
+    initializer: Initializer = Initializer()
+    frozen: bool = False
+    initial_values: str | os.PathLike[str] | None = None
+
+    @property
+    def stable_id(self) -> int:
+        """A number below 2**32 that depends on the name alone."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def rule(self) -> RowOptimizer | None:
+        """The update rule; None for a frozen table."""
+        return None if self.frozen else ROW_OPTIMIZERS[self.optimizer]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """A sparse feature: whose ids are looked up in which table, and what becomes of a bag's rows.
+
+    With x_i the rows and v_i the weights (1 where there are none) of the ids of a bag:
+
+    - "sum": ``sum_i v_i x_i``;
+    - "mean": ``sum_i v_i x_i / sum_i v_i``, so without weights the sum over the number of ids; zeros where the
+      denominator is 0. (FBGEMM divides a weighted mean by the number of ids instead.)
+    - "none": the rows ``v_i x_i`` themselves, in order, as a sequence padded with zeros to ``max_ids``.
+
+    Gradients flow to rows, not to the weights of ids.
+
+    Attributes:
+        name: Name, unique among features.
+        table: Name of its table; several features may share one.
+        pooling: See above.
+        max_ids: Most ids in one bag: required where pooling is "none"; elsewhere it lets buffers be smaller.
+    """
+
+    name: str
+    table: str
+    pooling: Pooling = "sum"
+    max_ids: int | None = None
+
+
+def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) -> None:
+    """Raises InputError unless names are unique, features have tables, and every figure is within its limits.
+
+    Args:
+        tables: All tables.
+        features: All features.
+    """
+    for kind, names in (("table", [t.name for t in tables]), ("feature", [f.name for f in features])):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"{kind} {repeated[0]!r} is declared twice; names must differ")
+    if not features:
+        raise InputError("no feature is declared; an embedding layer needs at least one")
+    by_name = {table.name: table for table in tables}
+    for feature in features:
+        if feature.table not in by_name:
+            raise InputError(f"feature {feature.name!r} is mapped to table {feature.table!r}; tables: {list(by_name)}")
+        if feature.pooling not in ("sum", "mean", "none"):
+            raise InputError(f"feature {feature.name!r}: pooling {feature.pooling!r} is not one of sum, mean, none")
+        if feature.pooling == "none" and not feature.max_ids:
+            raise InputError(f"feature {feature.name!r} is unpooled, so max_ids must say how long a sequence can be")
+    unused = sorted(set(by_name) - {feature.table for feature in features})
+    if unused:
+        raise InputError(f"table {unused[0]!r} is used by no feature; leave it out or map a feature to it")
+    for table in tables:
+        _check_table(table)
+
+
+def _check_table(table: TableSpec) -> None:
+    where = f"table {table.name!r}"
+    if not 1 <= table.num_rows <= MAX_ROWS:
+        raise InputError(f"{where} has {table.num_rows} rows; the limit is 1 to {MAX_ROWS}")
+    if not 1 <= table.dim <= 8192:
+        raise InputError(f"{where} has dim {table.dim}; the limit is 1 to 8192")
+    if table.optimizer not in ROW_OPTIMIZERS:
+        raise InputError(f"{where}: optimizer {table.optimizer!r} does not exist; there are {list(ROW_OPTIMIZERS)}")
+    if table.dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"{where}: dtype {table.dtype!r} is not one of float32, bfloat16, float16")
+    if table.rounding not in ("nearest", "stochastic"):
+        raise InputError(f"{where}: rounding {table.rounding!r} is not one of nearest, stochastic")
+    for field, low, high in (
+        ("learning_rate", 0.0, math.inf),
+        ("weight_decay", 0.0, math.inf),
+        ("eps", 0.0, math.inf),
+        ("beta1", 0.0, 1.0),
+        ("beta2", 0.0, 1.0),
+    ):
+        value = getattr(table, field)
+        if not low <= value < high:
+            raise InputError(f"{where}: {field} is {value}; it must be at least {low} and below {high}")
