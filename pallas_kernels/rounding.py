@@ -73,7 +73,8 @@ def uniform(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
 def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: jnp.dtype) -> Float[Array, "R w"]:
     """Rounds float32 to bfloat16 or float16 so that the expected result is ``x``.
 
-    With q the spacing of ``dtype`` at ``x`` and u uniform in [0, 1): ``floor(x / q + u) * q``.
+    With q the spacing of ``dtype`` at ``x`` and f the fraction ``x / q - floor(x / q)``: ``(floor(x / q) + 1) * q``
+    with probability f, else ``floor(x / q) * q``. What ``dtype`` holds exactly stays.
 
     Args:
         x: Values.
@@ -85,7 +86,7 @@ def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: 
         65504 saturates there.
     """
     if dtype == jnp.bfloat16:
-        # bfloat16 is the high half of float32, so adding 16 random bits below it and cutting is the formula above.
+        # bfloat16 is the high half of float32: 16 random bits added to the low half carry with probability f.
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
         rounded = (words + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
         result = jax.lax.bitcast_convert_type(rounded, jnp.float32)
@@ -94,6 +95,10 @@ def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: 
         # 10 bits of fraction; below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
         _, exponent = jnp.frexp(x)
         spacing = jnp.ldexp(jnp.float32(1.0), jnp.maximum(exponent - 11, -24))
-        rounded = jnp.clip(jnp.floor(x / spacing + uniform(bits)) * spacing, -65504.0, 65504.0)
+        scaled = x / spacing
+        below = jnp.floor(scaled)
+        # Not floor(scaled + u): that sum would itself be rounded, and move numbers that are exact.
+        carry = (uniform(bits) < scaled - below).astype(jnp.float32)
+        rounded = jnp.clip((below + carry) * spacing, -65504.0, 65504.0)
         return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
     raise ValueError(f"stochastic rounding to {dtype} is not defined; use bfloat16 or float16")

@@ -19,7 +19,7 @@ class Slots:
 
     Attributes:
         first_row: First row of the shard in the store.
-        first_scalar: First number of the shard in each store of row-wise state.
+        first_scalar: First number of the shard in each store of row-wise state. Rises with ``first_row``.
         table: Stable number of the table, for the counter hash.
         first_column: Column of the table that the shard's first column is.
         dim: Columns of the whole table, the divisor of a mean over a row.

@@ -26,6 +26,16 @@ def bags_of_ids(offsets: Int32[Array, "G+1"], num_ids: int) -> Int32[Array, "n"]
     return jnp.cumsum(starts[:num_ids])
 
 
+def _get(table: Float[Array, "R w"], rows: Int32[Array, "n"]) -> Float[Array, "n w"]:
+    """Rows of a table; zeros for a row outside it, be it negative or beyond the end."""
+    return table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _num_rows(store: Float[Array, "lines line"], width: int) -> int:
+    """Rows that an int32 can name, the largest int32 left out: that is nobody's row."""
+    return min(store.size // width, jnp.iinfo(jnp.int32).max)
+
+
 def pooled_lookup(
     store: Float[Array, "lines line"],
     rows: Int32[Array, "n"],
@@ -42,7 +52,7 @@ def pooled_lookup(
         return jnp.zeros((num_bags, width), jnp.float32)
 
     def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
-        vectors = table.at[rows[ids]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        vectors = _get(table, rows[ids]).astype(jnp.float32)
         return vectors if weights is None else vectors * weights[ids][:, None]
 
     if longest_bag is not None:
@@ -90,7 +100,7 @@ def _touched_rows(
     bags = bags_of_ids(offsets, num_ids)
     valid = (rows >= 0) & (rows < num_rows) & (bags < gradients.shape[0])
     sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), ids), num_keys=1, is_stable=True)
-    starts = jnp.concatenate([jnp.ones(1, bool), sorted_rows[1:] != sorted_rows[:-1]])
+    starts = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), sorted_rows[1:] != sorted_rows[:-1]])
     runs = jnp.cumsum(starts, dtype=jnp.int32) - 1
     first_places = jnp.nonzero(starts, size=num_ids, fill_value=num_ids)[0].astype(jnp.int32)
 
@@ -146,16 +156,15 @@ def _read(
     """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
     slot = touched.slots
     scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
-    scalars = jnp.where(touched.rows < store.size // width, scalars, jnp.iinfo(jnp.int32).max)
+    scalars = jnp.where(touched.rows < _num_rows(store, width), scalars, jnp.iinfo(jnp.int32).max)
 
     def rows_of(array: Float[Array, "lines line"]) -> Float[Array, "n w"]:
-        values = array.reshape(-1, width).at[touched.rows].get(mode="fill", fill_value=0)
-        return values.astype(jnp.float32)
+        return _get(array.reshape(-1, width), touched.rows).astype(jnp.float32)
 
     values = RowValues(
         weights=rows_of(store),
         element_state=tuple(rows_of(state) for state in element_state),
-        row_state=tuple(state.reshape(-1, 1).at[scalars].get(mode="fill", fill_value=0) for state in row_state),
+        row_state=tuple(_get(state.reshape(-1, 1), scalars) for state in row_state),
     )
     return values, scalars
 
@@ -176,7 +185,7 @@ def row_statistics(
     width: int,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
-    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, store.size // width)
+    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
     values, _ = _read(store, element_state, row_state, touched, slots, width)
     hyper = _hyperparameters(slots, touched.slots, step)
     summands = optimizer.summands(values, touched.gradients, hyper)
@@ -210,7 +219,7 @@ def sparse_update(
     """See `pallas_kernels.sparse_update`."""
     if rows.shape[0] == 0:
         return store, element_state, row_state
-    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, store.size // width)
+    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
     old, scalars = _read(store, element_state, row_state, touched, slots, width)
     hyper = _hyperparameters(slots, touched.slots, step)
     given = None if statistics is None else statistics[touched.first_ids]
@@ -225,13 +234,17 @@ def sparse_update(
         bits = rounding.column_bits(keys[:, None], columns)
         new_weights = rounding.stochastic_round(new_weights, bits, store.dtype)
 
+    # Reading must be over before writing begins: XLA for GPUs else fuses the two and copies each store to keep them apart.
+    new, new_weights, places, scalars = jax.lax.optimization_barrier((new, new_weights, touched.rows, scalars))
+
     def write(array: Array, places: Int32[Array, "n"], values: Array) -> Array:
         flat = array.reshape(-1, values.shape[1])
-        written = flat.at[places].set(values.astype(array.dtype), mode="drop", indices_are_sorted=True)
+        values = values.astype(array.dtype)
+        written = flat.at[places].set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)
         return written.reshape(array.shape)
 
     return (
-        write(store, touched.rows, new_weights),
-        tuple(write(a, touched.rows, v) for a, v in zip(element_state, new.element_state, strict=True)),
+        write(store, places, new_weights),
+        tuple(write(a, places, v) for a, v in zip(element_state, new.element_state, strict=True)),
         tuple(write(a, scalars, v) for a, v in zip(row_state, new.row_state, strict=True)),
     )

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Int64
 
-from sharding.embedding import ShardedTables, TableState
+from sharding.embedding import ShardedTables
 from sharding.errors import InputError
 from sharding.layout import LINE_BYTES
+from sharding.state import TableState
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 * 2**20
@@ -96,7 +97,7 @@ def read_table(
         raise InputError(f"{folder}: no table {name!r}; it holds {list(manifest['tables'])}")
     entry = manifest["tables"][name]
     num_rows, width = entry["num_rows"], entry["width"]
-    wanted = np.arange(num_rows)[slice(None) if rows is None else rows]
+    wanted = _wanted_rows(slice(None) if rows is None else rows, num_rows, f"{folder}: table {name!r}")
     line_elements = LINE_BYTES // jnp.dtype(entry["dtype"]).itemsize
     store = _open(folder / _file_name("weights", entry["store"]))
     result = np.empty((len(wanted), entry["dim"]), jnp.dtype(entry["dtype"]))
@@ -112,6 +113,16 @@ def read_table(
         view = view[: (len(view) // width) * width].reshape(-1, width)
         result[places] = view[wanted[places] - wanted[places].min(), : entry["dim"]]
     return result
+
+
+def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, "n"]:
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(num_rows), dtype=np.int64)
+    wanted = np.asarray(rows, np.int64)
+    odd = wanted[(wanted < 0) | (wanted >= num_rows)]
+    if odd.size:
+        raise InputError(f"{where} has no row {odd[0]}; its rows are 0 to {num_rows - 1}")
+    return wanted
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -152,17 +163,24 @@ def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
         where = f"{spec.initial_values}: initial values of table {spec.name!r}"
         try:
             values = np.load(spec.initial_values, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{where} cannot be read ({error}); give a .npy file") from error
-        if not isinstance(values, np.ndarray) or values.shape != (spec.num_rows, spec.dim):
-            shape = getattr(values, "shape", "several arrays")
-            raise InputError(f"{where} have shape {shape}; the table is [{spec.num_rows}, {spec.dim}]")
+        if not isinstance(values, np.ndarray):
+            values.close()
+            raise InputError(f"{where} are several arrays; give a .npy file of one")
+        if values.shape != (spec.num_rows, spec.dim):
+            raise InputError(f"{where} have shape {values.shape}; the table is [{spec.num_rows}, {spec.dim}]")
+        if values.dtype.kind not in "fiu":
+            raise InputError(f"{where} are {values.dtype}; give numbers, such as float32")
         rows_per_block = max(1, CHUNK_BYTES // (4 * spec.dim))
         for first in range(0, spec.num_rows, rows_per_block):
-            block = np.asarray(values[first : first + rows_per_block], np.float32)
-            if not np.isfinite(block).all():
-                row = first + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
-                raise InputError(f"{where} are not finite in row {row}; give finite numbers")
+            with np.errstate(over="ignore"):
+                block = values[first : first + rows_per_block].astype(jnp.dtype(spec.dtype))
+            # As float32, since numpy does not know bfloat16.
+            finite = np.isfinite(block.astype(np.float32)).all(axis=1)
+            if not finite.all():
+                row = first + int(np.flatnonzero(~finite)[0])
+                raise InputError(f"{where} are not finite in row {row} as {spec.dtype}; give finite numbers")
             state = tables.write_rows(state, spec.name, first, block)
     return state
 

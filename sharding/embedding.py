@@ -12,34 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels import ROW_OPTIMIZERS, pooled_lookup, sparse_update
+from pallas_kernels import ROW_OPTIMIZERS
 from sharding.errors import InputError
 from sharding.initial import initial_store
-from sharding.jagged import KeyedJagged
-from sharding.layout import LINE_SCALARS, Group, Layout, Shard, StoreLayout, make_layout
+from sharding.jagged import KeyedJagged, check_arrays
+from sharding.layout import LINE_SCALARS, Layout, Shard, StoreLayout, make_layout
+from sharding.local import lookup_local, update_local
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
-from sharding.table_wise import NO_ROW, RoutedGroup, divide, even_bags, route_local
+from sharding.state import TableState
+from sharding.table_wise import RoutedGroup, route_local
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.vectors import Block, Embeddings, blocks_of
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TableState:
-    """All tables of a model: line stores by name, and the optimizer state beside them.
-
-    Attributes:
-        weights: Lines of weights.
-        element_state: Lines of state of one number an element, in the order of the rule's `element_state`.
-        row_state: Lines of state of one number a row, in the order of the rule's `row_state`.
-    """
-
-    weights: dict[str, Float[Any, "lines line"]]
-    element_state: dict[str, tuple[Float[Any, "state_lines line"], ...]]
-    row_state: dict[str, tuple[Float[Any, "scalar_lines line"], ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +36,10 @@ class Routed:
 
     Attributes:
         groups: The ids of each group of the layout.
-        invalid: Number of invalid ids, over all devices. They contribute nothing; a caller that has not validated its
-            ids must look at this.
+        invalid: Number of invalid ids, over all devices: those outside their table, those beyond their feature's
+            max_ids, and those that lengths promise but values have no room for. The first contribute nothing (a mean
+            still counts them); where lengths are wrong, no id of the same group contributes. A caller that has not
+            validated its ids must look at this.
     """
 
     groups: tuple[RoutedGroup, ...]
@@ -172,11 +161,13 @@ class ShardedTables:
             The ids as the lookup and the update want them.
 
         Raises:
-            InputError: A feature is missing from the batch.
+            InputError: A feature is missing from the batch, or its arrays have other shapes or dtypes than their
+                annotations say.
         """
         missing = sorted({feature.name for feature in self.features} - set(ids.features))
         if missing:
             raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
+        check_arrays(ids)
         return self._route(ids)
 
     def _route_on_mesh(self, ids: KeyedJagged) -> Routed:
@@ -205,7 +196,7 @@ class ShardedTables:
         return self._lookup(state, routed)
 
     def _lookup_on_mesh(self, state: TableState, routed: Routed) -> Embeddings:
-        local = partial(_lookup_local, layout=self.layout, blocks=self.blocks)
+        local = partial(lookup_local, layout=self.layout, blocks=self.blocks)
         blocks, sequences = jax.shard_map(
             local,
             mesh=self.mesh,
@@ -221,9 +212,9 @@ class ShardedTables:
         routed: Routed,
         gradients: Embeddings,
         *,
-        step: Int32[Array, ""] | int,
-        learning_rate_scale: Float[Array, ""] | float = 1.0,
-        enabled: Bool[Array, ""] | bool = True,
+        step: ArrayLike,
+        learning_rate_scale: ArrayLike = 1.0,
+        enabled: ArrayLike = True,
     ) -> TableState:
         """Applies each table's update rule once to each row that the batch touched.
 
@@ -256,7 +247,7 @@ class ShardedTables:
         learning_rate_scale: Float[Array, ""],
         enabled: Bool[Array, ""],
     ) -> TableState:
-        local = partial(_update_local, layout=self.layout, blocks=self.blocks, seed=self.seed & 0xFFFFFFFF)
+        local = partial(update_local, layout=self.layout, blocks=self.blocks, seed=self.seed & 0xFFFFFFFF)
         return jax.shard_map(
             local,
             mesh=self.mesh,
@@ -280,8 +271,8 @@ class ShardedTables:
             InputError: No such table, or a row outside it.
         """
         store, shard = self._shard(table)
-        view = state.weights[store.name].reshape(-1, shard.width)
-        return np.asarray(view[_checked_rows(shard, rows) + shard.first_row])[:, : shard.table.dim]
+        places = _checked_rows(shard, rows) + np.int32(shard.first_row)
+        return np.asarray(_read_rows(state.weights[store.name], places, shard.width))[:, : shard.table.dim]
 
     def read_optimizer_state(
         self, state: TableState, table: str, rows: Sequence[int] | np.ndarray
@@ -305,11 +296,11 @@ class ShardedTables:
         if rule is None:
             return {}
         elements = {
-            name: np.asarray(lines.reshape(-1, shard.width)[places + shard.first_row])[:, : shard.table.dim]
+            name: np.asarray(_read_rows(lines, places + np.int32(shard.first_row), shard.width))[:, : shard.table.dim]
             for name, lines in zip(rule.element_state, state.element_state[store.name], strict=True)
         }
         scalars = {
-            name: np.asarray(lines.reshape(-1)[places + shard.first_scalar])
+            name: np.asarray(_read_rows(lines, places + np.int32(shard.first_scalar), 1))[:, 0]
             for name, lines in zip(rule.row_state, state.row_state[store.name], strict=True)
         }
         return elements | scalars
@@ -363,116 +354,15 @@ def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int32[np.nd
     return given.astype(np.int32)
 
 
+# Compiled, so that no reshaped copy of a store is made.
+@partial(jax.jit, static_argnums=2)
+def _read_rows(lines: Float[Array, "lines line"], rows: Int32[Array, "n"], width: int) -> Float[Array, "n w"]:
+    return lines.reshape(-1, width).at[rows].get(mode="clip", wrap_negative_indices=False)
+
+
 @partial(jax.jit, donate_argnums=0)
 def _write_rows(
     lines: Float[Array, "lines line"], rows: Float[Array, "n w"], first_row: Int32[Array, ""]
 ) -> Float[Array, "lines line"]:
     view = lines.reshape(-1, rows.shape[1])
     return jax.lax.dynamic_update_slice(view, rows, (first_row, jnp.int32(0))).reshape(lines.shape)
-
-
-def _lookup_local(
-    weights: dict[str, Float[Array, "lines line"]],
-    routed: tuple[RoutedGroup, ...],
-    *,
-    layout: Layout,
-    blocks: tuple[Block, ...],
-) -> tuple[tuple[Float[Array, "b k D"], ...], dict[str, Float[Array, "b L D"]]]:
-    pooled = []
-    for group, ids in zip(layout.groups, routed, strict=True):
-        with jax.named_scope(f"lookup_{group.width}"):
-            sums = pooled_lookup(
-                weights[group.store],
-                ids.rows,
-                ids.offsets,
-                ids.weights,
-                width=group.width,
-                longest_bag=even_bags(group),
-            )
-        pooled.append(divide(sums, ids.divisors))
-    parts = [_split(bags, group) for bags, group in zip(pooled, layout.groups, strict=True)]
-    of_blocks = tuple(
-        parts[block.group][0][block.first : block.first + len(block.names), :, : block.dim].swapaxes(0, 1)
-        for block in blocks
-    )
-    sequences = {}
-    for group, (_, rows_of_sequences) in zip(layout.groups, parts, strict=True):
-        for feature, rows in zip(group.sequences, rows_of_sequences, strict=True):
-            sequences[feature.name] = rows[..., : _sequence_dim(group, feature)]
-    return of_blocks, sequences
-
-
-def _sequence_dim(group: Group, feature: FeatureSpec) -> int:
-    return group.shards[group.slot_of_feature[group.features.index(feature)]].table.dim
-
-
-def _batch_size(num_bags: int, group: Group) -> int:
-    return num_bags // (len(group.pooled) + sum(feature.max_ids or 0 for feature in group.sequences))
-
-
-def _split(bags: Float[Array, "G w"], group: Group) -> tuple[Float[Array, "k b w"], tuple[Float[Array, "b L w"], ...]]:
-    """Cuts a group's bags into those of pooled features and those of each unpooled one."""
-    batch_size = _batch_size(bags.shape[0], group)
-    end = len(group.pooled) * batch_size
-    pooled = bags[:end].reshape(len(group.pooled), batch_size, group.width)
-    sequences = []
-    for feature in group.sequences:
-        first, end = end, end + batch_size * (feature.max_ids or 0)
-        sequences.append(bags[first:end].reshape(batch_size, -1, group.width))
-    return pooled, tuple(sequences)
-
-
-def _join(gradients: Embeddings, number: int, group: Group, blocks: tuple[Block, ...]) -> Float[Array, "G w"]:
-    """The transpose of cutting: gradients of a group's bags, padded to its width."""
-
-    def padded(x: Float[Array, "... D"]) -> Float[Array, "... w"]:
-        padding = [(0, 0)] * (x.ndim - 1) + [(0, group.width - x.shape[-1])]
-        return jnp.pad(x, padding).reshape(-1, group.width)
-
-    of_blocks = [
-        padded(gradient.swapaxes(0, 1))
-        for gradient, block in zip(gradients.blocks, blocks, strict=True)
-        if block.group == number
-    ]
-    return jnp.concatenate(of_blocks + [padded(gradients.sequences[feature.name]) for feature in group.sequences])
-
-
-def _update_local(
-    state: TableState,
-    routed: tuple[RoutedGroup, ...],
-    gradients: Embeddings,
-    step: Int32[Array, ""],
-    learning_rate_scale: Float[Array, ""],
-    enabled: Bool[Array, ""],
-    *,
-    layout: Layout,
-    blocks: tuple[Block, ...],
-    seed: int,
-) -> TableState:
-    weights, element_state, row_state = dict(state.weights), dict(state.element_state), dict(state.row_state)
-    for number, (group, ids) in enumerate(zip(layout.groups, routed, strict=True)):
-        store = layout.store(group.store)
-        rule = group.shards[0].table.rule
-        if rule is None:
-            continue
-        slots = group.slots()
-        slots = dataclasses.replace(slots, learning_rate=slots.learning_rate * learning_rate_scale)
-        with jax.named_scope(f"update_{group.width}"):
-            weights[store.name], element_state[store.name], row_state[store.name] = sparse_update(
-                weights[store.name],
-                element_state[store.name],
-                row_state[store.name],
-                jnp.where(enabled, ids.rows, NO_ROW),
-                ids.slots,
-                ids.offsets,
-                divide(_join(gradients, number, group, blocks), ids.divisors),
-                ids.weights,
-                logical_rows=ids.logical_rows,
-                slots=slots,
-                step=step,
-                seed=jnp.uint32(seed),
-                optimizer=rule,
-                width=group.width,
-                storage_rounding=group.shards[0].table.rounding,
-            )
-    return TableState(weights=weights, element_state=element_state, row_state=row_state)

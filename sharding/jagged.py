@@ -65,8 +65,8 @@ class KeyedJagged:
             The same ids as numpy arrays.
 
         Raises:
-            InputError: Features differ in the number of samples, weights do not match ids, or the capacity is
-                too small.
+            InputError: Features differ in the number of samples, an id is no integer of 32 bits, weights do not match
+                ids, or the capacity is too small.
         """
         sizes = {name: len(samples) for name, samples in bags.items()}
         if len(set(sizes.values())) > 1:
@@ -74,33 +74,67 @@ class KeyedJagged:
         unknown = sorted(set(weights or {}) - set(bags))
         if unknown:
             raise InputError(f"weights are given for features without ids: {unknown}; give ids for them too")
-        values, scales = [], []
+        values: list[int] = []
+        scales: list[float] = []
         for name, samples in bags.items():
-            feature_weights = (weights or {}).get(name)
             for sample, bag in enumerate(samples):
-                values.extend(bag)
-                bag_weights = [1.0] * len(bag) if feature_weights is None else feature_weights[sample]
-                if len(bag_weights) != len(bag):
-                    raise InputError(
-                        f"feature {name!r}, sample {sample}: {len(bag)} ids but {len(bag_weights)} weights; "
-                        "give one weight for each id"
-                    )
-                scales.extend(bag_weights)
+                where = f"feature {name!r}, sample {sample}"
+                values.extend(_checked_ids(bag, where))
+                scales.extend(_weights_of(weights, name, sample, len(bag), where))
         lengths = np.array([[len(bag) for bag in samples] for samples in bags.values()], np.int32)
         lengths = lengths.reshape(len(bags), next(iter(sizes.values()), 0))
         capacity = len(values) if capacity is None else capacity
         if capacity < len(values):
             raise InputError(f"{len(values)} ids do not fit into capacity {capacity}; raise it or leave it out")
         padding = capacity - len(values)
-        ids = np.array(values + [0] * padding, np.int64)
-        if len(ids) and (ids.max() > np.iinfo(np.int32).max or ids.min() < np.iinfo(np.int32).min):
-            raise InputError(
-                f"id {ids[np.abs(ids).argmax()]} does not fit into 32 bits, and JAX would narrow it silently: "
-                "tables hold at most 2147483647 rows"
-            )
         return cls(
-            values=ids.astype(np.int32),
+            values=np.array(values + [0] * padding, np.int32),
             lengths=lengths,
             weights=None if weights is None else np.array(scales + [0.0] * padding, np.float32),
             features=tuple(bags),
         )
+
+
+def _checked_ids(bag: Sequence[int], where: str) -> Sequence[int]:
+    limits = np.iinfo(np.int32)
+    for value in bag:
+        if not isinstance(value, int | np.integer):
+            raise InputError(f"{where}: id {value!r} is not an integer; ids are row numbers")
+        if not limits.min <= value <= limits.max:
+            raise InputError(
+                f"{where}: id {value} does not fit into 32 bits, and JAX would narrow it silently: tables hold at most "
+                f"{limits.max} rows"
+            )
+    return bag
+
+
+def _weights_of(
+    weights: Mapping[str, Sequence[Sequence[float]]] | None, name: str, sample: int, num_ids: int, where: str
+) -> Sequence[float]:
+    given = (weights or {}).get(name)
+    if given is None:
+        return [1.0] * num_ids
+    bag_weights = given[sample] if sample < len(given) else []
+    if len(bag_weights) != num_ids:
+        raise InputError(f"{where}: {num_ids} ids but {len(bag_weights)} weights; give one weight for each id")
+    return bag_weights
+
+
+def check_arrays(ids: KeyedJagged) -> None:
+    """Raises InputError unless the arrays have the shapes and dtypes that they are declared with.
+
+    Args:
+        ids: Ids whose arrays may be numpy's, or tracers.
+    """
+    if ids.values.dtype != np.int32 or ids.lengths.dtype != np.int32:
+        raise InputError(
+            f"ids and lengths are {ids.values.dtype} and {ids.lengths.dtype}, which JAX would narrow silently: check "
+            "their range and give int32"
+        )
+    if ids.values.ndim != 1 or ids.lengths.ndim != 2 or len(ids.lengths) != len(ids.features):
+        raise InputError(
+            f"ids of {len(ids.features)} features have values {ids.values.shape} and lengths {ids.lengths.shape}: give "
+            "[capacity] and [features, samples]"
+        )
+    if ids.weights is not None and ids.weights.shape != ids.values.shape:
+        raise InputError(f"{ids.values.shape} ids have {ids.weights.shape} weights; give one weight for each id")

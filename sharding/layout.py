@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Slots
+from sharding.errors import InputError
 from sharding.plan import ShardingPlan
 from sharding.tables import FeatureSpec, TableSpec
 
@@ -20,6 +21,8 @@ LINE_BYTES = 512
 # Numbers of one line of optimizer state, which is float32.
 LINE_SCALARS = LINE_BYTES // 4
 FROZEN = "frozen"
+# Rows are named by int32, and the largest one means "no row".
+MAX_STORE_ROWS = 2**31 - 1
 
 
 def stored_width(dim: int) -> int:
@@ -107,10 +110,14 @@ class Group:
         return self.pooled + self.sequences
 
     @property
-    def max_ids(self) -> int | None:
-        """Most ids in one bag of any feature; None if some feature does not say."""
-        limits = [feature.max_ids for feature in self.features]
-        return None if None in limits else max(limit for limit in limits if limit is not None)
+    def dims(self) -> tuple[int, ...]:
+        """Dim of each feature."""
+        return tuple(self.shards[slot].table.dim for slot in self.slot_of_feature)
+
+    @property
+    def bags_per_sample(self) -> tuple[int, ...]:
+        """Bags of each feature in a sample: one of a pooled feature, one a position of an unpooled one."""
+        return (1,) * len(self.pooled) + tuple(feature.max_ids or 0 for feature in self.sequences)
 
     def capacity(self, batch_size: int, ids_capacity: int) -> int:
         """Ids that can belong to this group, given the batch and the room for all ids."""
@@ -148,10 +155,6 @@ class Layout:
     stores: tuple[StoreLayout, ...]
     groups: tuple[Group, ...]
 
-    def store(self, name: str) -> StoreLayout:
-        """The store of that name."""
-        return next(store for store in self.stores if store.name == name)
-
     def shard(self, table: str) -> tuple[StoreLayout, Shard]:
         """The shard that holds a table, and its store.
 
@@ -175,6 +178,9 @@ def make_layout(tables: Sequence[TableSpec], features: Sequence[FeatureSpec], pl
 
     Returns:
         The layout: a function of its arguments alone.
+
+    Raises:
+        InputError: A store has more rows than 32 bits can name.
     """
     placed = {placement.table for placement in plan.placements}
     by_store: dict[str, list[TableSpec]] = {}
@@ -203,6 +209,11 @@ def _store_layout(name: str, tables: Sequence[TableSpec]) -> StoreLayout:
         element = -(-element // alignment) * alignment
         shards.append(Shard(table=table, width=width, first_row=element // width, first_scalar=scalar))
         element += table.num_rows * width
+        if element // width > MAX_STORE_ROWS:
+            raise InputError(
+                f"table {table.name!r} ends at row {element // width} of width {width} in the store {name!r} of one "
+                f"device, and 32 bits name {MAX_STORE_ROWS}: use larger dims or fewer rows"
+            )
         scalar += -(-table.num_rows // LINE_SCALARS) * LINE_SCALARS
     element = -(-element // whole) * whole
     return StoreLayout(

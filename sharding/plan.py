@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from jax.sharding import Mesh
 
@@ -65,6 +65,17 @@ def check_plan(plan: ShardingPlan, tables: Sequence[TableSpec], mesh: Mesh) -> N
             f"the plan is for a mesh of {plan.nodes} x {plan.chips}, but the mesh is "
             f"{' x '.join(map(str, mesh.devices.shape))}: make a plan for this mesh"
         )
+    for placement in plan.placements:
+        if placement.kind not in get_args(PlacementKind):
+            raise InputError(
+                f"table {placement.table!r}: placement {placement.kind!r} is not one of "
+                f"{', '.join(get_args(PlacementKind))}"
+            )
+        if not 0 <= placement.device < plan.num_devices:
+            raise InputError(
+                f"table {placement.table!r} is placed on device {placement.device}, but the mesh has devices 0 to "
+                f"{plan.num_devices - 1}"
+            )
     if plan.num_devices != 1:
         raise InputError(
             f"the plan is for {plan.num_devices} devices, but this version keeps tables on one: use a 1 x 1 mesh"

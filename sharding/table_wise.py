@@ -5,11 +5,12 @@ and unpooled feature), w stored width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.xla import bags_of_ids
 from sharding.jagged import KeyedJagged
@@ -49,8 +50,7 @@ def route_local(ids: KeyedJagged, layout: Layout) -> tuple[tuple[RoutedGroup, ..
         layout: The layout.
 
     Returns:
-        The ids of each group, and how many were invalid: outside their table, or in a bag beyond its feature's
-        max_ids.
+        The ids of each group, and how many were invalid (see `Routed.invalid`).
     """
     groups, invalid = [], jnp.int32(0)
     for group in layout.groups:
@@ -63,15 +63,12 @@ def route_local(ids: KeyedJagged, layout: Layout) -> tuple[tuple[RoutedGroup, ..
 def _route_group(ids: KeyedJagged, group: Group) -> tuple[RoutedGroup, Int32[Array, ""]]:
     values, weights, lengths = _select(ids, group)
     num_ids = values.shape[0]
-    too_long = jnp.int32(0)
-    limits = np.array([feature.max_ids or NO_ROW for feature in group.features], np.int32)
-    if group.max_ids is not None or group.sequences:
-        too_long = jnp.maximum(lengths - limits[:, None], 0).sum(dtype=jnp.int32)
-
+    misplaced = _misplaced_ids(ids, lengths, group)
     bag_lengths = _bag_lengths(lengths, group)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(bag_lengths, dtype=jnp.int32)])
     bags = bags_of_ids(offsets, num_ids)
-    slots = jnp.asarray(_slot_of_bag(group, ids.batch_size)).at[bags].get(mode="fill", fill_value=0)
+    slot_of_bag = jnp.asarray(_of_bags(group.slot_of_feature, group, ids.batch_size), jnp.int32)
+    slots = slot_of_bag.at[bags].get(mode="fill", fill_value=0)
 
     num_rows = jnp.array([shard.table.num_rows for shard in group.shards], jnp.int32)[slots]
     first_rows = jnp.array([shard.first_row for shard in group.shards], jnp.int32)[slots]
@@ -79,14 +76,21 @@ def _route_group(ids: KeyedJagged, group: Group) -> tuple[RoutedGroup, Int32[Arr
     inside = (values >= 0) & (values < num_rows)
     outside = jnp.sum(present & ~inside, dtype=jnp.int32)
     routed = RoutedGroup(
-        rows=jnp.where(present & inside, first_rows + values, NO_ROW),
+        rows=jnp.where(present & inside & (misplaced == 0), first_rows + values, NO_ROW),
         slots=slots,
         logical_rows=jax.lax.bitcast_convert_type(values, jnp.uint32)[:, None],
         offsets=offsets,
         weights=weights,
         divisors=_divisors(bag_lengths, bags, weights, group, ids.batch_size),
     )
-    return routed, outside + too_long
+    return routed, outside + misplaced
+
+
+def _misplaced_ids(ids: KeyedJagged, lengths: Int32[Array, "f b"], group: Group) -> Int32[Array, ""]:
+    """Number of ids in bags that are too long, or beyond the capacity: then nobody can say whose the others are."""
+    limits = np.array([NO_ROW if feature.max_ids is None else feature.max_ids for feature in group.features], np.int32)
+    too_many = jnp.abs(lengths - jnp.clip(lengths, 0, limits[:, None])).sum(dtype=jnp.int32)
+    return too_many + jnp.maximum(jnp.sum(ids.lengths, dtype=jnp.int32) - ids.capacity, 0)
 
 
 def _select(ids: KeyedJagged, group: Group) -> tuple[Int32[Array, "n"], Float[Array, "n"] | None, Int32[Array, "f b"]]:
@@ -112,15 +116,15 @@ def _bag_lengths(lengths: Int32[Array, "f b"], group: Group) -> Int32[Array, "G"
     """Ids in each bag of the group: a pooled feature has a bag a sample, an unpooled one a bag a position."""
     num_pooled = len(group.pooled)
     parts = [lengths[:num_pooled].reshape(-1)]
-    for feature, feature_lengths in zip(group.sequences, lengths[num_pooled:], strict=True):
-        positions = jnp.arange(feature.max_ids)
+    for longest, feature_lengths in zip(group.bags_per_sample[num_pooled:], lengths[num_pooled:], strict=True):
+        positions = jnp.arange(longest)
         parts.append((positions[None, :] < feature_lengths[:, None]).astype(jnp.int32).reshape(-1))
     return jnp.concatenate(parts)
 
 
-def _slot_of_bag(group: Group, batch_size: int) -> Int32[np.ndarray, "G"]:
-    bags = [batch_size] * len(group.pooled) + [batch_size * (feature.max_ids or 0) for feature in group.sequences]
-    return np.repeat(np.array(group.slot_of_feature, np.int32), bags)
+def _of_bags(of_features: Sequence[int] | Sequence[bool], group: Group, batch_size: int) -> Shaped[np.ndarray, "G"]:
+    """Repeats what is known of each feature for each of its bags."""
+    return np.repeat(np.array(of_features), batch_size * np.array(group.bags_per_sample))
 
 
 def _divisors(
@@ -134,8 +138,7 @@ def _divisors(
     is_mean = [feature.pooling == "mean" for feature in group.features]
     if not any(is_mean):
         return None
-    repeats = [batch_size] * len(group.pooled) + [batch_size * (feature.max_ids or 0) for feature in group.sequences]
-    mean_bags = jnp.asarray(np.repeat(is_mean, repeats))
+    mean_bags = jnp.asarray(_of_bags(is_mean, group, batch_size))
     if weights is None:
         totals = bag_lengths.astype(jnp.float32)
     else:
@@ -149,9 +152,7 @@ def even_bags(group: Group) -> int | None:
 
     Decided by the features' limits alone, never by the room for ids, so that growing the room changes no result.
     """
-    limits = [feature.max_ids for feature in group.pooled] + [
-        1 for feature in group.sequences for _ in range(feature.max_ids or 0)
-    ]
+    limits = [feature.max_ids for feature in group.pooled] + [1] * sum(group.bags_per_sample[len(group.pooled) :])
     bounds = [limit for limit in limits if limit is not None]
     if len(bounds) < len(limits) or max(bounds) * len(bounds) > 2 * sum(bounds):
         return None

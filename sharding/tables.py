@@ -5,7 +5,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
@@ -17,6 +17,9 @@ InitializerKind = Literal["uniform", "normal", "constant"]
 RowOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]
 
 MAX_ROWS = 2**31 - 1
+# The largest hyperparameters that float32 holds.
+_LARGEST = 3e38
+_BELOW_ONE = 1.0 - 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +132,14 @@ def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) ->
     for feature in features:
         if feature.table not in by_name:
             raise InputError(f"feature {feature.name!r} is mapped to table {feature.table!r}; tables: {list(by_name)}")
-        if feature.pooling not in ("sum", "mean", "none"):
-            raise InputError(f"feature {feature.name!r}: pooling {feature.pooling!r} is not one of sum, mean, none")
-        if feature.pooling == "none" and not feature.max_ids:
+        if feature.pooling not in get_args(Pooling):
+            raise InputError(
+                f"feature {feature.name!r}: pooling {feature.pooling!r} is not one of {', '.join(get_args(Pooling))}"
+            )
+        if feature.pooling == "none" and feature.max_ids is None:
             raise InputError(f"feature {feature.name!r} is unpooled, so max_ids must say how long a sequence can be")
+        if feature.max_ids is not None and not 1 <= feature.max_ids <= MAX_ROWS:
+            raise InputError(f"feature {feature.name!r} has max_ids {feature.max_ids}; the limit is 1 to {MAX_ROWS}")
     unused = sorted(set(by_name) - {feature.table for feature in features})
     if unused:
         raise InputError(f"table {unused[0]!r} is used by no feature; leave it out or map a feature to it")
@@ -148,17 +155,23 @@ def _check_table(table: TableSpec) -> None:
         raise InputError(f"{where} has dim {table.dim}; the limit is 1 to 8192")
     if table.optimizer not in ROW_OPTIMIZERS:
         raise InputError(f"{where}: optimizer {table.optimizer!r} does not exist; there are {list(ROW_OPTIMIZERS)}")
-    if table.dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"{where}: dtype {table.dtype!r} is not one of float32, bfloat16, float16")
-    if table.rounding not in ("nearest", "stochastic"):
-        raise InputError(f"{where}: rounding {table.rounding!r} is not one of nearest, stochastic")
+    for field, value, choices in (
+        ("dtype", table.dtype, get_args(StorageDtype)),
+        ("rounding", table.rounding, get_args(Rounding)),
+        ("initializer", table.initializer.kind, get_args(InitializerKind)),
+    ):
+        if value not in choices:
+            raise InputError(f"{where}: {field} {value!r} is not one of {', '.join(choices)}")
+    if not math.isfinite(table.initializer.scale_for(table.num_rows)):
+        raise InputError(f"{where}: the initializer's scale is {table.initializer.scale}; it must be finite")
     for field, low, high in (
-        ("learning_rate", 0.0, math.inf),
-        ("weight_decay", 0.0, math.inf),
-        ("eps", 0.0, math.inf),
-        ("beta1", 0.0, 1.0),
-        ("beta2", 0.0, 1.0),
+        ("learning_rate", 0.0, _LARGEST),
+        ("weight_decay", 0.0, _LARGEST),
+        # Above 0, or a gradient of 0 divides 0 by 0.
+        ("eps", 1e-30, _LARGEST),
+        ("beta1", 0.0, _BELOW_ONE),
+        ("beta2", 0.0, _BELOW_ONE),
     ):
         value = getattr(table, field)
-        if not low <= value < high:
-            raise InputError(f"{where}: {field} is {value}; it must be at least {low} and below {high}")
+        if not low <= value <= high:
+            raise InputError(f"{where}: {field} is {value}; it must be at least {low} and at most {high}")

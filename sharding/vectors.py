@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from sharding.layout import Group, Layout
+from sharding.layout import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -52,13 +52,9 @@ def blocks_of(layout: Layout) -> tuple[Block, ...]:
     """The blocks that a lookup on this layout returns, in order."""
     blocks = []
     for number, group in enumerate(layout.groups):
-        dims = [_dim(group, position) for position in range(len(group.pooled))]
+        dims = group.dims[: len(group.pooled)]
         for dim in sorted(set(dims)):
             first = dims.index(dim)
             names = tuple(feature.name for feature in group.pooled[first : first + dims.count(dim)])
             blocks.append(Block(group=number, first=first, names=names, dim=dim))
     return tuple(blocks)
-
-
-def _dim(group: Group, position: int) -> int:
-    return group.shards[group.slot_of_feature[position]].table.dim

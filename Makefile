@@ -1,0 +1,68 @@
+# Everything runs in .venv, which each target makes and fills as far as it needs. `make help` lists the targets.
+
+VENV ?= .venv
+# Extras of pyproject.toml to install besides what a target needs, separated by commas: EXTRAS=gpu make train
+EXTRAS ?=
+
+comma := ,
+bin := $(VENV)/bin
+# Empty files named after extras, and sets of extras, that were installed since pyproject.toml last changed.
+installed := $(VENV)/.installed
+more := $(addprefix $(comma),$(EXTRAS))
+
+# pip would pass over an extra that does not exist with no more than a warning.
+known := $(shell sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
+unknown := $(filter-out $(known),$(subst $(comma), ,$(EXTRAS)))
+$(if $(unknown),$(error EXTRAS names $(firstword $(unknown)), which pyproject.toml lacks: choose from $(known)))
+
+# Else pyright asks the network for its latest version.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help venv train test test-all lint bench docs clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Each sets up $(VENV) first, with Python 3.12 or newer (make PYTHON=/path/to/python names one)."
+	@echo "On a host with accelerators, add their libraries: EXTRAS=gpu make train (NVIDIA, CUDA 13), EXTRAS=tpu make train."
+
+venv: $(installed)/$(or $(EXTRAS),base)  ## set up .venv with what training needs (EXTRAS=test,docs adds more)
+
+train: $(installed)/$(or $(EXTRAS),base)  ## train the quickstart model on synthetic data: a few minutes on 2 cores
+	$(bin)/python scripts/train.py quickstart
+
+test: $(installed)/test,aot$(more)  ## run the tests, those of ahead-of-time compilation for TPU and GPU among them
+	$(bin)/python -m pytest -m "not slow"
+
+test-all: $(installed)/test,aot$(more)  ## run the tests and the wide sweeps marked slow
+	$(bin)/python -m pytest
+
+lint: $(installed)/test$(more)  ## check style, format and types
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyright
+
+bench: $(installed)/$(or $(EXTRAS),base)  ## run every benchmark; figures go to benchmarks/results
+	@for benchmark in $(wildcard benchmarks/[a-z]*.py); do \
+	    echo "== $$benchmark"; $(bin)/python $$benchmark || exit 1; \
+	done
+
+docs: $(installed)/docs$(more)  ## build the pages into docs/_build/html; a warning is an error
+	$(bin)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:  ## delete caches and built pages; data, runs and .venv stay
+	rm -rf docs/_build docs/api .pytest_cache .ruff_cache .hypothesis .cache
+
+# pip comes last when an environment is made: where it is, the environment is whole.
+$(bin)/pip:
+	@sh .ci/make_venv "$(VENV)" $(PYTHON)
+
+# pip says nothing of its progress, since its notes on indexes it skips would drown it.
+$(installed)/%: pyproject.toml | $(bin)/pip
+	@echo "installing dlrm-jax into $(VENV), with: $* (minutes the first time)"
+	@$(bin)/python -m pip install -qq --editable "$(if $(filter base,$*),.,.[$*])"
+	@mkdir -p $(@D) && cd $(@D) && touch base $(subst $(comma), ,$*) "$*"

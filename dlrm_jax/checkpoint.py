@@ -1,0 +1,164 @@
+"""Checkpoints of a run: the tables first, then dense state and progress, whose arrival commits both.
+
+A checkpoint of step s is ``tables/s`` (sharding/checkpoint.py) and ``checkpoints/s`` (orbax, which renames the folder
+into place when it is complete). Killed at any moment, a run has only complete steps in ``checkpoints``; a folder of
+tables without one is rubbish that the next start removes.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from dlrm_jax.train_state import TrainState
+from sharding import InputError, ShardedTables
+from sharding.checkpoint import restore_tables, save_tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run knows beside its state. The position in the data follows from the step.
+
+    Attributes:
+        best_score: Best score of an evaluation so far, higher being better; None before the first.
+        best_step: Its step.
+        evaluations_since_best: Evaluations since then.
+    """
+
+    best_score: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+
+
+class Checkpointer:
+    """The checkpoints of one run. A context manager."""
+
+    def __init__(self, workdir: Path, tables: ShardedTables, *, keep: int = 2, read_only: bool = False):
+        """Opens the folders of a run, and removes what an interrupted save left there.
+
+        Args:
+            workdir: Folder of the run.
+            tables: The tables that are saved and restored.
+            keep: Latest checkpoints to keep beside the best.
+            read_only: Whether to leave the folders as they are.
+
+        Raises:
+            InputError: There is nothing to read.
+        """
+        self._folder = workdir.resolve() / "tables"
+        self._sharded_tables = tables
+        path = workdir.resolve() / "checkpoints"
+        if read_only and not path.is_dir():
+            raise InputError(f"{workdir}: has no checkpoint; train with scripts/train.py first")
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
+        )
+        self._manager = ocp.CheckpointManager(
+            path,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [checkpoint_managers.LatestN(keep), best]
+                ),
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            ),
+            item_names=("dense", "progress"),
+        )
+        if not read_only:
+            self._remove_uncommitted()
+
+    def __enter__(self) -> "Checkpointer":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes orbax's manager."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Writes a checkpoint, and removes those that are no longer to be kept. Returns when it is complete.
+
+        Args:
+            state: The state.
+            progress: What else the run knows.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        folder = self._folder / str(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tables(self._sharded_tables, state.tables, folder)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                dense=ocp.args.StandardSave(_dense_leaves(state)),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+            # Only a new best carries a score, so the highest score is the best step's.
+            metrics={"score": progress.best_score} if progress.best_step == step else None,
+        )
+        self._manager.wait_until_finished()
+        self._remove_uncommitted()
+
+    def progress(self, step: int) -> Progress:
+        """Reads the progress of a checkpoint.
+
+        Args:
+            step: Its step.
+
+        Returns:
+            What the run knew.
+        """
+        saved = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return Progress(**saved["progress"])
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Reads the state of a checkpoint, bit for bit.
+
+        Args:
+            step: Its step.
+            abstract: Shapes and shardings of the state.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: There is no such checkpoint, or it is of another model.
+        """
+        if step not in self.steps():
+            raise InputError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps()}")
+        leaves = _dense_leaves(abstract)
+        try:
+            saved = self._manager.restore(step, args=ocp.args.Composite(dense=ocp.args.StandardRestore(leaves)))
+        except (ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(
+                f"{self._manager.directory}/{step}: of another model ({reason}); use the config it was trained with"
+            ) from error
+        tables = restore_tables(self._sharded_tables, self._folder / str(step))
+        without_tables = dataclasses.replace(abstract, tables=None)
+        dense = jax.tree.unflatten(jax.tree.structure(without_tables), [saved["dense"][name] for name in leaves])
+        return dataclasses.replace(dense, tables=tables)
+
+    def _remove_uncommitted(self) -> None:
+        committed = {str(step) for step in self._manager.all_steps()}
+        if self._folder.is_dir():
+            for folder in self._folder.iterdir():
+                if folder.name not in committed:
+                    shutil.rmtree(folder)
+
+
+def _dense_leaves(state: TrainState) -> dict[str, Any]:
+    """Everything but the tables, by the name of its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, tables=None))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,275 @@
+"""Config: everything that an experiment is, and how it meets a dataset card."""
+
+import dataclasses
+from typing import Any, Literal
+
+from dlrm_jax.data.card import DatasetCard, SparseColumn
+from dlrm_jax.model import ModelConfig
+from dlrm_jax.schedules import ScheduleConfig
+from pallas_kernels.rounding import Rounding
+from sharding.errors import InputError
+from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples, in which order and portions."""
+
+    path: str | None = None
+    """Folder of the dataset (see docs/data.md). None: random batches that follow the config's own card."""
+    batch_size: int = 512
+    """Samples of one training step, over all devices."""
+    eval_batch_size: int = 4096
+    """Samples of one evaluation step."""
+    virtual_shards: int = 64
+    """Parts that an epoch is dealt to; a batch takes as many samples from each, so it divides both batch sizes."""
+    shuffle_window: int = 262_144
+    """Samples among which the order is random, after row groups have been shuffled."""
+    prefetch: int = 2
+    """Batches made ready ahead of the step."""
+    threads: int = 2
+    """Threads that read row groups."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Settings of an embedding table; its rows come from the dataset card."""
+
+    dim: int = 16
+    """Columns."""
+    optimizer: RowOptimizerName = "rowwise_adagrad"
+    """Update rule, applied once a step to each row that the batch touches (pallas_kernels/row_optimizers.py)."""
+    learning_rate: float = 0.01
+    """Learning rate, before the schedule's multiplier."""
+    weight_decay: float = 0.0
+    """Weight decay of touched rows: added to the gradient (sgd, adagrad, rowwise_adagrad) or decoupled (the others)."""
+    eps: float = 1e-8
+    """Added to the square root in the rule's denominator."""
+    beta1: float = 0.9
+    """Decay of the first moment (Adam, LAMB)."""
+    beta2: float = 0.999
+    """Decay of the second moment (Adam, LAMB)."""
+    initializer: Initializer = Initializer()
+    """How rows begin."""
+    initial_values: str | None = None
+    """A .npy file of [rows, dim] that rows begin with instead."""
+    frozen: bool = False
+    """Rows never change."""
+    dtype: StorageDtype = "float32"
+    """How weights are stored; optimizer state is float32."""
+    rounding: Rounding = "nearest"
+    """How an update is rounded to a bfloat16 or float16 table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Which features are embedded, in which tables, pooled how."""
+
+    default: TableConfig = TableConfig()
+    """Settings of every table that `tables` does not name."""
+    tables: dict[str, TableConfig] = dataclasses.field(default_factory=dict)
+    """Tables with settings of their own, by name."""
+    shared: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Tables that several features share: name of the table, then the features. Any other feature has a table of its
+    own name. A shared table has the rows of its largest feature."""
+    default_pooling: Pooling = "sum"
+    """Pooling of every feature that `pooling` does not name. Sequences ("none") are for models of your own."""
+    pooling: dict[str, Pooling] = dataclasses.field(default_factory=dict)
+    """Pooling by feature."""
+    features: tuple[str, ...] = ()
+    """Sparse features to use; empty: all that the dataset card has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseOptimizerConfig:
+    """How the MLPs learn (optax)."""
+
+    name: Literal["sgd", "adagrad", "adam", "adamw", "lamb"] = "adagrad"
+    """Update rule."""
+    learning_rate: float = 0.01
+    """Learning rate, before the schedule's multiplier."""
+    weight_decay: float = 0.0
+    """Weight decay: decoupled for adamw and lamb, added to the gradient for the others."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    beta1: float = 0.9
+    """Decay of the first moment (Adam, LAMB)."""
+    beta2: float = 0.999
+    """Decay of the second moment (Adam, LAMB)."""
+    eps: float = 1e-8
+    """Added to the denominator (adagrad: under the root)."""
+    clip_norm: float | None = None
+    """Largest norm of the dense gradients together; larger ones are scaled down. None: no limit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, and what to write meanwhile. May change when a run is resumed."""
+
+    epochs: int = 1
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Stop after so many steps, even within an epoch."""
+    eval_split: str = "validation"
+    """Split evaluated during training and judged by; never the one you report."""
+    eval_every: int | None = None
+    """Steps between evaluations; always one at the end of an epoch. None: only there."""
+    early_stop: int | None = None
+    """Stop after so many evaluations in a row without a better one. None: never."""
+    best_by: Literal["ne", "auc"] = "ne"
+    """What makes an evaluation better: lower NE or higher AUC."""
+    log_every: int = 100
+    """Steps between lines of metrics.jsonl and TensorBoard; the metrics are those of the steps since the last."""
+    checkpoint_every: int | None = 1000
+    """Steps between checkpoints. None: only where evaluation finds the best so far, and at the end."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept beside the best."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment. Files in configs/ return one; the command line overrides its fields."""
+
+    name: str
+    """Name of the experiment."""
+    workdir: str = "runs/default"
+    """Folder of checkpoints, metrics and pictures. A folder that holds a run is resumed."""
+    seed: int = 0
+    """Seed of parameters, tables and the order of samples."""
+    data: DataConfig = DataConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    model: ModelConfig
+    dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    stated: DatasetCard | None = None
+    """What the features are where there is no dataset."""
+
+    def __post_init__(self):
+        """Refuses settings that contradict themselves."""
+        for name, value in (
+            ("data.batch_size", self.data.batch_size),
+            ("data.eval_batch_size", self.data.eval_batch_size),
+            ("data.virtual_shards", self.data.virtual_shards),
+            ("data.shuffle_window", self.data.shuffle_window),
+            ("data.prefetch", self.data.prefetch),
+            ("data.threads", self.data.threads),
+            ("train.epochs", self.train.epochs),
+            ("train.max_steps", self.train.max_steps),
+            ("train.eval_every", self.train.eval_every),
+            ("train.early_stop", self.train.early_stop),
+            ("train.log_every", self.train.log_every),
+            ("train.checkpoint_every", self.train.checkpoint_every),
+            ("train.keep_checkpoints", self.train.keep_checkpoints),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, but must be at least 1: raise it")
+        for name in ("batch_size", "eval_batch_size"):
+            size, shards = getattr(self.data, name), self.data.virtual_shards
+            if size % shards:
+                raise InputError(
+                    f"data.{name} is {size}, which data.virtual_shards {shards} does not divide: "
+                    f"use {-(-size // shards) * shards}, or another number of virtual shards"
+                )
+        rate, clip = self.dense_optimizer.learning_rate, self.dense_optimizer.clip_norm
+        if not rate >= 0:
+            raise InputError(f"dense_optimizer.learning_rate is {rate}, but must be at least 0: raise it")
+        if clip is not None and not clip > 0:
+            raise InputError(f"dense_optimizer.clip_norm is {clip}, but must be above 0: raise it or leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}, but must be at least 0 and below 2**32: choose another")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run cannot change when it is resumed, by dotted name.
+
+        Folder names, what is read ahead, and everything of `train` may change; the dataset itself is compared by its
+        card, not by where it lies.
+        """
+        free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
+        flat = _flatten(dataclasses.asdict(self))
+        return {
+            name: value for name, value in flat.items() if name not in free and name.split(".")[0] not in ("train",)
+        }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    flat = {name: value for name, value in flat.items() if not name.startswith("stated.")}
+    return flat
+
+
+def used_features(config: EmbeddingConfig, card: DatasetCard) -> tuple[SparseColumn, ...]:
+    """The card's features that the config uses.
+
+    Args:
+        config: The config.
+        card: The dataset card.
+
+    Returns:
+        Columns, in the config's order, or the card's where the config names none.
+
+    Raises:
+        InputError: A feature named anywhere in the config that the card does not have or the config does not use.
+    """
+    used = tuple(card.feature(name) for name in config.features) if config.features else card.sparse
+    if not used:
+        raise InputError(f"dataset {card.name!r} has no sparse features; a DLRM embeds at least one")
+    names = {column.name for column in used}
+    mentioned = {"embedding.pooling": set(config.pooling)}
+    mentioned |= {f"embedding.shared.{table}": set(features) for table, features in config.shared.items()}
+    for field, features in mentioned.items():
+        unknown = sorted(features - names)
+        if unknown:
+            raise InputError(f"{field} names {unknown[0]!r}, which is not a feature in use; those are {sorted(names)}")
+    return used
+
+
+def make_specs(config: EmbeddingConfig, card: DatasetCard) -> tuple[tuple[TableSpec, ...], tuple[FeatureSpec, ...]]:
+    """What the config and the card say together about tables and features.
+
+    Args:
+        config: Settings of tables, and who shares them.
+        card: Rows, bags and pooling factors.
+
+    Returns:
+        Specifications of tables and of features.
+
+    Raises:
+        InputError: Settings for a table that no feature uses, or a feature in two tables.
+    """
+    columns = used_features(config, card)
+    table_of: dict[str, str] = {}
+    for table, members in config.shared.items():
+        for member in members:
+            if member in table_of:
+                raise InputError(
+                    f"feature {member!r} is in the shared tables {table_of[member]!r} and {table!r}; keep one"
+                )
+            table_of[member] = table
+    rows: dict[str, int] = {}
+    features = []
+    for column in columns:
+        table = table_of.get(column.name, column.name)
+        rows[table] = max(rows.get(table, 0), column.num_rows)
+        features.append(
+            FeatureSpec(
+                name=column.name,
+                table=table,
+                pooling=config.pooling.get(column.name, config.default_pooling),
+                max_ids=column.max_pooling_factor,
+            )
+        )
+    unused = sorted(set(config.tables) - set(rows))
+    if unused:
+        raise InputError(f"embedding.tables names {unused[0]!r}, which no feature uses; tables are {sorted(rows)}")
+    tables = []
+    for name, num_rows in rows.items():
+        settings = config.tables.get(name, config.default)
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        tables.append(TableSpec(name=name, num_rows=num_rows, **fields))
+    return tuple(tables), tuple(features)

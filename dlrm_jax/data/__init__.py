@@ -1,0 +1,1 @@
+"""Data: readers of sources, one format on disk, one loader."""

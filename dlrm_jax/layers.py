@@ -1,0 +1,260 @@
+"""Dense layers: linear maps, multi-layer perceptrons, the dot interaction and the low-rank cross network.
+
+Letters: B samples, n inputs, m outputs, F vectors that interact, D their dimension, P pairs of them, k features.
+
+Every layer has float32 parameters and computes in `compute_dtype`. In bfloat16 the operands of a matrix product are
+rounded, its sums and its result are float32, and so are the gradients of the parameters; the backward products round
+their operands in the same way. Products use JAX's default precision.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "B n"], kernel: Float[Array, "n m"]) -> Float[Array, "B m"]:
+    """Computes `x @ kernel` in the dtype of `x`, with sums and result in float32.
+
+    The derivative is written out because automatic differentiation would multiply the float32 cotangent by the
+    bfloat16 operand, which runs at the speed of float32.
+
+    Args:
+        x: Inputs, in the dtype to compute in.
+        kernel: Weights in float32.
+
+    Returns:
+        The product in float32.
+    """
+    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, cotangent):
+    x, kernel = residuals
+    cotangent = cotangent.astype(x.dtype)
+    x_grad = jnp.dot(cotangent, kernel.T.astype(x.dtype), preferred_element_type=jnp.float32)
+    kernel_grad = jnp.dot(x.T, cotangent, preferred_element_type=jnp.float32)
+    return x_grad.astype(x.dtype), kernel_grad
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
+    """Number of values that `dot_interaction` gives for each sample.
+
+    Args:
+        num_vectors: F.
+        self_interaction: Whether a vector is also paired with itself.
+
+    Returns:
+        F (F - 1) / 2, and F more with self-interaction.
+    """
+    return num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def dot_interaction(x: Float[Array, "B F D"], self_interaction: bool) -> Float[Array, "B P"]:
+    """Computes the dot products of all pairs of vectors of each sample.
+
+    The products are `Z[b] = X[b] X[b]^T`, of which the strict lower triangle (with self-interaction: the lower
+    triangle) is taken row by row: (1, 0), (2, 0), (2, 1), (3, 0), ... Source: Naumov et al. 2019, section 2.1, in the
+    order of facebookresearch/dlrm.
+
+    The derivative is written out: one gather puts the cotangents of the pairs on both triangles of a symmetric
+    matrix, and one product gives `dX = (dZ + dZ^T) X`. Automatic differentiation makes a scatter, which XLA runs
+    on one thread of a CPU, and two products: forward and backward then take about twice as long.
+
+    Args:
+        x: The vectors, in the dtype to compute in.
+        self_interaction: Whether a vector is also paired with itself.
+
+    Returns:
+        The dot products in float32.
+    """
+    num_vectors = x.shape[1]
+    z = jnp.einsum("bid,bjd->bij", x, x, preferred_element_type=jnp.float32)
+    rows, columns = _pairs(num_vectors, self_interaction)
+    return jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
+
+
+def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
+    rows, columns = np.tril_indices(num_vectors, 0 if self_interaction else -1)
+    return rows.astype(np.int32), columns.astype(np.int32)
+
+
+def _dot_interaction_forward(x, self_interaction):
+    return dot_interaction(x, self_interaction), x
+
+
+def _dot_interaction_backward(self_interaction, x, cotangent):
+    batch_size, num_vectors, _ = x.shape
+    if cotangent.shape[1] == 0:
+        return (jnp.zeros_like(x),)
+    rows, columns = _pairs(num_vectors, self_interaction)
+    pair_of = np.zeros((num_vectors, num_vectors), np.int32)
+    pair_of[rows, columns] = pair_of[columns, rows] = np.arange(len(rows), dtype=np.int32)
+    # dZ + dZ^T: an element of the diagonal is there twice, or not at all without self-interaction.
+    factor = np.where(np.eye(num_vectors, dtype=bool), 2.0 if self_interaction else 0.0, 1.0).astype(x.dtype)
+    symmetric = jnp.take(cotangent.astype(x.dtype), pair_of.reshape(-1), axis=1, mode="clip")
+    symmetric = symmetric.reshape(batch_size, num_vectors, num_vectors) * factor[None]
+    x_grad = jnp.einsum("bij,bjd->bid", symmetric, x, preferred_element_type=jnp.float32)
+    return (x_grad.astype(x.dtype),)
+
+
+dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
+
+
+class Linear(nnx.Module):
+    """The linear map `x @ kernel + bias`.
+
+    The kernel is drawn from normal(0, sqrt(2 / (m + n))), which is both DLRM's initialisation and the Xavier normal
+    one of TorchRec's cross network.
+
+    Attributes:
+        kernel: Weights, `[n, m]`.
+        bias: `[m]`, or None.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        bias: Literal["normal", "zeros", "none"] = "normal",
+        compute_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the parameters.
+
+        Args:
+            num_inputs: n.
+            num_outputs: m.
+            bias: `normal` draws it from normal(0, sqrt(1 / m)) as DLRM does; `none` leaves it out.
+            compute_dtype: What the inputs and the kernel are rounded to.
+            rngs: Its stream `params` gives the random bits.
+        """
+        stddev = math.sqrt(2 / (num_inputs + num_outputs))
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (num_inputs, num_outputs), jnp.float32))
+        if bias == "none":
+            self.bias = None
+        elif bias == "zeros":
+            self.bias = nnx.Param(jnp.zeros(num_outputs, jnp.float32))
+        else:
+            draw = jax.random.normal(rngs.params(), (num_outputs,), jnp.float32)
+            self.bias = nnx.Param(math.sqrt(1 / num_outputs) * draw)
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B m"]:
+        """Returns `x @ kernel + bias` in float32."""
+        y = matmul(x.astype(self.compute_dtype), self.kernel[...])
+        return y if self.bias is None else y + self.bias[...][None, :]
+
+
+class MLP(nnx.Module):
+    """Multi-layer perceptron: linear maps, with a ReLU after each but, if asked, the last.
+
+    Attributes:
+        layers: The linear maps. None at all is the identity.
+    """
+
+    def __init__(
+        self, num_inputs: int, widths: Sequence[int], *, last_relu: bool, compute_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        """Draws the parameters.
+
+        Args:
+            num_inputs: Width of the input.
+            widths: Width after each layer.
+            last_relu: Whether a ReLU follows the last layer too.
+            compute_dtype: What the operands of the products, and the activations kept, are rounded to.
+            rngs: Its stream `params` gives the random bits.
+        """
+        inputs = (num_inputs, *widths[:-1])
+        self.layers = (
+            nnx.List(Linear(n, m, compute_dtype=compute_dtype, rngs=rngs) for n, m in zip(inputs, widths, strict=True))
+            if widths
+            else nnx.List()
+        )
+        self.last_relu = last_relu
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B m"]:
+        """Returns the last layer's output: float32 without a ReLU after it, else in the compute dtype."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.last_relu or index + 1 < len(self.layers):
+                # Rounded before the ReLU, so that what is kept for the backward pass is rounded too.
+                x = jax.nn.relu(x.astype(self.compute_dtype))
+        return x
+
+
+class LowRankCross(nnx.Module):
+    """Low-rank cross network: `x_{l+1} = x_0 * ((x_l V_l) U_l + b_l) + x_l`.
+
+    Source: Wang et al. 2021 (DCN V2), equation 2, with the initialisation of TorchRec's LowRankCrossNet: Xavier
+    normal kernels, zero biases. Elementwise operations are in float32.
+
+    Attributes:
+        down: The maps V_l, `[n, rank]`, without bias.
+        up: The maps U_l, `[rank, n]`, with the biases b_l.
+    """
+
+    def __init__(self, num_inputs: int, *, num_layers: int, rank: int, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Draws the parameters.
+
+        Args:
+            num_inputs: n, also the width of the output.
+            num_layers: Number of cross layers.
+            rank: Width between V and U.
+            compute_dtype: What the operands of the products are rounded to.
+            rngs: Its stream `params` gives the random bits.
+        """
+        settings = {"compute_dtype": compute_dtype, "rngs": rngs}
+        self.down = nnx.List(Linear(num_inputs, rank, bias="none", **settings) for _ in range(num_layers))
+        self.up = nnx.List(Linear(rank, num_inputs, bias="zeros", **settings) for _ in range(num_layers))
+
+    def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B n"]:
+        """Returns the last layer's output in float32."""
+        first = x = x.astype(jnp.float32)
+        for down, up in zip(self.down, self.up, strict=True):
+            x = first * up(down(x)) + x
+        return x
+
+
+class Projection(nnx.Module):
+    """One linear map without bias for each of k features of one dimension, to a common dimension.
+
+    Attributes:
+        kernel: Weights, `[k, D, m]`, drawn from normal(0, sqrt(2 / (m + D))).
+    """
+
+    def __init__(self, num_features: int, dim: int, num_outputs: int, *, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Draws the parameters.
+
+        Args:
+            num_features: k.
+            dim: D, the dimension of the embeddings.
+            num_outputs: m, the dimension they are brought to.
+            compute_dtype: What the inputs and the kernel are rounded to.
+            rngs: Its stream `params` gives the random bits.
+        """
+        draw = jax.random.normal(rngs.params(), (num_features, dim, num_outputs), jnp.float32)
+        self.kernel = nnx.Param(math.sqrt(2 / (dim + num_outputs)) * draw)
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, embeddings: Float[Array, "B k D"]) -> Float[Array, "B k m"]:
+        """Returns the projected embeddings in float32."""
+        by_feature = jnp.swapaxes(embeddings.astype(self.compute_dtype), 0, 1)
+        return jnp.swapaxes(jax.vmap(matmul)(by_feature, self.kernel[...]), 0, 1)

@@ -1,0 +1,151 @@
+"""Predictor: a trained model, ready to predict.
+
+Letters: n rows of a table, B samples of a batch.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pyarrow as pa
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from dlrm_jax.checkpoint import Checkpointer
+from dlrm_jax.data.assemble import one_batch
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.row_groups import columns_of
+from dlrm_jax.data.validate import validate_schema
+from dlrm_jax.evaluate import evaluate
+from dlrm_jax.metrics import Metrics
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.sources import open_split
+from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
+from dlrm_jax.train_step import make_predict_step
+from dlrm_jax.workdir import Workdir
+from sharding import InputError
+
+
+class Predictor:
+    """The model of a run, restored from one of its checkpoints.
+
+        predictor = Predictor("runs/kuairand")
+        clicks = predictor.predict(polars_or_pyarrow_table)
+
+    Attributes:
+        recommender: The model.
+        state: Its parameters.
+        step: Step of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        checkpoint: int | Literal["best", "latest"] = "best",
+        mesh: Mesh | None = None,
+    ):
+        """Restores a checkpoint.
+
+        Args:
+            workdir: Folder of the run.
+            checkpoint: Which one: the best evaluated (the latest, if none was evaluated), the latest, or by its step.
+            mesh: Devices; one unless given.
+
+        Raises:
+            InputError: The folder is not that of a run, or has no such checkpoint.
+        """
+        self._workdir = Workdir(Path(workdir))
+        config, card = self._workdir.read()
+        self.recommender = Recommender(config, card, mesh=mesh)
+        optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+        with Checkpointer(self._workdir.path, self.recommender.tables, read_only=True) as checkpointer:
+            self.step = _choose(checkpointer, checkpoint, self._workdir.path)
+            self.state = checkpointer.restore(self.step, abstract_train_state(self.recommender, optimizer))
+        self._predict_step = make_predict_step(self.recommender)
+
+    def predict(self, samples: Batch | Mapping[str, Sequence[Any]] | Any) -> Float[np.ndarray, "B"]:
+        """Predicts the probability of the label.
+
+        Args:
+            samples: A batch; or rows with the columns of the dataset (label not needed): a pyarrow Table, a polars or
+                pandas DataFrame, or a dictionary of lists.
+
+        Returns:
+            One probability for each sample, in their order.
+
+        Raises:
+            InputError: A column is missing, of a wrong type, or holds what the dataset card does not allow.
+        """
+        if isinstance(samples, Batch):
+            batch, num_samples = samples, len(samples.label)
+        else:
+            table = _to_table(samples)
+            batch, num_samples = self.batch(table), table.num_rows
+        logits = self._predict_step(self.state.dense_params, self.state.tables, self.recommender.to_devices(batch))
+        return np.asarray(jax.nn.sigmoid(logits))[:num_samples]
+
+    def batch(self, table: pa.Table) -> Batch:
+        """Makes a batch of rows, padded to the next power of two, so that few sizes are ever compiled.
+
+        Args:
+            table: Rows with the columns of the dataset; without a column of labels (or sample weights) these are 0 (1).
+
+        Returns:
+            The batch.
+
+        Raises:
+            InputError: As in `predict`.
+        """
+        card = self.recommender.card
+        if card.label not in table.column_names:
+            table = table.append_column(card.label, pa.array(np.zeros(table.num_rows, np.float32)))
+        if card.sample_weight is not None and card.sample_weight not in table.column_names:
+            table = table.append_column(card.sample_weight, pa.array(np.ones(table.num_rows, np.float32)))
+        validate_schema(table.schema, card, "samples")
+        rows = columns_of(table, card, "samples")
+        return one_batch(rows, card, 1 << max(table.num_rows - 1, 0).bit_length())
+
+    def evaluate(self, split: str, *, path: str | None = None) -> Metrics:
+        """Computes the metrics of a whole split.
+
+        Args:
+            split: Name of the split.
+            path: Folder of the dataset; where the run was trained unless given.
+
+        Returns:
+            The metrics of all its samples.
+
+        Raises:
+            InputError: The split cannot be read.
+        """
+        source = open_split(self.recommender, split, training=False, path=path)
+        return evaluate(
+            self.recommender, self._predict_step, self.state.dense_params, self.state.tables, source.batches(0)
+        )
+
+
+def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "latest"], path: Path) -> int:
+    steps = checkpointer.steps()
+    if not steps:
+        raise InputError(f"{path}: has no complete checkpoint yet; train with scripts/train.py first")
+    if isinstance(checkpoint, int):
+        return checkpoint
+    best = checkpointer.progress(steps[-1]).best_step
+    return best if checkpoint == "best" and best in steps else steps[-1]
+
+
+def _to_table(samples: Mapping[str, Sequence[Any]] | Any) -> pa.Table:
+    """Rows of whatever kind as a pyarrow table."""
+    if isinstance(samples, pa.Table):
+        return samples
+    to_arrow = getattr(samples, "to_arrow", None)
+    if to_arrow is not None:
+        return to_arrow()
+    try:
+        return pa.table(samples) if isinstance(samples, Mapping) else pa.Table.from_pandas(samples)
+    except (pa.ArrowException, TypeError, AttributeError) as error:
+        raise InputError(f"samples of type {type(samples).__name__} cannot be read ({error}); give a table") from error

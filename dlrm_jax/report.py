@@ -1,0 +1,173 @@
+"""What a person sees of a run: progress, metrics files, the picture of the curves, the table of results."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from dlrm_jax.metrics import Metrics
+from dlrm_jax.workdir import Workdir
+
+_SHOWN = ("auc", "ne", "log_loss", "accuracy", "calibration")
+
+
+class RunLog:
+    """Progress bar, metrics.jsonl and TensorBoard of one run. A context manager.
+
+    Where output is no terminal, each line of metrics is printed instead of a bar.
+    """
+
+    def __init__(self, workdir: Workdir, console: Console, *, first_step: int, last_step: int):
+        """Takes the log up where a checkpoint was made.
+
+        Args:
+            workdir: Folder of the run.
+            console: Where to print.
+            first_step: Step of the checkpoint; what was logged beyond it happens again.
+            last_step: Step at which training is to end.
+        """
+        self._console = console
+        self._file = workdir.metrics_file
+        kept = [line for line in read_log(workdir) if line["step"] <= first_step]
+        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=first_step + 1)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._training = self._progress.add_task("train", total=last_step, completed=first_step, metrics="")
+        self._evaluation = self._progress.add_task("evaluate", visible=False, metrics="")
+
+    def __enter__(self) -> "RunLog":
+        """Starts the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops the bar and closes the files."""
+        self._progress.stop()
+        self._board.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to a step."""
+        self._progress.update(self._training, completed=step)
+
+    def start_evaluation(self, split: str, total: int) -> None:
+        """Shows a second bar."""
+        self._progress.reset(self._evaluation, total=total, visible=True, description=split)
+
+    def advance_evaluation(self) -> None:
+        """Moves the second bar."""
+        self._progress.advance(self._evaluation)
+
+    def metrics(self, step: int, split: str, metrics: Metrics, **more: float) -> None:
+        """Logs metrics.
+
+        Args:
+            step: Step that they belong to.
+            split: What they were computed on.
+            metrics: The metrics.
+            **more: Other figures, such as samples_per_second.
+        """
+        figures = {**dataclasses.asdict(metrics), **more}
+        # JSON has no nan: an undefined metric is null.
+        line = {"step": step, "split": split, **{k: v if math.isfinite(v) else None for k, v in figures.items()}}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in figures.items():
+            if math.isfinite(value):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        speed = f", {more['samples_per_second']:,.0f} samples/s" if "samples_per_second" in more else ""
+        summary = f"{split} NE {metrics.ne:.4f}, AUC {metrics.auc:.4f}{speed}"
+        if split == "train":
+            self._progress.update(self._training, metrics=summary)
+        if split != "train" or not self._console.is_terminal:
+            self._progress.update(self._evaluation, visible=False)
+            self._console.print(f"step {step:>8,}: {summary}", highlight=False)
+
+
+def read_log(workdir: Workdir) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a last line that was cut off by a kill is left out.
+
+    Args:
+        workdir: Folder of the run.
+
+    Returns:
+        One dictionary a line.
+    """
+    if not workdir.metrics_file.is_file():
+        return []
+    lines = []
+    for text in workdir.metrics_file.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def draw_curves(workdir: Workdir, attainable: dict[str, float]) -> Path:
+    """Draws NE and AUC over steps into curves.png.
+
+    Args:
+        workdir: Folder of the run.
+        attainable: Figures of the model that generated the data, where they are known.
+
+    Returns:
+        The picture's path.
+    """
+    # Only the pictures need matplotlib, which takes a second to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    log = read_log(workdir)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for axis, name, label in zip(axes, ("ne", "auc"), ("normalised entropy", "AUC"), strict=True):
+        for split in dict.fromkeys(line["split"] for line in log):
+            points = [(line["step"], line[name]) for line in log if line["split"] == split and line[name] is not None]
+            style = {"alpha": 0.6} if split == "train" else {"marker": "o"}
+            axis.plot([x for x, _ in points], [y for _, y in points], label=split, **style)
+        if name in attainable:
+            axis.axhline(attainable[name], color="gray", linestyle="--", label="attainable")
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(workdir.path.name)
+    path = workdir.path / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def result_table(title: str, rows: dict[str, Metrics | dict[str, float]]) -> Table:
+    """A table of metrics.
+
+    Args:
+        title: Its title.
+        rows: Metrics by name of the row; where a metric is missing the cell is empty.
+
+    Returns:
+        A table to print with rich.
+    """
+    table = Table(title=title)
+    table.add_column("")
+    for name in ("samples", *_SHOWN):
+        table.add_column(name.replace("_", " "), justify="right")
+    for name, metrics in rows.items():
+        figures = metrics if isinstance(metrics, dict) else dataclasses.asdict(metrics)
+        samples = figures.get("num_samples")
+        cells = [f"{figures[key]:.5f}" if key in figures else "" for key in _SHOWN]
+        table.add_row(name, "" if samples is None else f"{int(samples):,}", *cells)
+    return table

@@ -1,0 +1,126 @@
+"""TrainState: everything that a step changes, in one donated pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Int32
+
+from dlrm_jax.config import DenseOptimizerConfig, ScheduleConfig
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.schedules import make_schedule
+from sharding import TableState
+from sharding.checkpoint import load_initial_values
+from sharding.mesh import REPLICATED, sharding_on
+
+# Bits of TrainState.fault.
+NON_FINITE = 1
+INVALID_IDS = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: Updates made so far.
+        dense_params: Parameters of the dense part.
+        dense_optimizer: State of its optimizer.
+        tables: Tables and the state of theirs.
+        fault: 0, or why training cannot go on (`NON_FINITE`, `INVALID_IDS`). While it is not 0 every step is a no-op,
+            so that the state stays that of the last good step until the host has looked.
+    """
+
+    step: Int32[Any, ""]
+    dense_params: nnx.State
+    dense_optimizer: optax.OptState
+    tables: TableState
+    fault: Int32[Any, ""]
+
+
+def make_dense_optimizer(config: DenseOptimizerConfig, schedule: ScheduleConfig) -> optax.GradientTransformation:
+    """Makes the optimizer of the dense part: clipping, then weight decay, then the rule.
+
+    Args:
+        config: Its settings.
+        schedule: Multiplier of the learning rate.
+
+    Returns:
+        An optax transformation.
+    """
+    multiplier = make_schedule(schedule)
+
+    def learning_rate(step: Any) -> Any:
+        return config.learning_rate * multiplier(step)
+
+    moments: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
+    match config.name:
+        case "sgd":
+            rule = optax.sgd(learning_rate, momentum=config.momentum or None)
+        case "adagrad":
+            rule = optax.adagrad(learning_rate, initial_accumulator_value=0.0, eps=config.eps)
+        case "adam":
+            rule = optax.adam(learning_rate, **moments)
+        case "adamw":
+            rule = optax.adamw(learning_rate, **moments, weight_decay=config.weight_decay)
+        case "lamb":
+            rule = optax.lamb(learning_rate, **moments, weight_decay=config.weight_decay)
+    parts: list[optax.GradientTransformation] = [rule]
+    if config.weight_decay and config.name not in ("adamw", "lamb"):
+        parts.insert(0, optax.add_decayed_weights(config.weight_decay))
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts)
+
+
+def init_train_state(recommender: Recommender, optimizer: optax.GradientTransformation) -> TrainState:
+    """Makes the state before the first step.
+
+    Args:
+        recommender: The model.
+        optimizer: Optimizer of its dense part.
+
+    Returns:
+        The state; files of initial values have been read into their tables.
+
+    Raises:
+        InputError: A file of initial values does not fit its table.
+    """
+    dense_params = recommender.init_dense()
+    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), replicated),
+        dense_params=dense_params,
+        dense_optimizer=jax.jit(optimizer.init, out_shardings=replicated)(dense_params),
+        tables=load_initial_values(recommender.tables, recommender.tables.init()),
+        fault=jax.device_put(jnp.int32(0), replicated),
+    )
+
+
+def abstract_train_state(recommender: Recommender, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and shardings of the state, without making it.
+
+    Args:
+        recommender: The model.
+        optimizer: Optimizer of its dense part.
+
+    Returns:
+        A state of `jax.ShapeDtypeStruct`.
+    """
+    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
+
+    def on_devices(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    dense_params = recommender.abstract_dense()
+    return TrainState(
+        step=on_devices(jax.ShapeDtypeStruct((), jnp.int32)),
+        dense_params=jax.tree.map(on_devices, dense_params),
+        dense_optimizer=jax.tree.map(on_devices, jax.eval_shape(optimizer.init, dense_params)),
+        tables=recommender.tables.abstract_state(),
+        fault=on_devices(jax.ShapeDtypeStruct((), jnp.int32)),
+    )

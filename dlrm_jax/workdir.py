@@ -1,0 +1,125 @@
+"""Workdir: the folder of one run, and what it remembers of the experiment that it belongs to.
+
+config.json     the experiment and the dataset card: what may not change when the run is resumed
+checkpoints/    dense state, by step (orbax);  tables/ the tables of the same steps (sharding/checkpoint.py)
+metrics.jsonl   one line for each log window and evaluation;  tensorboard/ the same
+curves.png      the picture at the end;  result.json the result
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dlrm_jax.config import Config
+from dlrm_jax.data.card import DatasetCard
+from sharding.errors import InputError
+
+_CONFIG_FILE = "config.json"
+
+
+class Workdir:
+    """The folder of one run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path):
+        """Names the folder; touches nothing.
+
+        Args:
+            path: The folder.
+        """
+        self.path = Path(path)
+
+    @property
+    def metrics_file(self) -> Path:
+        """Where metrics are logged."""
+        return self.path / "metrics.jsonl"
+
+    def claim(self, config: Config, card: DatasetCard) -> None:
+        """Makes this the folder of an experiment, or makes sure that it already is.
+
+        Args:
+            config: The experiment.
+            card: Its dataset.
+
+        Raises:
+            InputError: The folder belongs to another experiment or dataset, or is no folder of a run.
+        """
+        path = self.path / _CONFIG_FILE
+        identity = {"config": _plain(config.identity()), "card": _plain(_card_identity(card))}
+        if path.is_file():
+            self._compare(path, identity)
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: not empty, and not the folder of a run; choose another --workdir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        body = {
+            **identity,
+            "experiment": _plain(dataclasses.asdict(config)),
+            "dataset": _plain(dataclasses.asdict(card)),
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(body, indent=1) + "\n")
+        partial.replace(path)
+
+    def read(self) -> tuple[Config, DatasetCard]:
+        """Reads the experiment that the folder belongs to.
+
+        Returns:
+            The config, and the dataset card that it was trained with.
+
+        Raises:
+            InputError: The folder is not that of a run.
+        """
+        path = self.path / _CONFIG_FILE
+        if not path.is_file():
+            raise InputError(
+                f"{path}: not there, so {self.path} is not the folder of a run; train one with scripts/train.py"
+            )
+        body = self._decode(path)
+        try:
+            return msgspec.convert(body["experiment"], Config), msgspec.convert(body["dataset"], DatasetCard)
+        except (KeyError, msgspec.ValidationError) as error:
+            raise InputError(f"{path}: written by another version ({error}); train again in a new --workdir") from error
+
+    def _compare(self, path: Path, identity: dict[str, Any]) -> None:
+        saved = self._decode(path)
+        for part, what in (("config", ""), ("card", "dataset ")):
+            was, now = saved.get(part, {}), identity[part]
+            for field in sorted(set(was) | set(now)):
+                if was.get(field) != now.get(field):
+                    raise InputError(
+                        f"{self.path}: holds a run with {what}{field} = {_brief(was.get(field))}, but now it is "
+                        f"{_brief(now.get(field))}: choose another --workdir, or restore the setting"
+                    )
+
+    def _decode(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); choose another --workdir") from error
+
+
+def _card_identity(card: DatasetCard) -> dict[str, Any]:
+    """What of a card must not change: everything that says what the samples are."""
+    fields = dataclasses.asdict(card)
+    del fields["source"], fields["attainable"]
+    identity = {name: fields.pop(name) for name in ("name", "label", "sample_weight")}
+    for kind in ("dense", "sparse"):
+        identity |= {f"{kind}.{column['name']}": column for column in fields[kind]}
+    return identity | {f"splits.{name}": summary for name, summary in fields["splits"].items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
