@@ -31,8 +31,11 @@ help:  ## list these targets
 
 venv: $(installed)/$(or $(EXTRAS),base)  ## set up .venv with what training needs (EXTRAS=test,docs adds more)
 
-train: $(installed)/$(or $(EXTRAS),base)  ## train the quickstart model on synthetic data: a few minutes on 2 cores
+train: $(installed)/$(or $(EXTRAS),base) data/synthetic/card.json  ## train the quickstart model on synthetic data: a few minutes on 2 cores
 	$(bin)/python scripts/train.py quickstart
+
+data/synthetic/card.json: | $(installed)/$(or $(EXTRAS),base)
+	$(bin)/python scripts/prepare.py synthetic --out data/synthetic
 
 test: $(installed)/test,aot$(more)  ## run the tests, those of ahead-of-time compilation for TPU and GPU among them
 	$(bin)/python -m pytest -m "not slow"

@@ -23,8 +23,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dlrm_jax.data.criteo.lines import NUM_DENSE
 from dlrm_jax.data.criteo.vocabulary import to_hexadecimal
+from dlrm_jax.data.criteo_columns import NUM_DENSE
 from dlrm_jax.data.hashing import mix64
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -7,6 +7,7 @@
 
 from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, TableConfig, TrainConfig
 from dlrm_jax.model import ModelConfig
+from sharding import Initializer
 
 
 def kuairand() -> Config:
@@ -16,7 +17,9 @@ def kuairand() -> Config:
         workdir="runs/kuairand",
         data=DataConfig(path="data/kuairand", batch_size=512),
         embedding=EmbeddingConfig(
-            default=TableConfig(dim=16, optimizer="adagrad", learning_rate=0.01),
+            default=TableConfig(
+                dim=16, optimizer="adagrad", learning_rate=0.01, initializer=Initializer(kind="uniform", scale=0.01)
+            ),
             default_pooling="mean",
             shared={
                 "video_id": ("video_id", "recent_clicked_videos", "recent_skipped_videos"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
-from dlrm_jax.data.criteo.run import DENSE_NAMES, SPARSE_NAMES
+from dlrm_jax.data.criteo_columns import DENSE_NAMES, SPARSE_NAMES
 
 
 def criteo_card(

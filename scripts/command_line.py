@@ -1,12 +1,16 @@
 """What the scripts share: configs by name, flags for their fields, and how errors end a script."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -32,7 +36,7 @@ def parse_config(arguments: Sequence[str], usage: str) -> Config:
         The config of that name with those fields.
 
     Raises:
-        InputError: An unknown config or flag; the message names the nearest.
+        InputError: An unknown config or flag, in which case the message names the nearest, or an unusable value.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         _list_configs(usage)
@@ -42,20 +46,56 @@ def parse_config(arguments: Sequence[str], usage: str) -> Config:
         raise InputError(f"no config {name!r}{_nearest(name, CONFIGS)}; there are {', '.join(CONFIGS)}")
     default = CONFIGS[name]()
     # The stated card is a value of the config's file, not a flag.
-    config, unknown = tyro.cli(
+    config = parse_flags(
         Config,
+        flags,
+        known=_fields(default),
         prog=f"{Path(sys.argv[0]).name} {name}",
         description=sys.modules[CONFIGS[name].__module__].__doc__,
         default=dataclasses.replace(default, stated=None),
-        args=flags,
-        return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs),
-        use_underscores=True,
     )
-    if unknown:
-        known = [f"--{field}" for field in _fields(default)]
-        raise InputError(f"config {name!r} has no flag {unknown[0]!r}{_nearest(unknown[0], known)}; --help lists all")
     return dataclasses.replace(config, stated=default.stated)
+
+
+def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable[str], **settings: Any) -> T:
+    """`tyro.cli`, whose errors fill a box of several lines, with errors of one line.
+
+    Args:
+        target: What to make of the command line.
+        arguments: The command line without the script's name.
+        known: Names of its flags.
+        **settings: More arguments of `tyro.cli`.
+
+    Returns:
+        An object of that class.
+
+    Raises:
+        InputError: An unknown flag, or a missing or unusable value.
+    """
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            parsed, unknown = tyro.cli(
+                target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # The title and a rule, what is wrong, a rule, what may help.
+        _, *lines = (line.strip(" │") for line in written.getvalue().splitlines())
+        below_title = itertools.dropwhile(_is_rule, lines)
+        reason = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
+        raise InputError(f"{reason.rstrip('.')}; --help lists all flags") from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        nearest = _nearest(flag, [f"--{name}" for name in known])
+        raise InputError(f"there is no flag {flag!r}{nearest}; --help lists all flags")
+    return parsed
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("-─╭╮╰╯ ")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

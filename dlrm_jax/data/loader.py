@@ -1,6 +1,6 @@
 """Loader: the batches of one split, in the order of order.py, made ahead of time by background threads.
 
-The pipeline, in grain's terms; each ``|`` is a buffer that a thread fills:
+The pipeline, in grain's terms; each ``|`` is a buffer that a thread fills::
 
     row groups in the order of first need   RowGroups.read: pyarrow, checks, numpy columns     ``threads`` threads
      |

@@ -13,9 +13,10 @@ from pathlib import Path
 from dlrm_jax.data.card import DatasetCard, DenseColumn
 from dlrm_jax.data.criteo.count import count_ids, place_splits
 from dlrm_jax.data.criteo.rows import write_rows
-from dlrm_jax.data.criteo.run import DENSE_NAMES, Progress, Run
+from dlrm_jax.data.criteo.run import Progress, Run
 from dlrm_jax.data.criteo.spec import CriteoSpec, check_spec, list_files
 from dlrm_jax.data.criteo.tables import make_vocabularies
+from dlrm_jax.data.criteo_columns import DENSE_NAMES
 from dlrm_jax.data.journal import Journal
 from dlrm_jax.data.resume import begin_dataset, finish_dataset
 from dlrm_jax.data.writer import ROWS_PER_FILE

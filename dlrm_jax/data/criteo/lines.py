@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.csv
 from jaxtyping import Bool, Float32, Int64, UInt32
 
+from dlrm_jax.data.criteo_columns import NUM_DENSE, NUM_SPARSE
 from sharding.errors import InputError
 
-NUM_DENSE = 13
-NUM_SPARSE = 26
 BLOCK_BYTES = 4 << 20
 _COLUMNS = [f"{i}" for i in range(1 + NUM_DENSE + NUM_SPARSE)]
 _TYPES = {name: pa.int64() if 1 <= i <= NUM_DENSE else pa.binary() for i, name in enumerate(_COLUMNS)}

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from dlrm_jax.data.criteo.lines import NUM_DENSE, NUM_SPARSE, MalformedLine
+from dlrm_jax.data.criteo.lines import MalformedLine
 from dlrm_jax.data.criteo.spec import CriteoSpec
 from dlrm_jax.data.journal import Journal
 from dlrm_jax.data.rejects import Rejects
 
-DENSE_NAMES = tuple(f"int_{i}" for i in range(NUM_DENSE))
-SPARSE_NAMES = tuple(f"cat_{i}" for i in range(NUM_SPARSE))
 SPLITS = ("train", "validation", "test")
 # More threads gain little, since one thread reads and one writes; each holds some blocks.
 _MAX_THREADS = 4

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dlrm_jax.data.card import Frequencies, SparseColumn
-from dlrm_jax.data.criteo.lines import NUM_SPARSE
-from dlrm_jax.data.criteo.run import SPARSE_NAMES, Run
+from dlrm_jax.data.criteo.run import Run
 from dlrm_jax.data.criteo.vocabulary import (
     CountedIds,
     check_memory,
@@ -16,6 +15,7 @@ from dlrm_jax.data.criteo.vocabulary import (
     count_hashed_rows,
     write_vocabulary,
 )
+from dlrm_jax.data.criteo_columns import NUM_SPARSE, SPARSE_NAMES
 from dlrm_jax.data.multi_hot import POOLING_FACTORS, expand_bags
 from dlrm_jax.data.writer import summarise_frequencies
 

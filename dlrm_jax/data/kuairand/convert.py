@@ -52,8 +52,9 @@ def prepare_kuairand(
     impressions with a smaller ``time_ms``, of whichever split. Nothing that is known only after a click is a feature
     of its own impression. An interrupted conversion starts again from the beginning.
 
-    Memory: the tables of users and videos, sums for each key of the history and about 60 recent events of each user
-    (some 3 kB a user), and the rows of one day at a time (about 1 kB each while they are converted).
+    Memory: the tables of users and videos; the rows of one day at a time, about 1 kB each; at most 60 recent events
+    of each user, about 40 bytes each; and 40 bytes for each key of a past rate that occurred. Most of those keys are
+    pairs of user and author or tag, up to about two for each line of the log: so up to 80 bytes a line.
 
     Args:
         source: Folder with ``log_standard*.csv``, ``user_features_pure.csv`` and ``video_features_basic_pure.csv``.
@@ -103,8 +104,8 @@ def prepare_kuairand(
             days = spill_days(files, out / WORK_FOLDER, rejects, advance)
 
         def read_joined() -> Iterator[pl.DataFrame]:
-            ends = [train_until, validation_until]
-            split = pl.col("date").cut(ends, labels=list(_SPLITS)).cast(pl.String).alias("split")
+            later = pl.when(pl.col("date") <= validation_until).then(pl.lit("validation")).otherwise(pl.lit("test"))
+            split = pl.when(pl.col("date") <= train_until).then(pl.lit("train")).otherwise(later).alias("split")
             for day in read_days(days):
                 yield join_features(day, users, videos).with_columns(split)
 
@@ -183,8 +184,8 @@ def _write(
         for day in days:
             rows = day
             if history:
-                keys = [pl.col(name).fill_null(-1) for name in ("author_id",)] + [pl.col("music_id").fill_null("")]
-                rows = pl.concat([day, history.before(day.with_columns(keys))], how="horizontal")
+                keyed = day.with_columns(pl.col("author_id").fill_null(-1), pl.col("music_id").fill_null(""))
+                rows = pl.concat([day, history.advance(keyed)], how="horizontal")
             rows = rows.with_columns(pl.col("is_click").alias(draft.label))
             rows = rows.with_columns(
                 vocabularies[shared[column.name]].ids(rows[column.name]) for column in draft.sparse

@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int
 
+from dlrm_jax.data.kuairand.features import HISTORY_BAGS
+
 TIME = "time_ms"
 CLICK = "is_click"
 LONG_VIEW = "long_view"
@@ -61,10 +63,10 @@ _NEVER_SECONDS = 30 * 86_400.0
 
 
 def dense_history_names() -> tuple[str, ...]:
-    """Returns the names of the dense features that `History.before` makes, in order."""
+    """Returns the names of the dense features that `History.advance` makes, in order."""
     rates = [f"past_{rate.name}_{kind}" for rate in PAST_RATES for kind in rate.emit]
     recent = [f"past_user_rate_last_{count}" for count in RECENT_RATES]
-    return (*rates, *recent, "seconds_since_impression", "seconds_since_click")
+    return (*rates, *recent, "log_seconds_since_impression", "log_seconds_since_click")
 
 
 class PastSums:
@@ -209,24 +211,23 @@ class History:
         self._clicks = RecentEvents(limit=max_recent)
         self._skips = RecentEvents(limit=max_recent)
 
-    def before(self, block: pl.DataFrame) -> pl.DataFrame:
-        """Returns the features of each impression of the next block, then counts the block as past.
+    def advance(self, block: pl.DataFrame) -> pl.DataFrame:
+        """Returns the features of each impression of the next block, which is in the past from then on.
 
         Args:
             block: Impressions in order of time: ``user_id``, ``video_id``, ``author_id``, ``music_id``, ``first_tag``,
                 ``tab``, ``time_ms``, ``is_click`` and ``long_view``, without nulls.
 
         Returns:
-            The dense features, as `dense_history_names` lists them, and the lists ``recent_clicked_videos``,
-            ``recent_clicked_authors``, ``recent_clicked_tags`` and ``recent_skipped_videos``, of raw values.
+            The dense features, as `dense_history_names` lists them, and the bags of `HISTORY_BAGS`, of raw values.
         """
         rates = self._rates(block)
         impressions = self._impressions.before(block, block.select("user_id", TIME, CLICK))
-        columns = [pl.Series(name, values) for name, values in rates.items() if name in dense_history_names()]
+        features: dict[str, np.ndarray | pl.Series] = dict(rates)
         for newest in RECENT_RATES:
-            clicks, count = impressions.sums(CLICK, newest)
-            rate = (clicks + _RECENT_STRENGTH * rates["past_user_rate"]) / (count + _RECENT_STRENGTH)
-            columns.append(pl.Series(f"past_user_rate_last_{newest}", rate))
+            num_clicked, count = impressions.sums(CLICK, newest)
+            rate = (num_clicked + _RECENT_STRENGTH * rates["past_user_rate"]) / (count + _RECENT_STRENGTH)
+            features[f"past_user_rate_last_{newest}"] = rate
         remembered = ["user_id", TIME, "video_id", "author_id", "first_tag"]
         clicked = block.filter(pl.col(CLICK) == 1).select(remembered)
         skipped = block.filter(pl.col(CLICK) == 0).select(remembered)
@@ -234,15 +235,15 @@ class History:
         skips = self._skips.before(block, skipped)
         for name, view in (("seconds_since_impression", impressions), ("seconds_since_click", clicks)):
             seconds = ((block[TIME] - view.last(TIME)) / 1000.0).fill_null(_NEVER_SECONDS)
-            columns.append(seconds.log1p().alias(name))
-        columns.append(clicks.bags("video_id").alias("recent_clicked_videos"))
-        columns.append(clicks.bags("author_id").alias("recent_clicked_authors"))
-        columns.append(clicks.bags("first_tag").alias("recent_clicked_tags"))
-        columns.append(skips.bags("video_id").alias("recent_skipped_videos"))
+            features[f"log_{name}"] = seconds.log1p()
+        features["recent_clicked_videos"] = clicks.bags("video_id")
+        features["recent_clicked_authors"] = clicks.bags("author_id")
+        features["recent_clicked_tags"] = clicks.bags("first_tag")
+        features["recent_skipped_videos"] = skips.bags("video_id")
         self._impressions = self._impressions.after(block.select("user_id", TIME, CLICK))
         self._clicks = self._clicks.after(clicked)
         self._skips = self._skips.after(skipped)
-        return pl.DataFrame(columns)
+        return pl.DataFrame(features).select(*dense_history_names(), *HISTORY_BAGS)
 
     def _rates(self, block: pl.DataFrame) -> dict[str, np.ndarray]:
         """Returns every past rate, those that only serve as priors included."""

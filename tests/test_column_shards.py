@@ -1,0 +1,107 @@
+"""Updates of column shards in two passes equal those of whole rows, bit for bit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import NUM_ROWS, lines_of, table_of
+from update_cases import (
+    Tables,
+    a_batch,
+    each_implementation,
+    gradients_of,
+    numbers_of_rows,
+    slots_of,
+    slots_of_ids,
+    update,
+)
+
+from pallas_kernels import ROW_OPTIMIZERS, row_statistics
+from pallas_kernels.row_optimizers import sum_blocks
+
+
+def columns_of(tables: Tables, width: int, columns: slice) -> Tables:
+    """The store of a column shard."""
+
+    def cut(lines: jax.Array) -> jax.Array:
+        return lines_of(np.asarray(lines).reshape(NUM_ROWS, width)[:, columns].copy())
+
+    return Tables(cut(tables.weights), tuple(cut(state) for state in tables.element_state), tables.row_state)
+
+
+@functools.cache
+def compiled_statistics(implementation: str, rule: str, width: int):
+    return jax.jit(
+        functools.partial(row_statistics, optimizer=ROW_OPTIMIZERS[rule], width=width, implementation=implementation)
+    )
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "partial_rowwise_adam", "lamb"])
+@pytest.mark.parametrize("shards", [(slice(0, 16), slice(16, 32)), (slice(0, 32), slice(32, 64))])
+def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_for_bit(
+    implementation: str, rule: str, shards: tuple[slice, ...]
+) -> None:
+    width = shards[-1].stop
+    whole = Tables.fresh(rule, table_of(width))
+    parts = [columns_of(whole, width, shard) for shard in shards]
+    slots = slots_of(width)
+    for step in (1, 2, 3):
+        ids, gradients = a_batch(step), gradients_of(width, seed=step)
+        whole = update(implementation, rule, whole, ids, gradients, step=step, slots=slots, weights=ids.weights)
+        of_blocks = [
+            compiled_statistics(implementation, rule, shard.stop - shard.start)(
+                part.weights,
+                part.element_state,
+                part.row_state,
+                ids.rows,
+                slots_of_ids(ids.rows),
+                ids.offsets,
+                gradients[:, shard],
+                ids.weights,
+                slots=slots,
+                step=jnp.int32(step),
+            )
+            for shard, part in zip(shards, parts, strict=True)
+        ]
+        blocks = jnp.concatenate(of_blocks, axis=1)
+        statistics = jnp.concatenate([sum_blocks(blocks[:, :, k]) for k in range(blocks.shape[2])], axis=1)
+        parts = [
+            update(
+                implementation,
+                rule,
+                part,
+                ids,
+                gradients[:, shard],
+                step=step,
+                slots=dataclasses.replace(slots, first_column=jnp.full(3, shard.start, jnp.uint32)),
+                weights=ids.weights,
+                statistics=statistics,
+            )
+            for shard, part in zip(shards, parts, strict=True)
+        ]
+        for shard, part in zip(shards, parts, strict=True):
+            for wanted, result in zip(columns_of(whole, width, shard).bits(), part.bits(), strict=True):
+                np.testing.assert_array_equal(result, wanted)
+
+
+@each_implementation
+def test_stochastic_rounding_of_a_column_shard_then_the_bits_of_the_whole_rows_columns(implementation: str) -> None:
+    rows = table_of(32, dtype=jnp.bfloat16)
+    ids, gradients = a_batch(), gradients_of(32)
+    whole = update(implementation, "sgd", Tables(lines_of(rows), (), ()), ids, gradients, storage_rounding="stochastic")
+    for first in (0, 16):
+        columns = slice(first, first + 16)
+        shard = update(
+            implementation,
+            "sgd",
+            Tables(lines_of(rows[:, columns].copy()), (), ()),
+            ids,
+            gradients[:, columns],
+            slots=slots_of(16, first_column=jnp.full(3, first, jnp.uint32)),
+            storage_rounding="stochastic",
+        )
+        np.testing.assert_array_equal(numbers_of_rows(shard, 16)[0], numbers_of_rows(whole, 32)[0][:, columns])

@@ -1,0 +1,149 @@
+"""pooled_lookup, every implementation, against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, lines_of, pooled, table_of
+
+from pallas_kernels import pooled_lookup
+from pallas_kernels.lookup import IMPLEMENTATIONS
+
+LONGEST_BAG = 9
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@functools.cache
+def compiled(implementation: str, width: int, longest_bag: int | None):
+    return jax.jit(
+        functools.partial(pooled_lookup, width=width, longest_bag=longest_bag, implementation=implementation)
+    )
+
+
+def look_up(implementation, table, ids, weights=None, *, longest_bag=None) -> np.ndarray:
+    function = compiled(implementation, table.shape[1], longest_bag)
+    return np.asarray(function(lines_of(table), ids.rows, ids.offsets, weights))
+
+
+@each_implementation
+@pytest.mark.parametrize("width", WIDTHS)
+@settings(deadline=None, max_examples=12)
+@given(ids=batches(longest_bag=LONGEST_BAG))
+def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(implementation: str, width: int, ids: Ids) -> None:
+    table = table_of(width)
+    for weights in (None, ids.weights):
+        result = look_up(implementation, table, ids, weights)
+        np.testing.assert_array_equal(result, pooled(table, ids, weights, np.float32))
+        terms = pooled(np.abs(table), ids, None if weights is None else np.abs(weights))
+        # Each of at most LONGEST_BAG products and sums rounds once.
+        error = np.abs(result - pooled(table, ids, weights))
+        assert (error <= (LONGEST_BAG + 1) * 2.0**-24 * terms).all()
+
+
+@each_implementation
+@pytest.mark.parametrize("width", [8, 64, 384])
+@settings(deadline=None, max_examples=8)
+@given(ids=batches(longest_bag=LONGEST_BAG))
+def test_lookup_when_the_longest_bag_is_promised_then_the_same_bits(implementation: str, width: int, ids: Ids) -> None:
+    table = table_of(width)
+    for weights in (None, ids.weights):
+        np.testing.assert_array_equal(
+            look_up(implementation, table, ids, weights, longest_bag=LONGEST_BAG),
+            look_up(implementation, table, ids, weights),
+        )
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("width", [8, 128, 384])
+def test_lookup_in_a_16_bit_store_then_sums_in_float32(implementation: str, width: int, dtype) -> None:
+    random = np.random.default_rng(1)
+    ids = Ids(
+        rows=random.integers(0, NUM_ROWS, NUM_IDS).astype(np.int32),
+        offsets=np.arange(0, NUM_IDS + 1, 4, dtype=np.int32),
+        weights=random.normal(size=NUM_IDS).astype(np.float32),
+    )
+    table = table_of(width, dtype=dtype)
+    result = look_up(implementation, table, ids, ids.weights)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, pooled(table, ids, ids.weights, np.float32))
+
+
+@each_implementation
+@pytest.mark.parametrize("longest_bag", [None, 0, 3])
+def test_lookup_when_there_are_no_ids_then_zeros(implementation: str, longest_bag: int | None) -> None:
+    ids = Ids(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
+    for weights in (None, ids.weights):
+        result = look_up(implementation, table_of(16), ids, weights, longest_bag=longest_bag)
+        np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
+
+
+@each_implementation
+@pytest.mark.parametrize("longest_bag", [None, 0, 3])
+def test_lookup_when_every_bag_is_empty_then_zeros(implementation: str, longest_bag: int | None) -> None:
+    rows, weights = np.zeros(NUM_IDS, np.int32), np.full(NUM_IDS, np.nan, np.float32)
+    ids = Ids(rows=rows, offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=weights)
+    result = look_up(implementation, table_of(16), ids, weights, longest_bag=longest_bag)
+    np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
+
+
+@each_implementation
+@pytest.mark.parametrize("longest_bag", [None, 3])
+@pytest.mark.parametrize("num_ids", [0, 5])
+def test_lookup_when_there_are_no_bags_then_nothing(implementation: str, num_ids: int, longest_bag) -> None:
+    ids = Ids(rows=np.zeros(num_ids, np.int32), offsets=np.zeros(1, np.int32), weights=np.ones(num_ids, np.float32))
+    assert look_up(implementation, table_of(16), ids, ids.weights, longest_bag=longest_bag).shape == (0, 16)
+
+
+@each_implementation
+@pytest.mark.parametrize("longest_bag", [None, 1])
+@pytest.mark.parametrize("row", NOWHERE)
+def test_lookup_of_a_row_outside_the_store_then_zeros(implementation: str, row: int, longest_bag: int | None) -> None:
+    offsets = np.minimum(np.arange(NUM_BAGS + 1, dtype=np.int32), 1)
+    ids = Ids(rows=np.full(1, row, np.int32), offsets=offsets, weights=np.ones(1, np.float32))
+    result = look_up(implementation, table_of(16), ids, longest_bag=longest_bag)
+    np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
+
+
+@each_implementation
+def test_lookup_one_id_a_bag_then_the_rows_themselves(implementation: str) -> None:
+    rows = np.random.default_rng(0).integers(0, NUM_ROWS, NUM_IDS).astype(np.int32)
+    ids = Ids(rows=rows, offsets=np.arange(NUM_IDS + 1, dtype=np.int32), weights=np.ones(NUM_IDS, np.float32))
+    table = table_of(32)
+    np.testing.assert_array_equal(look_up(implementation, table, ids, longest_bag=1), table[rows])
+
+
+@each_implementation
+def test_lookup_five_times_then_the_same_bits(implementation: str) -> None:
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 3, NUM_IDS).astype(np.int32)
+    ids = Ids(rows=rows, offsets=np.array([0] * NUM_BAGS + [NUM_IDS], np.int32), weights=random.normal(size=NUM_IDS))
+    weights = ids.weights.astype(np.float32)
+    results = [look_up(implementation, table_of(64), ids, weights) for _ in range(5)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize(
+    ("store", "options", "message"),
+    [
+        (jnp.zeros((6, 128)), {"width": 24}, "width 24 is not stored: rows are padded to 8, 16, 32, 64, 128 or"),
+        (jnp.zeros((6, 128)), {"width": 0}, "width 0 is not stored"),
+        (jnp.zeros((6, 128)), {"width": 192}, "width 192 is not stored"),
+        (jnp.zeros((7, 128)), {"width": 384}, "a store of 896 elements is no whole number of rows of width 384"),
+        (jnp.zeros((6, 128), jnp.int32), {"width": 8}, "a store of int32 is not supported; use float32, bfloat16 or"),
+        (
+            jnp.zeros((6, 128)),
+            {"width": 8, "implementation": "cuda"},
+            "implementation 'cuda' does not exist; there are",
+        ),
+    ],
+)
+def test_lookup_when_the_call_is_wrong_then_an_error_says_how(store, options: dict, message: str) -> None:
+    rows, offsets = jnp.zeros(1, jnp.int32), jnp.array([0, 1], jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        pooled_lookup(store, rows, offsets, **options)

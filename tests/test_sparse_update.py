@@ -1,0 +1,233 @@
+"""sparse_update, every implementation, against numpy."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, table_of
+from row_oracle import ELEMENT_STATES, RULES, gradients_of_rows, updated_row
+from update_cases import (
+    HYPER,
+    ROWS_PER_SHARD,
+    Tables,
+    a_batch,
+    each_implementation,
+    gradients_of,
+    numbers_of_rows,
+    slots_of,
+    update,
+)
+
+from pallas_kernels import ROW_OPTIMIZERS, row_statistics, sparse_update
+from pallas_kernels.xla import RUN_BLOCK
+
+# float32 against float64 over three updates of numbers of about 1. What loses most is 1 - beta2**step.
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def check_updates(implementation: str, rule: str, width: int, steps: list[tuple[int, Ids]], *, weighted: bool) -> None:
+    """Runs updates of chosen numbers and compares everything with the float64 rule after each."""
+    tables = Tables.fresh(rule, table_of(width))
+    slots = slots_of(width)
+    hyper = [{name: float(getattr(slots, name)[slot]) for name in (*HYPER, "dim")} for slot in range(3)]
+    expected = [values.astype(np.float64) for values in numbers_of_rows(tables, width)]
+    for step, ids in steps:
+        gradients = gradients_of(width, seed=step)
+        weights = ids.weights if weighted else None
+        before = numbers_of_rows(tables, width)
+        tables = update(implementation, rule, tables, ids, gradients, step=step, weights=weights)
+        sums = gradients_of_rows(ids.rows, ids.bags, gradients, weights)
+        touched = [row for row in sums if 0 <= row < NUM_ROWS]
+        for row in touched:
+            state = [values[row] for values in expected[1:]]
+            new_row, new_state = updated_row(
+                rule, expected[0][row], state, sums[row], step=step, **hyper[row // ROWS_PER_SHARD]
+            )
+            for values, value in zip(expected, [new_row, *new_state], strict=True):
+                values[row] = value
+        untouched = np.setdiff1d(np.arange(NUM_ROWS), touched)
+        for was, now, wanted in zip(before, numbers_of_rows(tables, width), expected, strict=True):
+            np.testing.assert_allclose(now, wanted, **TOLERANCE)
+            np.testing.assert_array_equal(now[untouched], was[untouched])
+
+
+update_numbers = st.lists(st.sampled_from([1, 2, 3, 10, 1000, 100_000]), min_size=3, max_size=3).map(sorted)
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", RULES)
+@settings(deadline=None, max_examples=8)
+@given(data=st.data(), numbers=update_numbers, weighted=st.booleans())
+def test_three_updates_then_equal_the_rule_in_float64(implementation, rule, data, numbers, weighted) -> None:
+    steps = [(number, data.draw(batches())) for number in numbers]
+    check_updates(implementation, rule, 16, steps, weighted=weighted)
+
+
+@each_implementation
+@pytest.mark.parametrize("width", [width for width in WIDTHS if width != 16])
+@settings(deadline=None, max_examples=3)
+@given(ids=batches())
+def test_an_update_of_any_width_then_equals_the_rule_in_float64(implementation: str, width: int, ids: Ids) -> None:
+    check_updates(implementation, "partial_rowwise_adam", width, [(1, ids), (2, ids)], weighted=False)
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", RULES)
+def test_an_update_then_rows_without_ids_keep_their_bits(implementation: str, rule: str) -> None:
+    width, touched_rows = 16, 40
+    strange = np.array([np.nan, -np.nan, np.inf, -0.0, 1e-45, -1e-40, 3e38, 0.1], np.float32)
+    rows = np.resize(strange, (NUM_ROWS, width))
+    rows[:touched_rows] = table_of(width)[:touched_rows]
+    tables = Tables.fresh(rule, rows)
+    # Every second row: its neighbours lie on the same line.
+    ids = a_batch(num_rows=touched_rows // 2)
+    ids = dataclasses.replace(ids, rows=2 * ids.rows)
+    after = update(implementation, rule, tables, ids, gradients_of(width))
+    untouched = np.setdiff1d(np.arange(NUM_ROWS), ids.rows)
+    for was, now in zip(tables.bits()[: 1 + ELEMENT_STATES[rule]], after.bits(), strict=False):
+        np.testing.assert_array_equal(now.reshape(NUM_ROWS, width)[untouched], was.reshape(NUM_ROWS, width)[untouched])
+    assert (
+        after.bits()[0].reshape(NUM_ROWS, width)[ids.rows] != tables.bits()[0].reshape(NUM_ROWS, width)[ids.rows]
+    ).any()
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", RULES)
+def test_an_update_when_no_id_names_a_row_then_every_bit_stays(implementation: str, rule: str) -> None:
+    tables = Tables.fresh(rule, table_of(16))
+    nowhere = dataclasses.replace(a_batch(), rows=np.resize(np.array(NOWHERE, np.int64), NUM_IDS).astype(np.int32))
+    padding_only = dataclasses.replace(a_batch(), offsets=np.zeros(NUM_BAGS + 1, np.int32))
+    for ids in (nowhere, padding_only):
+        after = update(implementation, rule, tables, ids, np.full((NUM_BAGS, 16), np.nan, np.float32))
+        for was, now in zip(tables.bits(), after.bits(), strict=True):
+            np.testing.assert_array_equal(now, was)
+
+
+@each_implementation
+def test_an_update_of_no_ids_then_every_bit_stays(implementation: str) -> None:
+    tables = Tables.fresh("lamb", table_of(16))
+    none = Ids(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
+    after = update(implementation, "lamb", tables, none, gradients_of(16), weights=none.weights)
+    for was, now in zip(tables.bits(), after.bits(), strict=True):
+        np.testing.assert_array_equal(now, was)
+    statistics = row_statistics(
+        tables.weights,
+        tables.element_state,
+        tables.row_state,
+        jnp.asarray(none.rows),
+        jnp.asarray(none.rows),
+        jnp.asarray(none.offsets),
+        jnp.asarray(gradients_of(16)),
+        slots=slots_of(16),
+        step=jnp.int32(1),
+        optimizer=ROW_OPTIMIZERS["lamb"],
+        width=16,
+        implementation=implementation,
+    )
+    assert statistics.shape == (0, 1, 2)
+
+
+@each_implementation
+def test_a_nan_in_one_bags_gradient_then_only_that_bags_rows_become_nan(implementation: str) -> None:
+    ids = a_batch()
+    gradients = gradients_of(16)
+    bag = int(ids.lengths.argmax())
+    gradients[bag] = np.nan
+    after = update(implementation, "adagrad", Tables.fresh("adagrad", table_of(16)), ids, gradients)
+    poisoned = np.isnan(numbers_of_rows(after, 16)[0]).any(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(poisoned), np.unique(ids.rows[ids.bags == bag]))
+
+
+def in_stated_order(rows: np.ndarray, contributions: np.ndarray, num_rows: int) -> np.ndarray:
+    """Adds contributions in float32, in blocks of RUN_BLOCK of each row, then the blocks."""
+    sums = np.zeros((num_rows, contributions.shape[1]), np.float32)
+    for row in np.unique(rows):
+        mine = contributions[rows == row]
+        for start in range(0, len(mine), RUN_BLOCK):
+            block = np.zeros(contributions.shape[1], np.float32)
+            for contribution in mine[start : start + RUN_BLOCK]:
+                block += contribution
+            sums[row] += block
+    return sums
+
+
+@each_implementation
+@pytest.mark.parametrize("hot", [0, RUN_BLOCK, RUN_BLOCK + 1, 5 * RUN_BLOCK - 40])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_rows_gradients_then_added_in_the_stated_order_bit_for_bit(implementation, hot: int, weighted: bool) -> None:
+    num_ids, width = 5 * RUN_BLOCK, 16
+    random = np.random.default_rng(hot)
+    rows = random.integers(0, NUM_ROWS - 1, num_ids) if not hot else random.integers(0, 8, num_ids) + 1
+    rows[random.permutation(num_ids)[:hot]] = NUM_ROWS - 1 if hot else 0
+    ids = Ids(
+        rows=rows.astype(np.int32),
+        offsets=np.linspace(0, num_ids, NUM_BAGS + 1).astype(np.int32),
+        weights=random.normal(size=num_ids).astype(np.float32),
+    )
+    gradients = gradients_of(width) * np.float32(1e3) ** random.integers(-1, 2, (NUM_BAGS, 1)).astype(np.float32)
+    contributions = gradients[ids.bags] * (ids.weights[:, None] if weighted else np.float32(1))
+    # Subtracting the sum itself from the row: nothing but the sum is rounded before.
+    slots = slots_of(width, learning_rate=jnp.ones(3), weight_decay=jnp.zeros(3))
+    table = table_of(width)
+    after = update(
+        implementation,
+        "sgd",
+        Tables.fresh("sgd", table),
+        ids,
+        gradients,
+        slots=slots,
+        weights=ids.weights if weighted else None,
+    )
+    expected = table - in_stated_order(ids.rows, contributions, NUM_ROWS)
+    np.testing.assert_array_equal(numbers_of_rows(after, width)[0], expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "lamb"])
+def test_an_update_five_times_then_the_same_bits(implementation: str, rule: str) -> None:
+    tables = Tables.fresh(rule, table_of(16))
+    results = [update(implementation, rule, tables, a_batch(num_rows=3), gradients_of(16)).bits() for _ in range(5)]
+    for result in results[1:]:
+        for was, now in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 24}, "width 24 is not stored"),
+        ({"implementation": "cuda"}, "implementation 'cuda' does not exist"),
+        ({"element_state": ()}, r"adagrad keeps 1 elementwise and 0 row-wise states .* was given 0 and 0"),
+        ({"row_state": (jnp.zeros((1, 128)),)}, "but was given 1 and 1"),
+        (
+            {"element_state": (jnp.zeros((8, 128), jnp.bfloat16),)},
+            "optimizer state is kept in float32, but was given as",
+        ),
+        (
+            {"element_state": (jnp.zeros((9, 128)),)},
+            "'sum_of_squares' has 1152 elements, but the store it belongs to has",
+        ),
+    ],
+)
+@pytest.mark.parametrize("operation", [sparse_update, row_statistics])
+def test_an_update_when_the_call_is_wrong_then_an_error_says_how(operation, change: dict, message: str) -> None:
+    arguments = {
+        "store": jnp.zeros((8, 128)),
+        "element_state": (jnp.zeros((8, 128)),),
+        "row_state": (),
+        "rows": jnp.zeros(1, jnp.int32),
+        "slots_of_ids": jnp.zeros(1, jnp.int32),
+        "offsets": jnp.array([0, 1], jnp.int32),
+        "gradients": jnp.zeros((1, 16)),
+        "slots": slots_of(16),
+        "step": jnp.int32(1),
+        "optimizer": ROW_OPTIMIZERS["adagrad"],
+        "width": 16,
+    }
+    if operation is sparse_update:
+        arguments |= {"logical_rows": jnp.zeros((1, 1), jnp.uint32), "seed": jnp.uint32(0)}
+    with pytest.raises(ValueError, match=message):
+        operation(**(arguments | change))

@@ -1,0 +1,71 @@
+"""Updates of bfloat16 and float16 stores."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import NUM_ROWS, Ids, lines_of, table_of
+from update_cases import Tables, a_batch, each_implementation, gradients_of, numbers_of_rows, slots_of, update
+
+SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("rule", ["adagrad", "rowwise_adagrad"])
+def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation: str, rule: str, dtype) -> None:
+    rows = table_of(16, dtype=dtype)
+    narrow = Tables.fresh(rule, rows.astype(np.float32))
+    narrow.weights = lines_of(rows)
+    wide = Tables.fresh(rule, rows.astype(np.float32))
+    ids, gradients = a_batch(), gradients_of(16)
+    wide = update(implementation, rule, wide, ids, gradients)
+    nearest = update(implementation, rule, narrow, ids, gradients)
+    stochastic = update(implementation, rule, narrow, ids, gradients, storage_rounding="stochastic")
+    exact = numbers_of_rows(wide, 16)[0]
+    for result in (nearest, stochastic):
+        assert result.weights.dtype == dtype
+        for was, now in zip(wide.bits()[1:], result.bits()[1:], strict=True):
+            np.testing.assert_array_equal(now, was)
+    np.testing.assert_array_equal(numbers_of_rows(nearest, 16)[0], exact.astype(jnp.dtype(dtype)))
+    rounded = numbers_of_rows(stochastic, 16)[0].astype(np.float32)
+    spacing = np.maximum(np.abs(exact), 6e-5) * (2.0**-7 if dtype == jnp.bfloat16 else 2.0**-10)
+    assert (np.abs(rounded - exact) <= spacing).all()
+    assert (rounded != numbers_of_rows(nearest, 16)[0].astype(np.float32)).any()
+    untouched = np.setdiff1d(np.arange(NUM_ROWS), ids.rows)
+    np.testing.assert_array_equal(rounded[untouched], rows[untouched].astype(np.float32))
+
+
+def rounded_rows(implementation: str, dtype, *, places: np.ndarray, table: int = 7, **options) -> np.ndarray:
+    """Four logical rows, updated where they lie in the store: equal numbers and gradients, whatever the places."""
+    rows, logical = table_of(16, seed=9, dtype=dtype), np.array([3, 9, 17, 30])
+    rows[places] = table_of(16, seed=1, dtype=dtype)[:4]
+    tables = Tables(lines_of(rows), (), ())
+    order = np.argsort(places, kind="stable")
+    ids = Ids(rows=places[order].astype(np.int32), offsets=np.arange(5, dtype=np.int32), weights=np.ones(4, np.float32))
+    slots = slots_of(
+        16, table=jnp.full(3, table, jnp.uint32), learning_rate=jnp.full(3, 0.1), weight_decay=jnp.zeros(3)
+    )
+    after = update(
+        implementation,
+        "sgd",
+        tables,
+        ids,
+        gradients_of(16)[:4][order],
+        slots=slots,
+        storage_rounding="stochastic",
+        **{"logical_rows": logical[order].astype(np.uint32)[:, None], "step": 4, "seed": 2} | options,
+    )
+    return numbers_of_rows(after, 16)[0][places].astype(np.float32)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_stochastic_rounding_of_an_update_then_depends_on_seed_step_table_row_and_column_only(
+    implementation: str, dtype
+) -> None:
+    here = rounded_rows(implementation, dtype, places=np.array([0, 1, 2, 3]))
+    elsewhere = rounded_rows(implementation, dtype, places=np.array([80, 33, 5, 60]))
+    np.testing.assert_array_equal(here, elsewhere)
+    other_rows = np.array([[4], [10], [18], [31]], np.uint32)
+    for change in ({"seed": 3}, {"step": 5}, {"table": 8}, {"logical_rows": other_rows}):
+        assert (rounded_rows(implementation, dtype, places=np.array([0, 1, 2, 3]), **change) != here).any()

@@ -1,0 +1,137 @@
+"""Stores, slots and batches for sparse_update.
+
+Letters: R rows, w columns.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, lines_of
+from row_oracle import ELEMENT_STATES, ROW_STATES
+
+from pallas_kernels import ROW_OPTIMIZERS, Slots, sparse_update
+from pallas_kernels.lookup import IMPLEMENTATIONS
+
+# Three shards lie one after the other in the store; no two agree in a hyperparameter.
+ROWS_PER_SHARD = NUM_ROWS // 3
+HYPER = {
+    "learning_rate": (0.1, 0.03, 0.5),
+    "weight_decay": (0.01, 0.0, 0.2),
+    "eps": (1e-8, 1e-3, 1e-5),
+    "beta1": (0.9, 0.5, 0.0),
+    "beta2": (0.999, 0.9, 0.99),
+}
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def slots_of(width: int, **changes: jax.Array) -> Slots:
+    slots = Slots(
+        first_row=jnp.arange(3, dtype=jnp.int32) * ROWS_PER_SHARD,
+        first_scalar=jnp.arange(3, dtype=jnp.int32) * 128,
+        table=jnp.array([101, 7, 2**32 - 1], jnp.uint32),
+        first_column=jnp.zeros(3, jnp.uint32),
+        # What a mean divides by: fewer columns where some are padding, more where others are elsewhere.
+        dim=jnp.array([width, width - 3, 2 * width], jnp.float32),
+        **{name: jnp.array(values, jnp.float32) for name, values in HYPER.items()},
+    )
+    return dataclasses.replace(slots, **changes)
+
+
+@dataclasses.dataclass
+class Tables:
+    """The stores of one rule: weights, elementwise state, row-wise state."""
+
+    weights: jax.Array
+    element_state: tuple[jax.Array, ...]
+    row_state: tuple[jax.Array, ...]
+
+    @classmethod
+    def fresh(cls, rule: str, rows: np.ndarray) -> "Tables":
+        num_lines = rows.size // 128
+        return cls(
+            weights=lines_of(rows),
+            element_state=tuple(jnp.zeros((num_lines, 128)) for _ in range(ELEMENT_STATES[rule])),
+            row_state=tuple(jnp.zeros((3, 128)) for _ in range(ROW_STATES[rule])),
+        )
+
+    def bits(self) -> list[np.ndarray]:
+        """Every array, as integers, so that NaN equals NaN and -0 is not 0."""
+        arrays = [np.asarray(a) for a in (self.weights, *self.element_state, *self.row_state)]
+        return [a.view(np.uint16 if a.dtype.itemsize == 2 else np.uint32) for a in arrays]
+
+
+@functools.cache
+def compiled(implementation: str, rule: str, width: int, storage_rounding: str = "nearest"):
+    return jax.jit(
+        functools.partial(
+            sparse_update,
+            optimizer=ROW_OPTIMIZERS[rule],
+            width=width,
+            storage_rounding=storage_rounding,
+            implementation=implementation,
+        )
+    )
+
+
+def logical_rows(rows: np.ndarray) -> np.ndarray:
+    return (rows % ROWS_PER_SHARD).astype(np.uint32)[:, None]
+
+
+def slots_of_ids(rows: np.ndarray) -> np.ndarray:
+    return np.where((rows >= 0) & (rows < NUM_ROWS), rows // ROWS_PER_SHARD, 0).astype(np.int32)
+
+
+def update(
+    implementation: str,
+    rule: str,
+    tables: Tables,
+    ids: Ids,
+    gradients: np.ndarray,
+    *,
+    step: int = 1,
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+    slots: Slots | None = None,
+    storage_rounding: str = "nearest",
+    **options,
+) -> Tables:
+    width = gradients.shape[1]
+    arrays = compiled(implementation, rule, width, storage_rounding)(
+        tables.weights,
+        tables.element_state,
+        tables.row_state,
+        ids.rows,
+        slots_of_ids(ids.rows),
+        ids.offsets,
+        gradients,
+        weights,
+        **{"logical_rows": logical_rows(ids.rows), **options},
+        slots=slots_of(width) if slots is None else slots,
+        step=jnp.int32(step),
+        seed=jnp.uint32(seed),
+    )
+    return Tables(*arrays)
+
+
+def gradients_of(width: int, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(NUM_BAGS, width)).astype(np.float32)
+
+
+def a_batch(seed: int = 0, *, num_rows: int = NUM_ROWS) -> Ids:
+    random = np.random.default_rng(seed)
+    return Ids(
+        rows=random.integers(0, num_rows, NUM_IDS).astype(np.int32),
+        offsets=np.sort(np.concatenate([[0, NUM_IDS], random.integers(0, NUM_IDS, NUM_BAGS - 1)])).astype(np.int32),
+        weights=random.normal(size=NUM_IDS).astype(np.float32),
+    )
+
+
+def numbers_of_rows(tables: Tables, width: int) -> list[np.ndarray]:
+    """Weights and elementwise state as [R, w], row-wise state as [R]."""
+    elements = [np.asarray(array).reshape(NUM_ROWS, width) for array in (tables.weights, *tables.element_state)]
+    return elements + [np.asarray(array)[:, :ROWS_PER_SHARD].reshape(NUM_ROWS) for array in tables.row_state]
