@@ -5,12 +5,20 @@ from collections.abc import Callable
 from configs.criteo_kaggle import criteo_kaggle
 from configs.criteo_terabyte_mlperf import criteo_terabyte_mlperf
 from configs.dcnv2_mlperf import dcnv2_mlperf
-from configs.kuairand import kuairand
+from configs.kuairand import kuairand, kuairand_plain
 from configs.quickstart import quickstart
 from configs.reference_random import reference_random
 from dlrm_jax.config import Config
 
 CONFIGS: dict[str, Callable[[], Config]] = {
     config.__name__: config
-    for config in (quickstart, kuairand, criteo_kaggle, criteo_terabyte_mlperf, dcnv2_mlperf, reference_random)
+    for config in (
+        quickstart,
+        kuairand,
+        kuairand_plain,
+        criteo_kaggle,
+        criteo_terabyte_mlperf,
+        dcnv2_mlperf,
+        reference_random,
+    )
 }

@@ -1,12 +1,14 @@
 """Checkpoints of a run: the tables first, then dense state and progress, whose arrival commits both.
 
 A checkpoint of step s is ``tables/s`` (sharding/checkpoint.py) and ``checkpoints/s`` (orbax, which renames the folder
-into place when it is complete). Killed at any moment, a run has only complete steps in ``checkpoints``; a folder of
-tables without one is rubbish that the next start removes.
+into place when it is complete, and out of the way before it deletes it). Killed at any moment, a run has only complete
+steps in ``checkpoints``; a folder of tables without one is rubbish that the next start removes.
 """
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from orbax.checkpoint import checkpoint_managers
 from dlrm_jax.train_state import TrainState
 from sharding import InputError, ShardedTables
 from sharding.checkpoint import restore_tables, save_tables
+
+# Checkpoints on their way out, since one that is half deleted must not look complete.
+_DELETED = "deleted"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +69,12 @@ class Checkpointer:
                     [checkpoint_managers.LatestN(keep), best]
                 ),
                 enable_async_checkpointing=False,
+                todelete_subdir=None if read_only else _DELETED,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
             ),
-            item_names=("dense", "progress"),
+            item_handlers={"dense": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
         )
         if not read_only:
             self._remove_uncommitted()
@@ -118,9 +124,11 @@ class Checkpointer:
 
         Returns:
             What the run knew.
+
+        Raises:
+            InputError: The checkpoint is damaged.
         """
-        saved = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return Progress(**saved["progress"])
+        return Progress(**self._restore(step, progress=ocp.args.JsonRestore())["progress"])
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads the state of a checkpoint, bit for bit.
@@ -133,24 +141,52 @@ class Checkpointer:
             The state.
 
         Raises:
-            InputError: There is no such checkpoint, or it is of another model.
+            InputError: There is no such checkpoint, it is of another model, or damaged.
         """
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps()}")
         leaves = _dense_leaves(abstract)
-        try:
-            saved = self._manager.restore(step, args=ocp.args.Composite(dense=ocp.args.StandardRestore(leaves)))
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(
-                f"{self._manager.directory}/{step}: of another model ({reason}); use the config it was trained with"
-            ) from error
+        self._check_model(step, leaves)
+        saved = self._restore(step, dense=ocp.args.StandardRestore(leaves))
         tables = restore_tables(self._sharded_tables, self._folder / str(step))
         without_tables = dataclasses.replace(abstract, tables=None)
         dense = jax.tree.unflatten(jax.tree.structure(without_tables), [saved["dense"][name] for name in leaves])
         return dataclasses.replace(dense, tables=tables)
 
+    def _check_model(self, step: int, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Raises InputError if the checkpoint's dense state has other leaves than the model's."""
+        with self._reading(step):
+            saved = {
+                name: (leaf.dtype, *leaf.shape) for name, leaf in self._manager.item_metadata(step).dense.tree.items()
+            }
+        expected = {name: (leaf.dtype, *leaf.shape) for name, leaf in leaves.items()}
+        for name in sorted(set(saved) | set(expected)):
+            was, now = (
+                leaf and f"{leaf[0]} of shape {list(leaf[1:])}" for leaf in (saved.get(name), expected.get(name))
+            )
+            if was != now:
+                raise InputError(
+                    f"{self._manager.directory}/{step}: {name} is {was or 'not there'}, but {now or 'not there'} in "
+                    "the model; use the config that it was trained with"
+                )
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(
+                f"{self._manager.directory}/{step}: is damaged ({reason}); remove this folder to go on from the "
+                "checkpoint before"
+            ) from error
+
     def _remove_uncommitted(self) -> None:
+        shutil.rmtree(Path(self._manager.directory) / _DELETED, ignore_errors=True)
         committed = {str(step) for step in self._manager.all_steps()}
         if self._folder.is_dir():
             for folder in self._folder.iterdir():

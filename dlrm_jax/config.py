@@ -104,14 +104,14 @@ class DenseOptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, and what to write meanwhile. May change when a run is resumed."""
+    """How long to train, and what to write meanwhile. May change when a run is resumed, but for what is judged by."""
 
     epochs: int = 1
     """Passes over the training split."""
     max_steps: int | None = None
     """Stop after so many steps, even within an epoch."""
-    eval_split: str = "validation"
-    """Split evaluated during training and judged by; never the one you report."""
+    eval_split: str | None = "validation"
+    """Split evaluated during training and judged by; never the one you report. None: no evaluation."""
     eval_every: int | None = None
     """Steps between evaluations; always one at the end of an epoch. None: only there."""
     early_stop: int | None = None
@@ -182,20 +182,23 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is resumed, by dotted name.
 
-        Folder names, what is read ahead, and everything of `train` may change; the dataset itself is compared by its
-        card, not by where it lies.
+        Folder names, what is read ahead, and everything of `train` but what scores are compared by may change; the
+        dataset itself is compared by its card, not by where it lies.
         """
         free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
+        fixed = {"train.eval_split", "train.best_by"}
         flat = _flatten(dataclasses.asdict(self))
         return {
-            name: value for name, value in flat.items() if name not in free and name.split(".")[0] not in ("train",)
+            name: value
+            for name, value in flat.items()
+            if name in fixed or (name not in free and not name.startswith("train."))
         }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value

@@ -12,6 +12,10 @@ from dlrm_jax.train_step import PredictStep
 from sharding import InputError, TableState
 
 
+class DivergedError(InputError):
+    """A prediction is not a finite number."""
+
+
 def evaluate(
     recommender: Recommender,
     predict_step: PredictStep,
@@ -35,7 +39,7 @@ def evaluate(
         The metrics.
 
     Raises:
-        InputError: A prediction is not a number.
+        DivergedError: A prediction is not a finite number.
     """
     metrics = ExactMetrics()
     waiting = None
@@ -56,8 +60,8 @@ def _add(metrics: ExactMetrics, logits: object, batch: Batch) -> None:
     counted = batch.weight > 0
     if not np.isfinite(values[counted]).all():
         sample = int(np.flatnonzero(counted & ~np.isfinite(values))[0])
-        raise InputError(
-            f"the prediction for sample {sample} of a batch is {values[sample]}: the parameters have diverged; "
+        raise DivergedError(
+            f"the prediction for sample {sample} of a batch is {values[sample]}, so the parameters have diverged: "
             "lower the learning rates, or go back to an earlier checkpoint"
         )
     metrics.update(values, batch.label, batch.weight)

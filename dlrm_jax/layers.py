@@ -89,7 +89,7 @@ def dot_interaction(x: Float[Array, "B F D"], self_interaction: bool) -> Float[A
     return jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
 
 
-def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
+def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
     rows, columns = np.tril_indices(num_vectors, 0 if self_interaction else -1)
     return rows.astype(np.int32), columns.astype(np.int32)
 

@@ -5,7 +5,7 @@ import optax
 from jaxtyping import Array, Float
 
 
-def weighted_bce(logits: Float[Array, "B"], label: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, ""]:
+def weighted_bce(logits: Float[Array, " B"], label: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, ""]:
     """Computes the weighted mean of the binary cross-entropy, stably for large logits.
 
     `sum_i w_i (-y_i log p_i - (1 - y_i) log(1 - p_i)) / sum_i w_i` with `p = sigmoid(logit)`; 0, with gradient 0,

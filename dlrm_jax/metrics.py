@@ -56,11 +56,11 @@ class BinnedMetrics:
 
     AUC comes from a histogram of the logits, in equal bins of [-16, 16]; logits outside fall into the first and the
     last bin. With p_b and n_b the weights of positives and negatives in bin b, and P and N their sums, positives and
-    negatives of different bins are ordered as their bins are, and those of one bin count one half:
+    negatives of different bins are ordered as their bins are, and those of one bin count one half::
 
         AUC_binned = sum_b p_b (sum_{a<b} n_a + n_b / 2) / (P N)
 
-    The pairs within bin b add something between 0 and p_b n_b to the exact AUC's sum, and p_b n_b / 2 here, so
+    The pairs within bin b add something between 0 and p_b n_b to the exact AUC's sum, and p_b n_b / 2 here, so::
 
         |AUC - AUC_binned| <= sum_b p_b n_b / (2 P N)
 
@@ -97,7 +97,9 @@ class BinnedMetrics:
             histogram=jnp.zeros((num_bins, 2), jnp.float32),
         )
 
-    def update(self, logits: Float[Array, "B"], label: Float[Array, "B"], weight: Float[Array, "B"]) -> "BinnedMetrics":
+    def update(
+        self, logits: Float[Array, " B"], label: Float[Array, " B"], weight: Float[Array, " B"]
+    ) -> "BinnedMetrics":
         """Adds a batch; usable under jit.
 
         Args:
@@ -162,7 +164,7 @@ class ExactMetrics:
     def __init__(self):
         self._chunks: list[Float[np.ndarray, "3 chunk"]] = []
 
-    def update(self, logits: Float[Any, "B"], label: Float[Any, "B"], weight: Float[Any, "B"]) -> None:
+    def update(self, logits: Float[Any, " B"], label: Float[Any, " B"], weight: Float[Any, " B"]) -> None:
         """Adds a batch.
 
         Args:
@@ -193,14 +195,14 @@ class ExactMetrics:
 _LOWEST_LOGIT, _HIGHEST_LOGIT = -16.0, 16.0
 
 
-def _bin_of(logits: Float[Array, "B"], num_bins: int) -> Int[Array, "B"]:
+def _bin_of(logits: Float[Array, " B"], num_bins: int) -> Int[Array, " B"]:
     """The bin of each logit, non-decreasing in the logit. NaN goes to bin 0, and `sums` says that it was there."""
     position = (logits - _LOWEST_LOGIT) * (num_bins / (_HIGHEST_LOGIT - _LOWEST_LOGIT))
     position = jnp.where(jnp.isnan(position), jnp.zeros_like(position), jnp.clip(position, 0, num_bins - 1))
     return position.astype(jnp.int32)
 
 
-def _auc(positive: Float[np.ndarray, "bins"], negative: Float[np.ndarray, "bins"]) -> tuple[float, float]:
+def _auc(positive: Float[np.ndarray, " bins"], negative: Float[np.ndarray, " bins"]) -> tuple[float, float]:
     """AUC of a histogram of which each bin counts one half, and the bound of its error; bins in ascending order."""
     pairs = positive.sum() * negative.sum()
     if not pairs > 0:

@@ -140,7 +140,7 @@ class DLRM(nnx.Module):
 
     def __call__(
         self, dense: Float[Array, "B num_dense"], embeddings: Sequence[Float[Array, "B k D"]]
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """Computes the logits.
 
         Args:

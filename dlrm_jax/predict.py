@@ -19,6 +19,7 @@ from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.row_groups import columns_of
 from dlrm_jax.data.validate import validate_schema
+from dlrm_jax.data.writer import dataset_schema
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.recommender import Recommender
@@ -26,7 +27,8 @@ from dlrm_jax.sources import open_split
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_predict_step
 from dlrm_jax.workdir import Workdir
-from sharding import InputError
+from sharding import InputError, KeyedJagged
+from sharding.jagged import check_arrays
 
 
 class Predictor:
@@ -67,7 +69,7 @@ class Predictor:
             self.state = checkpointer.restore(self.step, abstract_train_state(self.recommender, optimizer))
         self._predict_step = make_predict_step(self.recommender)
 
-    def predict(self, samples: Batch | Mapping[str, Sequence[Any]] | Any) -> Float[np.ndarray, "B"]:
+    def predict(self, samples: Batch | Mapping[str, Sequence[Any]] | Any) -> Float[np.ndarray, " B"]:
         """Predicts the probability of the label.
 
         Args:
@@ -81,6 +83,7 @@ class Predictor:
             InputError: A column is missing, of a wrong type, or holds what the dataset card does not allow.
         """
         if isinstance(samples, Batch):
+            _check_ids(samples.ids, self.recommender)
             batch, num_samples = samples, len(samples.label)
         else:
             table = _to_table(samples)
@@ -105,6 +108,7 @@ class Predictor:
             table = table.append_column(card.label, pa.array(np.zeros(table.num_rows, np.float32)))
         if card.sample_weight is not None and card.sample_weight not in table.column_names:
             table = table.append_column(card.sample_weight, pa.array(np.ones(table.num_rows, np.float32)))
+        table = _without_null_types(table, dataset_schema(card))
         validate_schema(table.schema, card, "samples")
         rows = columns_of(table, card, "samples")
         return one_batch(rows, card, 1 << max(table.num_rows - 1, 0).bit_length())
@@ -147,5 +151,34 @@ def _to_table(samples: Mapping[str, Sequence[Any]] | Any) -> pa.Table:
         return to_arrow()
     try:
         return pa.table(samples) if isinstance(samples, Mapping) else pa.Table.from_pandas(samples)
-    except (pa.ArrowException, TypeError, AttributeError) as error:
+    except (pa.ArrowException, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"samples of type {type(samples).__name__} cannot be read ({error}); give a table") from error
+
+
+def _without_null_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Gives columns in which no value says what type they are, such as one of empty bags, the dataset's type."""
+    for place, field in enumerate(table.schema):
+        is_list = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
+        kind = field.type.value_type if is_list else field.type
+        if pa.types.is_null(kind) and field.name in schema.names:
+            typed = table.column(place).cast(schema.field(field.name).type)
+            table = table.set_column(place, field.name, typed)
+    return table
+
+
+def _check_ids(ids: KeyedJagged, recommender: Recommender) -> None:
+    """Raises InputError if an id of a batch is outside its table."""
+    check_arrays(ids)
+    ends = np.cumsum(ids.lengths.sum(axis=1))
+    for name, last, lengths in zip(ids.features, ends, ids.lengths, strict=True):
+        if name not in recommender.features:
+            continue
+        num_rows = recommender.card.feature(name).num_rows
+        values = ids.values[last - lengths.sum() : last]
+        outside = np.flatnonzero((values < 0) | (values >= num_rows))
+        if outside.size:
+            sample = int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))
+            raise InputError(
+                f"sample {sample}: feature {name!r} holds {values[outside[0]]}, but ids lie in [0, {num_rows}): "
+                "repair the id"
+            )

@@ -84,7 +84,7 @@ class Recommender:
 
     def logits(
         self, dense_params: nnx.State, dense: Float[Array, "B num_dense"], embeddings: Embeddings
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """Computes the logits of a batch.
 
         Args:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,7 +36,7 @@ class RunLog:
         self._console = console
         self._file = workdir.metrics_file
         kept = [line for line in read_log(workdir) if line["step"] <= first_step]
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -81,8 +82,7 @@ class RunLog:
             **more: Other figures, such as samples_per_second.
         """
         figures = {**dataclasses.asdict(metrics), **more}
-        # JSON has no nan: an undefined metric is null.
-        line = {"step": step, "split": split, **{k: v if math.isfinite(v) else None for k, v in figures.items()}}
+        line = {"step": step, "split": split, **_without_nan(figures)}
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
@@ -117,6 +117,54 @@ def read_log(workdir: Workdir) -> list[dict[str, Any]]:
     return lines
 
 
+def logged_metrics(workdir: Workdir, split: str) -> dict[int, Metrics]:
+    """Reads what was logged of a split.
+
+    Args:
+        workdir: Folder of the run.
+        split: The split.
+
+    Returns:
+        Metrics by step.
+    """
+    names = [field.name for field in dataclasses.fields(Metrics)]
+    logged = {}
+    for line in read_log(workdir):
+        if line["split"] == split:
+            figures: dict[str, Any] = {name: math.nan if line[name] is None else line[name] for name in names}
+            logged[line["step"]] = Metrics(**figures)
+    return logged
+
+
+def write_result(workdir: Workdir, result: dict[str, Any]) -> None:
+    """Writes result.json.
+
+    Args:
+        workdir: Folder of the run.
+        result: The result as a dictionary; an undefined figure becomes null.
+    """
+    _replace(workdir.path / "result.json", json.dumps(_without_nan(result), indent=1) + "\n")
+
+
+def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: an undefined figure is null."""
+    return {
+        name: _without_nan(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in figures.items()
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file in one step, so that a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def draw_curves(workdir: Workdir, attainable: dict[str, float]) -> Path:
     """Draws NE and AUC over steps into curves.png.
 
@@ -144,7 +192,8 @@ def draw_curves(workdir: Workdir, attainable: dict[str, float]) -> Path:
             axis.axhline(attainable[name], color="gray", linestyle="--", label="attainable")
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.suptitle(workdir.path.name)
     path = workdir.path / "curves.png"
     figure.savefig(path, dpi=120)
@@ -161,8 +210,8 @@ def result_table(title: str, rows: dict[str, Metrics | dict[str, float]]) -> Tab
     Returns:
         A table to print with rich.
     """
-    table = Table(title=title)
-    table.add_column("")
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("step", no_wrap=True)
     for name in ("samples", *_SHOWN):
         table.add_column(name.replace("_", " "), justify="right")
     for name, metrics in rows.items():

@@ -17,11 +17,12 @@ from dlrm_jax.losses import weighted_bce
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.schedules import make_schedule
-from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, TrainState
+from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, TrainState, abstract_train_state
 from sharding import Embeddings, TableState
+from sharding.mesh import REPLICATED, sharding_on
 
 TrainStep = Callable[[TrainState, BinnedMetrics, Batch], tuple[TrainState, BinnedMetrics, Int32[Array, ""]]]
-PredictStep = Callable[[nnx.State, TableState, Batch], Float[Array, "B"]]
+PredictStep = Callable[[nnx.State, TableState, Batch], Float[Array, " B"]]
 
 
 def make_train_step(recommender: Recommender, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -34,7 +35,12 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
     Returns:
         ``(state, metrics, batch) -> (state, metrics, fault)``.
     """
-    return jax.jit(partial(train_step, recommender=recommender, optimizer=optimizer), donate_argnums=(0, 1))
+    abstract = abstract_train_state(recommender, optimizer)
+    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
+    # The state leaves a step as it came, so that all steps are one program.
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated, replicated)
+    step = partial(train_step, recommender=recommender, optimizer=optimizer)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
 
 
 def train_step(
@@ -65,7 +71,7 @@ def train_step(
     with jax.named_scope("lookup"):
         embeddings = tables.lookup(state.tables, routed)
 
-    def loss_of(dense_params: nnx.State, embeddings: Embeddings) -> tuple[Float[Array, ""], Float[Array, "B"]]:
+    def loss_of(dense_params: nnx.State, embeddings: Embeddings) -> tuple[Float[Array, ""], Float[Array, " B"]]:
         logits = recommender.logits(dense_params, batch.dense, embeddings)
         return weighted_bce(logits, batch.label, batch.weight), logits
 
@@ -109,7 +115,7 @@ def make_predict_step(recommender: Recommender) -> PredictStep:
         ``(dense_params, tables, batch) -> logits``; ids outside their table make every logit NaN.
     """
 
-    def predict_step(dense_params: nnx.State, tables: TableState, batch: Batch) -> Float[Array, "B"]:
+    def predict_step(dense_params: nnx.State, tables: TableState, batch: Batch) -> Float[Array, " B"]:
         routed = recommender.tables.route(batch.ids)
         embeddings = recommender.tables.lookup(tables, routed)
         logits = recommender.logits(dense_params, batch.dense, embeddings)

@@ -43,29 +43,37 @@ class Workdir:
     def claim(self, config: Config, card: DatasetCard) -> None:
         """Makes this the folder of an experiment, or makes sure that it already is.
 
+        As long as a run has no checkpoint, there is nothing that another could spoil, and the folder is the other's.
+
         Args:
             config: The experiment.
             card: Its dataset.
 
         Raises:
-            InputError: The folder belongs to another experiment or dataset, or is no folder of a run.
+            InputError: The folder belongs to another experiment or dataset, is no run's, or cannot be written.
         """
         path = self.path / _CONFIG_FILE
+        partial = path.with_suffix(".partial")
         identity = {"config": _plain(config.identity()), "card": _plain(_card_identity(card))}
         if path.is_file():
-            self._compare(path, identity)
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
+            if self._has_checkpoint():
+                self._compare(path, identity)
+        elif self.path.is_dir() and any(file != partial for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty, and not the folder of a run; choose another --workdir")
-        self.path.mkdir(parents=True, exist_ok=True)
         body = {
             **identity,
             "experiment": _plain(dataclasses.asdict(config)),
             "dataset": _plain(dataclasses.asdict(card)),
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(body, indent=1) + "\n")
-        partial.replace(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(body, indent=1) + "\n")
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+    def _has_checkpoint(self) -> bool:
+        return any(folder.name.isdigit() for folder in (self.path / "checkpoints").glob("*"))
 
     def read(self) -> tuple[Config, DatasetCard]:
         """Reads the experiment that the folder belongs to.

@@ -13,9 +13,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
 
 def pooled_lookup(
     store: Float[Array, "lines line"],
-    rows: Int32[Array, "n"],
-    offsets: Int32[Array, "G+1"],
-    weights: Float[Array, "n"] | None = None,
+    rows: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    weights: Float[Array, " n"] | None = None,
     *,
     width: int,
     longest_bag: int | None = None,

@@ -73,7 +73,7 @@ class RowOptimizer(NamedTuple):
 def sum_columns(x: Float[Array, "R w"]) -> Float[Array, "R blocks"]:
     """Sums blocks of 16 columns, each as a balanced tree, so that a column shard adds the same bits as a whole row."""
     block = min(STATISTICS_BLOCK, x.shape[1])
-    x = x.reshape(x.shape[0], -1, block)
+    x = x.reshape(x.shape[0], x.shape[1] // block, block)
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -143,6 +143,14 @@ def rowwise_adagrad() -> RowOptimizer:
     return RowOptimizer("rowwise_adagrad", (), ("sum_of_mean_squares",), _mean_square_summands, apply)
 
 
+def _moved(moment: Float[Array, "R _"], new: Float[Array, "R _"], beta: Float[Array, "R 1"]) -> Float[Array, "R _"]:
+    """``beta * moment + (1 - beta) * new``.
+
+    With one product only: of two, a compiler fuses either one with the sum, and which one changes the last bit.
+    """
+    return moment + (1.0 - beta) * (new - moment)
+
+
 def _corrected(moment: Float[Array, "R _"], beta: Float[Array, "R 1"], step: Float[Array, ""]) -> Float[Array, "R _"]:
     return moment / (1.0 - jnp.power(beta, step))
 
@@ -165,8 +173,8 @@ def adam() -> RowOptimizer:
 def _adam_update(
     rows: RowValues, gradient: Float[Array, "R w"], hyper: RowHyperparameters
 ) -> tuple[tuple[Float[Array, "R w"], Float[Array, "R w"]], Float[Array, "R w"]]:
-    first = hyper.beta1 * rows.element_state[0] + (1.0 - hyper.beta1) * gradient
-    second = hyper.beta2 * rows.element_state[1] + (1.0 - hyper.beta2) * jnp.square(gradient)
+    first = _moved(rows.element_state[0], gradient, hyper.beta1)
+    second = _moved(rows.element_state[1], jnp.square(gradient), hyper.beta2)
     root = jnp.sqrt(_corrected(second, hyper.beta2, hyper.step))
     direction = _corrected(first, hyper.beta1, hyper.step) / (root + hyper.eps)
     return (first, second), direction + hyper.weight_decay * rows.weights
@@ -184,8 +192,8 @@ def partial_rowwise_adam() -> RowOptimizer:
         return (jnp.square(gradient),)
 
     def apply(rows, gradient, hyper, statistics):
-        first = hyper.beta1 * rows.element_state[0] + (1.0 - hyper.beta1) * gradient
-        second = hyper.beta2 * rows.row_state[0] + (1.0 - hyper.beta2) * (statistics[0] / hyper.dim)
+        first = _moved(rows.element_state[0], gradient, hyper.beta1)
+        second = _moved(rows.row_state[0], statistics[0] / hyper.dim, hyper.beta2)
         root = jnp.sqrt(_corrected(second, hyper.beta2, hyper.step))
         direction = _corrected(first, hyper.beta1, hyper.step) / (root + hyper.eps)
         update = direction + hyper.weight_decay * rows.weights
@@ -217,30 +225,3 @@ def lamb() -> RowOptimizer:
 ROW_OPTIMIZERS: dict[str, RowOptimizer] = {
     rule.name: rule for rule in (sgd(), adagrad(), rowwise_adagrad(), adam(), partial_rowwise_adam(), lamb())
 }
-
-
-def updated_rows(
-    optimizer: RowOptimizer,
-    rows: RowValues,
-    gradient: Float[Array, "R w"],
-    hyper: RowHyperparameters,
-    statistics: Float[Array, "R k"] | None,
-) -> RowValues:
-    """Applies a rule to a block of rows, adding up its statistics unless they are given.
-
-    Args:
-        optimizer: The rule.
-        rows: Values before the update.
-        gradient: Sum of each row's gradients.
-        hyper: Hyperparameters of each row.
-        statistics: Sums over the whole rows, k of them, where the block holds only some columns; None where the block
-            holds whole rows.
-
-    Returns:
-        Values after the update.
-    """
-    if statistics is None:
-        sums = tuple(sum_blocks(sum_columns(x)) for x in optimizer.summands(rows, gradient, hyper))
-    else:
-        sums = tuple(statistics[:, i : i + 1] for i in range(statistics.shape[1]))
-    return optimizer.apply(rows, gradient, hyper, sums)

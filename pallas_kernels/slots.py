@@ -30,13 +30,13 @@ class Slots:
         beta2: Decay of the second moment.
     """
 
-    first_row: Int32[Array, "S"]
-    first_scalar: Int32[Array, "S"]
-    table: UInt32[Array, "S"]
-    first_column: UInt32[Array, "S"]
-    dim: Float[Array, "S"]
-    learning_rate: Float[Array, "S"]
-    weight_decay: Float[Array, "S"]
-    eps: Float[Array, "S"]
-    beta1: Float[Array, "S"]
-    beta2: Float[Array, "S"]
+    first_row: Int32[Array, " S"]
+    first_scalar: Int32[Array, " S"]
+    table: UInt32[Array, " S"]
+    first_column: UInt32[Array, " S"]
+    dim: Float[Array, " S"]
+    learning_rate: Float[Array, " S"]
+    weight_decay: Float[Array, " S"]
+    eps: Float[Array, " S"]
+    beta1: Float[Array, " S"]
+    beta2: Float[Array, " S"]

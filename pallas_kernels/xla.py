@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
-from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_columns, updated_rows
+from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.slots import Slots
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
@@ -20,13 +20,13 @@ RUN_BLOCK = 128
 MAX_UNROLL = 8
 
 
-def bags_of_ids(offsets: Int32[Array, "G+1"], num_ids: int) -> Int32[Array, "n"]:
+def bags_of_ids(offsets: Int32[Array, " G+1"], num_ids: int) -> Int32[Array, " n"]:
     """Bag of each id; G for the ids beyond the last bag (padding)."""
     starts = jnp.zeros(num_ids + 1, jnp.int32).at[offsets[1:]].add(1, indices_are_sorted=True, mode="drop")
     return jnp.cumsum(starts[:num_ids])
 
 
-def _get(table: Float[Array, "R w"], rows: Int32[Array, "n"]) -> Float[Array, "n w"]:
+def _get(table: Float[Array, "R w"], rows: Int32[Array, " n"]) -> Float[Array, "n w"]:
     """Rows of a table; zeros for a row outside it, be it negative or beyond the end."""
     return table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
@@ -38,9 +38,9 @@ def _num_rows(store: Float[Array, "lines line"], width: int) -> int:
 
 def pooled_lookup(
     store: Float[Array, "lines line"],
-    rows: Int32[Array, "n"],
-    offsets: Int32[Array, "G+1"],
-    weights: Float[Array, "n"] | None,
+    rows: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    weights: Float[Array, " n"] | None,
     *,
     width: int,
     longest_bag: int | None,
@@ -79,19 +79,19 @@ class _TouchedRows(NamedTuple):
         gradients: Sum of the row's gradients.
     """
 
-    rows: Int32[Array, "n"]
-    slots: Int32[Array, "n"]
-    first_ids: Int32[Array, "n"]
-    run_of_id: Int32[Array, "n"]
+    rows: Int32[Array, " n"]
+    slots: Int32[Array, " n"]
+    first_ids: Int32[Array, " n"]
+    run_of_id: Int32[Array, " n"]
     gradients: Float[Array, "n w"]
 
 
 def _touched_rows(
-    rows: Int32[Array, "n"],
-    slots: Int32[Array, "n"],
-    offsets: Int32[Array, "G+1"],
+    rows: Int32[Array, " n"],
+    slots: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
     gradients: Float[Array, "G w"],
-    weights: Float[Array, "n"] | None,
+    weights: Float[Array, " n"] | None,
     num_rows: int,
 ) -> _TouchedRows:
     """Sorts the ids by row, stably, and sums the gradients of each row in the order in which its ids were given."""
@@ -133,7 +133,7 @@ def _touched_rows(
     )
 
 
-def _hyperparameters(slots: Slots, slot: Int32[Array, "n"], step: Int32[Array, ""]) -> RowHyperparameters:
+def _hyperparameters(slots: Slots, slot: Int32[Array, " n"], step: Int32[Array, ""]) -> RowHyperparameters:
     return RowHyperparameters(
         learning_rate=slots.learning_rate[slot][:, None],
         weight_decay=slots.weight_decay[slot][:, None],
@@ -152,7 +152,7 @@ def _read(
     touched: _TouchedRows,
     slots: Slots,
     width: int,
-) -> tuple[RowValues, Int32[Array, "n"]]:
+) -> tuple[RowValues, Int32[Array, " n"]]:
     """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
     slot = touched.slots
     scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
@@ -169,15 +169,25 @@ def _read(
     return values, scalars
 
 
+def _sums_of_blocks(
+    values: RowValues, gradients: Float[Array, "n w"], hyper: RowHyperparameters, optimizer: RowOptimizer
+) -> tuple[Float[Array, "n blocks"], ...]:
+    """Sums of each of a rule's summands over blocks of columns."""
+    # A product that is added where it is made may be rounded once or twice, as the compiler pleases; shards and whole
+    # rows are different programs and must agree. So summands are made first, then added.
+    summands = jax.lax.optimization_barrier(optimizer.summands(values, gradients, hyper))
+    return tuple(sum_columns(x) for x in summands)
+
+
 def row_statistics(
     store: Float[Array, "lines line"],
     element_state: tuple[Float[Array, "state_lines line"], ...],
     row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, "n"],
-    slots_of_ids: Int32[Array, "n"],
-    offsets: Int32[Array, "G+1"],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
     gradients: Float[Array, "G w"],
-    weights: Float[Array, "n"] | None,
+    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -188,8 +198,7 @@ def row_statistics(
     touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
     values, _ = _read(store, element_state, row_state, touched, slots, width)
     hyper = _hyperparameters(slots, touched.slots, step)
-    summands = optimizer.summands(values, touched.gradients, hyper)
-    sums = jnp.stack([sum_columns(x) for x in summands], axis=-1)
+    sums = jnp.stack(_sums_of_blocks(values, touched.gradients, hyper, optimizer), axis=-1)
     return sums[touched.run_of_id]
 
 
@@ -197,11 +206,11 @@ def sparse_update(
     store: Float[Array, "lines line"],
     element_state: tuple[Float[Array, "state_lines line"], ...],
     row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, "n"],
-    slots_of_ids: Int32[Array, "n"],
-    offsets: Int32[Array, "G+1"],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
     gradients: Float[Array, "G w"],
-    weights: Float[Array, "n"] | None,
+    weights: Float[Array, " n"] | None,
     *,
     logical_rows: UInt32[Array, "n words"],
     slots: Slots,
@@ -222,22 +231,26 @@ def sparse_update(
     touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
     old, scalars = _read(store, element_state, row_state, touched, slots, width)
     hyper = _hyperparameters(slots, touched.slots, step)
-    given = None if statistics is None else statistics[touched.first_ids]
-    new = updated_rows(optimizer, old, touched.gradients, hyper, given)
+    if statistics is None:
+        sums = tuple(sum_blocks(blocks) for blocks in _sums_of_blocks(old, touched.gradients, hyper, optimizer))
+    else:
+        given = statistics[touched.first_ids]
+        sums = tuple(given[:, k : k + 1] for k in range(given.shape[1]))
+    new = optimizer.apply(old, touched.gradients, hyper, jax.lax.optimization_barrier(sums))
 
     new_weights = new.weights
     if storage_rounding == "stochastic" and store.dtype != jnp.float32:
         keys = rounding.row_key(
             seed, step.astype(jnp.uint32), slots.table[touched.slots], logical_rows[touched.first_ids]
         )
-        columns = slots.first_column[touched.slots][:, None] + jnp.arange(width, dtype=jnp.uint32)
+        columns = slots.first_column[touched.slots][:, None] + jnp.arange(width, dtype=jnp.uint32)[None]
         bits = rounding.column_bits(keys[:, None], columns)
         new_weights = rounding.stochastic_round(new_weights, bits, store.dtype)
 
-    # Reading must be over before writing begins: XLA for GPUs else fuses the two and copies each store to keep them apart.
+    # Reading must be over before writing begins: else XLA for GPUs fuses the two and copies each store to part them.
     new, new_weights, places, scalars = jax.lax.optimization_barrier((new, new_weights, touched.rows, scalars))
 
-    def write(array: Array, places: Int32[Array, "n"], values: Array) -> Array:
+    def write(array: Array, places: Int32[Array, " n"], values: Array) -> Array:
         flat = array.reshape(-1, values.shape[1])
         values = values.astype(array.dtype)
         written = flat.at[places].set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)

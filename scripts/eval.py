@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     split = given.split
     predictor = Predictor(given.workdir, checkpoint=given.checkpoint)
     metrics = predictor.evaluate(split, path=given.data)
-    rows: dict[str, Metrics | dict[str, float]] = {f"step {predictor.step:,}": metrics}
+    rows: dict[str, Metrics | dict[str, float]] = {f"{predictor.step:,}": metrics}
     attainable = predictor.recommender.card.attainable.get(split)
     if attainable:
         rows["attainable"] = attainable

@@ -1,8 +1,9 @@
 """Tables to and from disk: line stores in chunks of at most 64 MB, and a manifest that says what lies where.
 
-A folder of tables holds one tensorstore array (zarr) for each store of weights and of state, written chunk by chunk
+A folder of tables holds one tensorstore array (zarr 3) for each store of weights and of state, written chunk by chunk
 so that the host never holds a store twice, and ``manifest.json``, written last: the layout, so that a table can be
-read without the model. A folder without a manifest is not complete.
+read without the model. A folder without a manifest is not complete. Each chunk has a checksum, and one that is missing
+or damaged is an error, never zeros.
 """
 
 import json
@@ -62,7 +63,7 @@ def restore_tables(tables: ShardedTables, directory: str | os.PathLike[str]) -> 
         Their state, bit for bit.
 
     Raises:
-        InputError: The folder is not a complete folder of tables, or holds tables of another layout.
+        InputError: The folder is not a complete folder of tables, holds tables of another layout, or is damaged.
     """
     folder = Path(directory)
     saved, expected = read_manifest(folder), _manifest(tables)
@@ -89,7 +90,7 @@ def read_table(
         The rows, in the table's dtype.
 
     Raises:
-        InputError: The folder is not complete, has no such table, or the table no such row.
+        InputError: The folder is not complete or damaged, has no such table, or the table no such row.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
@@ -99,7 +100,8 @@ def read_table(
     num_rows, width = entry["num_rows"], entry["width"]
     wanted = _wanted_rows(slice(None) if rows is None else rows, num_rows, f"{folder}: table {name!r}")
     line_elements = LINE_BYTES // jnp.dtype(entry["dtype"]).itemsize
-    store = _open(folder / _file_name("weights", entry["store"]))
+    path = folder / _file_name("weights", entry["store"])
+    store = _open(path)
     result = np.empty((len(wanted), entry["dim"]), jnp.dtype(entry["dtype"]))
     rows_per_chunk = max(1, CHUNK_BYTES // (width * result.itemsize))
     for chunk in range(0, num_rows, rows_per_chunk):
@@ -108,14 +110,14 @@ def read_table(
             continue
         first = (entry["first_row"] + wanted[places].min()) * width
         last = (entry["first_row"] + wanted[places].max() + 1) * width
-        lines = store[first // line_elements : -(-last // line_elements)].read().result()
+        lines = _chunk(store[first // line_elements : -(-last // line_elements)].read(), path)
         view = np.asarray(lines).reshape(-1)[first % line_elements :]
         view = view[: (len(view) // width) * width].reshape(-1, width)
         result[places] = view[wanted[places] - wanted[places].min(), : entry["dim"]]
     return result
 
 
-def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, "n"]:
+def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, " n"]:
     if isinstance(rows, slice):
         return np.arange(*rows.indices(num_rows), dtype=np.int64)
     wanted = np.asarray(rows, np.int64)
@@ -135,13 +137,16 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         ``{"stores": {name: shape and dtype}, "tables": {name: where it lies}}``.
 
     Raises:
-        InputError: There is none, so the folder is not complete.
+        InputError: There is none, so the folder is not complete, or it is damaged.
     """
     path = Path(directory, MANIFEST)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads(path.read_text())
+        if {"stores", "tables"} - set(manifest):
+            raise ValueError('no "stores" and "tables" in it')
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a complete folder of tables ({error}); use another checkpoint") from error
+    return manifest
 
 
 def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
@@ -232,22 +237,43 @@ def _difference(saved: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        # Else a chunk that is missing would be one of zeros.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
 
 
 def _open(path: Path) -> ts.TensorStore:
     try:
         return ts.open(_spec(path), open=True, read=True).result()
     except ValueError as error:
-        raise InputError(f"{path}: cannot be opened ({str(error)[:200]}); use another checkpoint") from error
+        raise InputError(f"{path}: cannot be opened ({_brief(error)}); use another checkpoint") from error
+
+
+def _chunk(reading: Any, path: Path) -> np.ndarray:
+    """Waits for lines under way from disk."""
+    try:
+        return np.asarray(reading.result())
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged ({_brief(error)}); use another checkpoint") from error
+
+
+def _brief(error: ValueError) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 def _write_store(path: Path, lines: Float[Array, "lines line"]) -> None:
     num_lines, elements = lines.shape
     metadata = {
-        "chunks": [min(_LINES_PER_CHUNK, num_lines), elements],
-        # Trained weights are noise to a compressor.
-        "compressor": None,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [min(_LINES_PER_CHUNK, num_lines), elements]},
+        },
+        # No compressor: to one, trained weights are noise.
+        "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
     }
     array = ts.open(
         {**_spec(path), "metadata": metadata},
@@ -280,7 +306,7 @@ def _read_store(path: Path, shape: jax.ShapeDtypeStruct) -> Float[Array, "lines 
             first = starts.popleft()
             reading.append((first, array[first : min(first + _LINES_PER_CHUNK, shape.shape[0])].read()))
         first, chunk = reading.popleft()
-        lines = _write_lines(lines, np.asarray(chunk.result()), np.int32(first))
+        lines = _write_lines(lines, _chunk(chunk, path), np.int32(first))
     return lines
 
 

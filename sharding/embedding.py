@@ -91,6 +91,7 @@ class ShardedTables:
         self.layout: Layout = make_layout(tables, features, self.plan)
         self.blocks: tuple[Block, ...] = blocks_of(self.layout)
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
+        self._init = jax.jit(self._init_on_mesh, out_shardings=self.state_shardings())
         self._route = jax.jit(self._route_on_mesh)
         self._lookup = jax.jit(self._lookup_on_mesh)
         self._update = jax.jit(self._update_on_mesh, donate_argnums=0)
@@ -142,14 +143,13 @@ class ShardedTables:
             The state. Rows do not depend on plan and mesh. Files of initial values are not read here: see
             `sharding.checkpoint.load_initial_values`.
         """
+        return self._init()
 
-        def make() -> TableState:
-            seed = jnp.uint32(self.seed & 0xFFFFFFFF)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state(sharded=False))
-            weights = {store.name: initial_store(store, seed) for store in self.layout.stores}
-            return dataclasses.replace(zeros, weights=weights)
-
-        return jax.jit(make, out_shardings=self.state_shardings())()
+    def _init_on_mesh(self) -> TableState:
+        seed = jnp.uint32(self.seed & 0xFFFFFFFF)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state(sharded=False))
+        weights = {store.name: initial_store(store, seed) for store in self.layout.stores}
+        return dataclasses.replace(zeros, weights=weights)
 
     def route(self, ids: KeyedJagged) -> Routed:
         """Brings ids to the device that holds their rows.
@@ -344,7 +344,7 @@ class ShardedTables:
         return sharding_on(self.mesh, BY_DEVICE)
 
 
-def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n"]:
+def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int32[np.ndarray, " n"]:
     given = np.asarray(rows, np.int64)
     odd = given[(given < 0) | (given >= shard.table.num_rows)]
     if odd.size:
@@ -356,7 +356,7 @@ def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int32[np.nd
 
 # Compiled, so that no reshaped copy of a store is made.
 @partial(jax.jit, static_argnums=2)
-def _read_rows(lines: Float[Array, "lines line"], rows: Int32[Array, "n"], width: int) -> Float[Array, "n w"]:
+def _read_rows(lines: Float[Array, "lines line"], rows: Int32[Array, " n"], width: int) -> Float[Array, "n w"]:
     return lines.reshape(-1, width).at[rows].get(mode="clip", wrap_negative_indices=False)
 
 

@@ -31,9 +31,9 @@ class KeyedJagged:
         features: Names of the features, in the order of ``lengths``' first axis.
     """
 
-    values: Int[Any, "capacity"]
+    values: Int[Any, " capacity"]
     lengths: Int[Any, "F b"]
-    weights: Float[Any, "capacity"] | None = None
+    weights: Float[Any, " capacity"] | None = None
     features: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property

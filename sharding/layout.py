@@ -124,7 +124,7 @@ class Group:
         limits = [feature.max_ids for feature in self.features]
         bounds = [limit for limit in limits if limit is not None]
         if len(bounds) < len(limits):
-            return ids_capacity
+            return ids_capacity if batch_size else 0
         return min(ids_capacity, batch_size * sum(bounds))
 
     def slots(self) -> Slots:

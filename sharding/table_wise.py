@@ -34,12 +34,12 @@ class RoutedGroup:
         divisors: What each bag's sum is divided by, or None if every bag's is 1.
     """
 
-    rows: Int32[Array, "n"]
-    slots: Int32[Array, "n"]
+    rows: Int32[Array, " n"]
+    slots: Int32[Array, " n"]
     logical_rows: UInt32[Array, "n 1"]
-    offsets: Int32[Array, "G+1"]
-    weights: Float[Array, "n"] | None
-    divisors: Float[Array, "G"] | None
+    offsets: Int32[Array, " G+1"]
+    weights: Float[Array, " n"] | None
+    divisors: Float[Array, " G"] | None
 
 
 def route_local(ids: KeyedJagged, layout: Layout) -> tuple[tuple[RoutedGroup, ...], Int32[Array, ""]]:
@@ -93,7 +93,9 @@ def _misplaced_ids(ids: KeyedJagged, lengths: Int32[Array, "f b"], group: Group)
     return too_many + jnp.maximum(jnp.sum(ids.lengths, dtype=jnp.int32) - ids.capacity, 0)
 
 
-def _select(ids: KeyedJagged, group: Group) -> tuple[Int32[Array, "n"], Float[Array, "n"] | None, Int32[Array, "f b"]]:
+def _select(
+    ids: KeyedJagged, group: Group
+) -> tuple[Int32[Array, " n"], Float[Array, " n"] | None, Int32[Array, "f b"]]:
     """Values, weights and lengths of the group's features, in its order."""
     positions = np.array([ids.features.index(feature.name) for feature in group.features])
     capacity = group.capacity(ids.batch_size, ids.capacity)
@@ -112,7 +114,7 @@ def _select(ids: KeyedJagged, group: Group) -> tuple[Int32[Array, "n"], Float[Ar
     return values, weights, lengths
 
 
-def _bag_lengths(lengths: Int32[Array, "f b"], group: Group) -> Int32[Array, "G"]:
+def _bag_lengths(lengths: Int32[Array, "f b"], group: Group) -> Int32[Array, " G"]:
     """Ids in each bag of the group: a pooled feature has a bag a sample, an unpooled one a bag a position."""
     num_pooled = len(group.pooled)
     parts = [lengths[:num_pooled].reshape(-1)]
@@ -122,18 +124,18 @@ def _bag_lengths(lengths: Int32[Array, "f b"], group: Group) -> Int32[Array, "G"
     return jnp.concatenate(parts)
 
 
-def _of_bags(of_features: Sequence[int] | Sequence[bool], group: Group, batch_size: int) -> Shaped[np.ndarray, "G"]:
+def _of_bags(of_features: Sequence[int] | Sequence[bool], group: Group, batch_size: int) -> Shaped[np.ndarray, " G"]:
     """Repeats what is known of each feature for each of its bags."""
     return np.repeat(np.array(of_features), batch_size * np.array(group.bags_per_sample))
 
 
 def _divisors(
-    bag_lengths: Int32[Array, "G"],
-    bags: Int32[Array, "n"],
-    weights: Float[Array, "n"] | None,
+    bag_lengths: Int32[Array, " G"],
+    bags: Int32[Array, " n"],
+    weights: Float[Array, " n"] | None,
     group: Group,
     batch_size: int,
-) -> Float[Array, "G"] | None:
+) -> Float[Array, " G"] | None:
     """What a mean divides by: the ids of the bag, or the sum of their weights; 1 for other poolings."""
     is_mean = [feature.pooling == "mean" for feature in group.features]
     if not any(is_mean):
@@ -159,6 +161,6 @@ def even_bags(group: Group) -> int | None:
     return max(bounds)
 
 
-def divide(pooled: Float[Array, "G w"], divisors: Float[Array, "G"] | None) -> Float[Array, "G w"]:
+def divide(pooled: Float[Array, "G w"], divisors: Float[Array, " G"] | None) -> Float[Array, "G w"]:
     """Divides each bag's sum, or its gradient, by the bag's divisor."""
     return pooled if divisors is None else pooled / divisors[:, None]

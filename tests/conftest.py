@@ -1,6 +1,13 @@
 """JAX as strict as it gets, a shared compilation cache, and where the shared material lies."""
 
+import os
 from pathlib import Path
+
+# Before JAX is imported. The compilers of the extra `aot` would otherwise look for their hardware, and libtpu refuse a
+# second process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import pytest

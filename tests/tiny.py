@@ -1,7 +1,7 @@
 """A dataset and a model so small that a whole training takes seconds, shared by the tests of training."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from dlrm_jax.checkpoint import Checkpointer
 from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, TableConfig, TrainConfig
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary, write_card
 from dlrm_jax.loop import Result, train
+from dlrm_jax.metrics import Metrics
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.recommender import Recommender
+from dlrm_jax.report import logged_metrics
 from dlrm_jax.schedules import ScheduleConfig
 from dlrm_jax.sources import card_of
 from dlrm_jax.train_state import TrainState, abstract_train_state, make_dense_optimizer
+from dlrm_jax.workdir import Workdir
 
 BATCH_SIZE = 64
 NUM_SAMPLES = {"train": 1200, "validation": 150, "test": 101}
@@ -28,12 +31,13 @@ MAX_TAGS = 30
 
 
 def samples(num_samples: int, seed: int) -> pl.DataFrame:
-    """Clicks that depend on all features. Bags grow towards the end, so that a batch there needs more room for ids."""
+    """Clicks that depend on all features. In the second half bags are so long that some batches need more room."""
     random = np.random.default_rng(seed)
     dense = random.normal(size=(num_samples, 2)).astype(np.float32)
     user, item = random.integers(USERS, size=num_samples), random.integers(ITEMS, size=num_samples)
-    longest = np.where(np.arange(num_samples) < num_samples // 2, 6, MAX_TAGS)
-    tags = [random.integers(TAGS, size=random.integers(0, limit + 1)).tolist() for limit in longest]
+    short, long = random.integers(0, 7, size=num_samples), random.integers(20, MAX_TAGS + 1, size=num_samples)
+    lengths = np.where(np.arange(num_samples) < num_samples // 2, short, long)
+    tags = [random.integers(TAGS, size=length).tolist() for length in lengths]
     logit = dense[:, 0] + (user % 5 - 2) + (item % 3 - 1) + np.array([sum(bag) % 3 - 1 for bag in tags])
     return pl.DataFrame(
         {
@@ -63,16 +67,21 @@ def card(**changes: Any) -> DatasetCard:
     return DatasetCard(**fields | changes)
 
 
-def write_dataset(folder: Path, **changes: Any) -> Path:
+def write_dataset(
+    folder: Path, *, change: Callable[[pl.DataFrame], pl.DataFrame] = lambda table: table, **changes: Any
+) -> Path:
     """Writes the splits, in small row groups, and the card.
 
     Args:
         folder: Where.
+        change: What to do to the training split first.
         **changes: Fields of the card that differ.
     """
     for seed, (split, count) in enumerate(NUM_SAMPLES.items()):
         (folder / split).mkdir(parents=True)
-        samples(count, seed).write_parquet(folder / split / "part-00000.parquet", row_group_size=50)
+        table = samples(count, seed)
+        table = change(table) if split == "train" else table
+        table.write_parquet(folder / split / "part-00000.parquet", row_group_size=50)
     write_card(card(**changes), folder)
     return folder
 
@@ -89,7 +98,7 @@ def config(data: Path | None, workdir: Path, **train_settings: Any) -> Config:
         "epochs": 2,
         "eval_every": 8,
         "log_every": 5,
-        "checkpoint_every": 4,
+        "checkpoint_every": 8,
     }
     return Config(
         name="tiny",
@@ -98,7 +107,7 @@ def config(data: Path | None, workdir: Path, **train_settings: Any) -> Config:
             path=None if data is None else str(data),
             batch_size=BATCH_SIZE,
             eval_batch_size=BATCH_SIZE,
-            virtual_shards=8,
+            virtual_shards=4,
             shuffle_window=256,
         ),
         embedding=EmbeddingConfig(
@@ -137,11 +146,11 @@ def restore(config: Config, step: int | None = None) -> TrainState:
 def leaves(state: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Each leaf of a state, by the name of its path."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        yield jax.tree_util.keystr(path), np.asarray(leaf)
+        yield jax.tree_util.keystr(path), np.array(leaf)
 
 
-def assert_identical(left: TrainState, right: TrainState) -> None:
-    """Bit for bit: also where a number is not one, or is a zero with a sign."""
+def assert_identical(left: Any, right: Any) -> None:
+    """All leaves are equal bit for bit: also where a number is not one, or is a zero with a sign."""
     for (name, one), (_, other) in zip(leaves(left), leaves(right), strict=True):
         assert one.shape == other.shape, name
         assert one.dtype == other.dtype, name
@@ -151,3 +160,8 @@ def assert_identical(left: TrainState, right: TrainState) -> None:
 def with_train(config: Config, **changes: Any) -> Config:
     """The config with other settings of `train`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def evaluations(config: Config) -> dict[int, Metrics]:
+    """Metrics of each evaluation of a run, by step."""
+    return logged_metrics(Workdir(config.workdir), str(config.train.eval_split))

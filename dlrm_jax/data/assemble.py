@@ -43,8 +43,8 @@ class WindowSamples:
     dense: Float[np.ndarray, "steps b num_dense"]
     label: Float[np.ndarray, "steps b"]
     weight: Float[np.ndarray, "steps b"]
-    values: tuple[Int[np.ndarray, "ids"], ...]
-    weights: tuple[Float[np.ndarray, "ids"] | None, ...]
+    values: tuple[Int[np.ndarray, " ids"], ...]
+    weights: tuple[Float[np.ndarray, " ids"] | None, ...]
     lengths: Int[np.ndarray, "steps F b"]
     first_id: Int[np.ndarray, "F steps+1"]
 
@@ -137,7 +137,7 @@ def gather_window(window: Window, groups: Mapping[int, RowGroup], padding: RowGr
     )
 
 
-def _gather_bags(pieces: Sequence[tuple[Bags, int, int]], source: Int[np.ndarray, "samples"]) -> Bags:
+def _gather_bags(pieces: Sequence[tuple[Bags, int, int]], source: Int[np.ndarray, " samples"]) -> Bags:
     """Lays the pieces' bags end to end and takes those that ``source`` names."""
     if all(bags.offsets is None for bags, _, _ in pieces):
         values = np.concatenate([bags.values[first:stop] for bags, first, stop in pieces])
@@ -156,8 +156,8 @@ def _gather_bags(pieces: Sequence[tuple[Bags, int, int]], source: Int[np.ndarray
 
 
 def _take_bags(
-    values: Shaped[np.ndarray, "ids"], lengths: Int[np.ndarray, "rows"], source: Int[np.ndarray, "samples"]
-) -> Shaped[np.ndarray, "taken"]:
+    values: Shaped[np.ndarray, " ids"], lengths: Int[np.ndarray, " rows"], source: Int[np.ndarray, " samples"]
+) -> Shaped[np.ndarray, " taken"]:
     """Takes whole bags, given end to end with their lengths."""
     if lengths[0] > 0 and (lengths == lengths[0]).all():
         return values.reshape(-1, lengths[0]).take(source, axis=0).reshape(-1)

@@ -23,5 +23,5 @@ class Batch:
 
     dense: Float[Any, "B num_dense"]
     ids: KeyedJagged
-    label: Float[Any, "B"]
-    weight: Float[Any, "B"]
+    label: Float[Any, " B"]
+    weight: Float[Any, " B"]

@@ -49,8 +49,8 @@ def print_report(report: DatasetReport, directory: str | os.PathLike[str]) -> No
     for name, split in report.splits.items():
         figures = (f"{split.num_samples:,}", f"{split.num_files}", f"{split.num_row_groups}")
         splits.add_row(name, *figures, f"{split.positive_rate:.4f}")
-    features = Table("feature", "rows", "bag", "mean ids", "longest", "empty", title="sparse features, first split")
-    first = next(iter(report.splits.values()))
+    name, first = next(iter(report.splits.items()))
+    features = Table("feature", "rows", "bag", "mean ids", "longest", "empty", title=f"sparse features of {name}")
     for column in report.card.sparse:
         feature = first.features[column.name]
         mean, empty = feature.num_ids / first.num_samples, feature.empty_bags / first.num_samples

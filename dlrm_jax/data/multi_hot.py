@@ -12,7 +12,7 @@ _HASHES_AT_ONCE = 2**20
 
 
 def expand_bags(
-    ids: Int64[np.ndarray, "samples"], *, num_rows: int, pooling_factor: int, feature: int, seed: int
+    ids: Int64[np.ndarray, " samples"], *, num_rows: int, pooling_factor: int, feature: int, seed: int
 ) -> Int64[np.ndarray, "samples pooling_factor"]:
     """Gives every id its bag: the id itself, then pseudo-random ids of its table.
 

@@ -44,9 +44,9 @@ class Window:
         released: Row groups that no later window of this process needs.
     """
 
-    group: Int[np.ndarray, "pieces"]
-    first_row: Int[np.ndarray, "pieces"]
-    num_rows: Int[np.ndarray, "pieces"]
+    group: Int[np.ndarray, " pieces"]
+    first_row: Int[np.ndarray, " pieces"]
+    num_rows: Int[np.ndarray, " pieces"]
     source: Int[np.ndarray, "steps b"]
     released: tuple[int, ...]
 
@@ -60,7 +60,7 @@ class EpochOrder:
         windows: The windows in order. An iterator, since their number grows with the dataset.
     """
 
-    groups: Int[np.ndarray, "groups"]
+    groups: Int[np.ndarray, " groups"]
     windows: Iterator[Window]
 
 
@@ -129,7 +129,7 @@ class DataOrder:
         )
         return EpochOrder(groups=groups[np.argsort(first_piece)], windows=windows)
 
-    def _group_permutation(self, epoch: int) -> Int[np.ndarray, "groups"]:
+    def _group_permutation(self, epoch: int) -> Int[np.ndarray, " groups"]:
         count = len(self.rows_per_group)
         if not self.shuffle:
             return np.arange(count)
@@ -166,7 +166,7 @@ class DataOrder:
         first_step: int,
         shards: range,
         pieces: np.ndarray,
-        last_window: Int[np.ndarray, "groups"],
+        last_window: Int[np.ndarray, " groups"],
     ) -> Window:
         begin, end = np.searchsorted(pieces["window"], [window, window + 1])
         pieces = pieces[begin:end]
@@ -184,7 +184,7 @@ class DataOrder:
         )
 
     def _window_source(
-        self, epoch: int, window: int, steps: int, shards: range, rows: Int[np.ndarray, "S"]
+        self, epoch: int, window: int, steps: int, shards: range, rows: Int[np.ndarray, " S"]
     ) -> Int[np.ndarray, "steps b"]:
         """Permutes each shard's rows of a window and deals them to the steps."""
         S, slots = len(shards), steps * self.rows_per_step
@@ -207,7 +207,7 @@ class DataOrder:
         return by_step.reshape(steps, S * self.rows_per_step)
 
 
-def _random_words(seed: int, epoch: int, stream: tuple[int, int], first: int, count: int) -> Int[np.ndarray, "count"]:
+def _random_words(seed: int, epoch: int, stream: tuple[int, int], first: int, count: int) -> Int[np.ndarray, " count"]:
     """Words ``first`` to ``first + count`` of one of an epoch's streams; ``first`` is a multiple of four."""
     key = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
     counter = np.array([first // _WORDS_PER_COUNT, *stream, 0], np.uint64)

@@ -34,9 +34,9 @@ class Bags:
         weights: One weight beside each id; None for an unweighted feature.
     """
 
-    values: Int[np.ndarray, "ids"]
-    offsets: Int[np.ndarray, "rows+1"] | None
-    weights: Float[np.ndarray, "ids"] | None
+    values: Int[np.ndarray, " ids"]
+    offsets: Int[np.ndarray, " rows+1"] | None
+    weights: Float[np.ndarray, " ids"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class RowGroup:
     """
 
     dense: Float[np.ndarray, "rows num_dense"]
-    label: Float[np.ndarray, "rows"]
-    weight: Float[np.ndarray, "rows"]
+    label: Float[np.ndarray, " rows"]
+    weight: Float[np.ndarray, " rows"]
     sparse: tuple[Bags, ...]
 
 
@@ -195,7 +195,7 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
-def _numbers(table: pa.Table, name: str) -> Float[np.ndarray, "rows"]:
+def _numbers(table: pa.Table, name: str) -> Float[np.ndarray, " rows"]:
     return _array(table, name).to_numpy().astype(np.float32, copy=False)
 
 
@@ -215,9 +215,9 @@ def _where(counts: pa.Array | None, column: pa.Array) -> pa.Array:
     return column if counts is None else pc.call_function("if_else", [counts, column, pa.scalar(None, column.type)])
 
 
-def _offsets(lengths: np.ndarray) -> Int[np.ndarray, "rows+1"]:
+def _offsets(lengths: np.ndarray) -> Int[np.ndarray, " rows+1"]:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _int32(ids: pa.Array) -> Int[np.ndarray, "ids"]:
+def _int32(ids: pa.Array) -> Int[np.ndarray, " ids"]:
     return ids.to_numpy().astype(np.int32)

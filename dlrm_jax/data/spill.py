@@ -44,7 +44,7 @@ class SpilledCounts:
         """How many times the entries held were written to disk."""
         return self._num_spills
 
-    def add(self, keys: UInt64[np.ndarray, "keys"], counts: Int64[np.ndarray, "keys"]) -> None:
+    def add(self, keys: UInt64[np.ndarray, " keys"], counts: Int64[np.ndarray, " keys"]) -> None:
         """Adds distinct keys with their counts, as `count_keys` returns them."""
         self._held.append((keys, counts))
         self._num_held += len(keys)
@@ -77,16 +77,16 @@ class SpilledCounts:
 
 
 def count_keys(
-    keys: UInt64[np.ndarray, "keys"],
-) -> tuple[UInt64[np.ndarray, "distinct"], Int64[np.ndarray, "distinct"]]:
+    keys: UInt64[np.ndarray, " keys"],
+) -> tuple[UInt64[np.ndarray, " distinct"], Int64[np.ndarray, " distinct"]]:
     """Returns the distinct keys in ascending order, and how often each occurs."""
     distinct, counts = np.unique(keys, return_counts=True)
     return distinct, counts.astype(np.int64, copy=False)
 
 
 def merge_counts(
-    parts: Iterable[tuple[UInt64[np.ndarray, "_"], Int64[np.ndarray, "_"]]],
-) -> tuple[UInt64[np.ndarray, "distinct"], Int64[np.ndarray, "distinct"]]:
+    parts: Iterable[tuple[UInt64[np.ndarray, " _"], Int64[np.ndarray, " _"]]],
+) -> tuple[UInt64[np.ndarray, " distinct"], Int64[np.ndarray, " distinct"]]:
     """Returns the distinct keys of all parts in ascending order, and the sum of each one's counts.
 
     A part need not be sorted, and may hold a key several times.
@@ -105,7 +105,7 @@ def merge_counts(
 
 def read_partition(
     directories: Iterable[str | os.PathLike[str]], partition: int, *, max_entries: int
-) -> tuple[UInt64[np.ndarray, "distinct"], Int64[np.ndarray, "distinct"]]:
+) -> tuple[UInt64[np.ndarray, " distinct"], Int64[np.ndarray, " distinct"]]:
     """Adds up one partition of several counts.
 
     Memory is the distinct keys of the partition, and ``max_entries`` records on top.

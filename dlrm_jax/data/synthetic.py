@@ -56,7 +56,7 @@ class SyntheticSpec:
     """
 
     seed: int = 0
-    num_train: int = 1_000_000
+    num_train: int = 2_000_000
     num_validation: int = 50_000
     num_test: int = 50_000
     num_dense: int = 8
@@ -221,12 +221,12 @@ def _check_spec(config: SyntheticSpec) -> None:
             raise InputError(f"synthetic: {name} is {value}, but must lie in [{low}, {high}]")
 
 
-def _dense_weights(config: SyntheticSpec) -> Float[np.ndarray, "num_dense"]:
+def _dense_weights(config: SyntheticSpec) -> Float[np.ndarray, " num_dense"]:
     weights = _normals(config.seed, 2**32, np.arange(config.num_dense, dtype=np.uint64), 0)
     return weights * config.dense_effect / max(float(np.linalg.norm(weights)), 1e-12)
 
 
-def _zipf_ranks(uniform: Float[np.ndarray, "n"], num_rows: int, exponent: float) -> Int[np.ndarray, "n"]:
+def _zipf_ranks(uniform: Float[np.ndarray, " n"], num_rows: int, exponent: float) -> Int[np.ndarray, " n"]:
     """Draws ranks 0, ..., num_rows - 1 by inverting the distribution of x ** -exponent on [1, num_rows + 1)."""
     if exponent == 1.0:
         x = (num_rows + 1.0) ** uniform
@@ -236,7 +236,7 @@ def _zipf_ranks(uniform: Float[np.ndarray, "n"], num_rows: int, exponent: float)
     return np.minimum(x.astype(np.int64) - 1, num_rows - 1)
 
 
-def _rank_probability(rank: Int[np.ndarray, "n"], num_rows: int, exponent: float) -> Float[np.ndarray, "n"]:
+def _rank_probability(rank: Int[np.ndarray, " n"], num_rows: int, exponent: float) -> Float[np.ndarray, " n"]:
     """Returns the probability with which `_zipf_ranks` draws each rank."""
     if exponent == 1.0:
         return np.log1p(1.0 / (rank + 1.0)) / math.log(num_rows + 1.0)
@@ -244,7 +244,7 @@ def _rank_probability(rank: Int[np.ndarray, "n"], num_rows: int, exponent: float
     return ((rank + 2.0) ** power - (rank + 1.0) ** power) / ((num_rows + 1.0) ** power - 1.0)
 
 
-def _permute(config: SyntheticSpec, feature: int, rank: Int[np.ndarray, "n"], num_rows: int) -> Int[np.ndarray, "n"]:
+def _permute(config: SyntheticSpec, feature: int, rank: Int[np.ndarray, " n"], num_rows: int) -> Int[np.ndarray, " n"]:
     """Maps ranks to ids one to one, so that frequent ids do not lie side by side: ``a * rank + c mod num_rows``."""
     first, shift = (int(bits) for bits in _hash(config.seed, feature, np.arange(2, dtype=np.uint64), 7))
     factor = first % num_rows
@@ -254,8 +254,8 @@ def _permute(config: SyntheticSpec, feature: int, rank: Int[np.ndarray, "n"], nu
 
 
 def _effects(
-    config: SyntheticSpec, feature: int, rank: Int[np.ndarray, "n"], column: SparseColumn, stream: int
-) -> Float[np.ndarray, "n"]:
+    config: SyntheticSpec, feature: int, rank: Int[np.ndarray, " n"], column: SparseColumn, stream: int
+) -> Float[np.ndarray, " n"]:
     """Returns one normal number for each id, smaller where the training split shows the id rarely."""
     per_sample = config.mean_pooling_factor if column.bag else 1.0
     expected = _rank_probability(rank, column.num_rows, config.zipf_exponent) * config.num_train * per_sample
@@ -265,8 +265,8 @@ def _effects(
 
 
 def _interaction(
-    config: SyntheticSpec, pair: int, left: Int[np.ndarray, "n"], right: Int[np.ndarray, "n"]
-) -> Float[np.ndarray, "n"]:
+    config: SyntheticSpec, pair: int, left: Int[np.ndarray, " n"], right: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     """Returns the inner products of two-dimensional vectors of the ids of features ``pair`` and ``pair + 1``."""
     columns = _columns(config)
     product = np.zeros(len(left))
@@ -278,7 +278,7 @@ def _interaction(
     return product * config.interaction_effect / math.sqrt(2 * config.num_interactions)
 
 
-def _hash(seed: int, feature: int, counter: UInt64[np.ndarray, "n"], stream: int) -> UInt64[np.ndarray, "n"]:
+def _hash(seed: int, feature: int, counter: UInt64[np.ndarray, " n"], stream: int) -> UInt64[np.ndarray, " n"]:
     """Mixes the four into 64 random bits."""
     bits = np.zeros_like(counter)
     for word in (seed, feature, stream):
@@ -286,7 +286,7 @@ def _hash(seed: int, feature: int, counter: UInt64[np.ndarray, "n"], stream: int
     return mix64(bits ^ counter)
 
 
-def _normals(seed: int, feature: int, counter: UInt64[np.ndarray, "n"], stream: int) -> Float[np.ndarray, "n"]:
+def _normals(seed: int, feature: int, counter: UInt64[np.ndarray, " n"], stream: int) -> Float[np.ndarray, " n"]:
     """Returns standard normal numbers that depend on the arguments alone (Box and Muller)."""
     bits = _hash(seed, feature, counter, stream)
     radius = np.sqrt(-2.0 * np.log(((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32))

@@ -86,7 +86,7 @@ def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLi
             _validate_weights(table, column, path, first_row)
 
 
-def pooling_factors(chunk: List) -> Int[np.ndarray, "rows"]:
+def pooling_factors(chunk: List) -> Int[np.ndarray, " rows"]:
     """Returns the number of ids in each bag; 0 where it is null."""
     return pc.call_function("list_value_length", [chunk]).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
@@ -140,7 +140,7 @@ def _chunks(table: pa.Table, name: str, first_row: int) -> Iterator[tuple[int, p
         first_row += len(chunk)
 
 
-def _first_outside(ids: Shaped[np.ndarray, "ids"], num_rows: int) -> int | None:
+def _first_outside(ids: Shaped[np.ndarray, " ids"], num_rows: int) -> int | None:
     """Position of the first id outside [0, num_rows); minimum and maximum first, since all are nearly always inside."""
     if not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < num_rows):
         return None
@@ -158,21 +158,21 @@ def _raise_outside(value: int, column: SparseColumn, where: str) -> None:
     )
 
 
-def _is_finite_float32(values: Shaped[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+def _is_finite_float32(values: Shaped[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     # The loader narrows to float32, where a large float64 becomes infinite.
     with np.errstate(over="ignore"):
         return np.isfinite(values.astype(np.float32, copy=False))
 
 
-def _nulls(array: pa.Array) -> Bool[np.ndarray, "n"]:
+def _nulls(array: pa.Array) -> Bool[np.ndarray, " n"]:
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _first(flags: Bool[np.ndarray, "n"]) -> int:
+def _first(flags: Bool[np.ndarray, " n"]) -> int:
     return int(np.argmax(flags))
 
 
-def _row_of(lengths: Int[np.ndarray, "rows"], position: int) -> int:
+def _row_of(lengths: Int[np.ndarray, " rows"], position: int) -> int:
     """The row whose bag holds the value at that position of the flattened bags."""
     return int(np.searchsorted(np.cumsum(lengths), position, side="right"))
 

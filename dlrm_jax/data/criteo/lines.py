@@ -84,8 +84,8 @@ class ParsedBlock:
         malformed: The other lines.
     """
 
-    lines: Int64[np.ndarray, "n"]
-    label: Float32[np.ndarray, "n"]
+    lines: Int64[np.ndarray, " n"]
+    label: Float32[np.ndarray, " n"]
     dense: Float32[np.ndarray, "13 n"]
     ids: UInt32[np.ndarray, "26 n"]
     present: Bool[np.ndarray, "26 n"]

@@ -101,8 +101,8 @@ def _make_vocabulary(run: Run, feature: int, counted: CountedIds, num_samples: i
 
 
 def _count_bags(
-    counts: Int64[np.ndarray, "rows"], feature: int, pooling_factor: int, seed: int
-) -> Int64[np.ndarray, "rows"]:
+    counts: Int64[np.ndarray, " rows"], feature: int, pooling_factor: int, seed: int
+) -> Int64[np.ndarray, " rows"]:
     """Returns how often each row occurs in bags, given how often each bag's first row does."""
     in_bags = np.zeros_like(counts)
     for start in range(0, len(counts), _IDS_AT_ONCE):

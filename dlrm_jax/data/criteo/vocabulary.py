@@ -45,7 +45,7 @@ class CountedIds:
     frequent_occurrences: int
 
 
-def to_keys(ids: UInt32[np.ndarray, "26 n"], present: Bool[np.ndarray, "26 n"]) -> UInt64[np.ndarray, "keys"]:
+def to_keys(ids: UInt32[np.ndarray, "26 n"], present: Bool[np.ndarray, "26 n"]) -> UInt64[np.ndarray, " keys"]:
     """Returns the ids that are present as keys to count: the feature in the high 32 bits, the id in the low ones."""
     features = np.arange(len(ids), dtype=np.uint64)[:, None] << np.uint64(32)
     return (features | ids)[present]
@@ -108,14 +108,14 @@ def check_memory(counted: Sequence[CountedIds], is_hashed: Sequence[bool], names
         )
 
 
-def to_hexadecimal(values: UInt32[np.ndarray, "n"]) -> pa.Array:
+def to_hexadecimal(values: UInt32[np.ndarray, " n"]) -> pa.Array:
     """Returns ids as Criteo writes them: 8 hexadecimal digits."""
     digits = _HEXADECIMAL[np.ascontiguousarray(values).astype(">u4").view(np.uint8)]
     offsets = np.arange(len(values) + 1, dtype=np.int32) * 8
     return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(digits))
 
 
-def write_vocabulary(folder: Path, feature: int, out: Path, *, frequency_threshold: int) -> Int64[np.ndarray, "V"]:
+def write_vocabulary(folder: Path, feature: int, out: Path, *, frequency_threshold: int) -> Int64[np.ndarray, " V"]:
     """Writes a feature's vocabulary: the frequent ids by descending count, then ascending value, as rows 1, 2, ...
 
     Args:
@@ -143,13 +143,13 @@ def write_vocabulary(folder: Path, feature: int, out: Path, *, frequency_thresho
     return np.ascontiguousarray(frequent["count"])
 
 
-def hash_rows(values: UInt32[np.ndarray, "n"], *, feature: int, num_rows: int) -> Int64[np.ndarray, "n"]:
+def hash_rows(values: UInt32[np.ndarray, " n"], *, feature: int, num_rows: int) -> Int64[np.ndarray, " n"]:
     """Hashes the ids of a feature to the rows 1, ..., num_rows - 1; row 0 is left to missing ids."""
     stream = mix64(np.array([feature], np.uint64))
     return 1 + hash_to_range(mix64(values ^ stream), num_rows - 1).astype(np.int64)
 
 
-def count_hashed_rows(folder: Path, feature: int, *, num_rows: int, num_missing: int) -> Int64[np.ndarray, "rows"]:
+def count_hashed_rows(folder: Path, feature: int, *, num_rows: int, num_missing: int) -> Int64[np.ndarray, " rows"]:
     """Returns how often each row of a hashed feature occurs in the training lines."""
     counts = np.zeros(num_rows, np.int64)
     counts[0] = num_missing
@@ -162,7 +162,7 @@ def count_hashed_rows(folder: Path, feature: int, *, num_rows: int, num_missing:
 class RowLookup:
     """Maps the ids of one feature to rows of its table."""
 
-    def __init__(self, *, feature: int, num_rows: int, vocabulary: UInt32[np.ndarray, "V"] | None):
+    def __init__(self, *, feature: int, num_rows: int, vocabulary: UInt32[np.ndarray, " V"] | None):
         """Prepares the look-up.
 
         Args:
@@ -178,7 +178,7 @@ class RowLookup:
             self._values = vocabulary[order]
             self._rows = (order + 1).astype(np.uint32)
 
-    def __call__(self, ids: UInt32[np.ndarray, "n"], present: Bool[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+    def __call__(self, ids: UInt32[np.ndarray, " n"], present: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Returns the rows of ids; 0 for those that are missing or not in the vocabulary."""
         if self._values is None or self._rows is None:
             return np.where(present, hash_rows(ids, feature=self._feature, num_rows=self._num_rows), 0)
@@ -190,7 +190,7 @@ class RowLookup:
         return np.where(known, self._rows[position], 0).astype(np.int64)
 
 
-def read_vocabulary(path: str | os.PathLike[str]) -> UInt32[np.ndarray, "V"]:
+def read_vocabulary(path: str | os.PathLike[str]) -> UInt32[np.ndarray, " V"]:
     """Reads the ids of rows 1, 2, ... from a vocabulary file."""
     with pq.ParquetFile(path) as file:
         parts = [np.zeros(0, np.uint32)]

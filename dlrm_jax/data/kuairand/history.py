@@ -166,8 +166,8 @@ class RecentView:
     """
 
     pool: pl.DataFrame
-    start: Int[np.ndarray, "n"]
-    end: Int[np.ndarray, "n"]
+    start: Int[np.ndarray, " n"]
+    end: Int[np.ndarray, " n"]
 
     def bags(self, column: str) -> pl.Series:
         """Returns a list for each impression: the column's values in its range."""
@@ -190,7 +190,7 @@ class RecentView:
         places = np.where(self.end > self.start, self.end - 1, -1)
         return self.pool[column].gather(pl.Series(places, dtype=pl.Int64).replace(-1, None))
 
-    def sums(self, column: str, newest: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def sums(self, column: str, newest: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Returns the column's sum over the newest events of each range, and how many these are."""
         cumulative = np.concatenate([[0], np.cumsum(self.pool[column].to_numpy())])
         start = np.maximum(self.start, self.end - newest)

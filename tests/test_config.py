@@ -1,0 +1,221 @@
+"""Configs: they build, they meet a dataset card, and a workdir holds on to what must not change."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from configs import CONFIGS
+from dlrm_jax.config import EmbeddingConfig, TableConfig, make_specs
+from dlrm_jax.data.card import SparseColumn
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.workdir import Workdir
+from sharding import InputError
+
+CARD = tiny.card()
+
+
+def replaced(config, field, value):
+    """The config with another value of the field of that dotted name."""
+    name, _, rest = field.partition(".")
+    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_when_built_then_it_has_a_name_a_workdir_and_a_docstring_with_the_command(name):
+    config = CONFIGS[name]()
+    assert config.name == name
+    assert config.workdir == f"runs/{name}"
+    module = sys.modules[CONFIGS[name].__module__].__doc__ or ""
+    assert "scripts/train.py" in module
+    assert name in module
+    assert CONFIGS[name].__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("criteo_kaggle", 540_201_232),
+        ("criteo_terabyte_mlperf", 26_135_627_264),
+        ("dcnv2_mlperf", 26_135_627_264),
+        ("reference_random", 512_000_000),
+    ],
+)
+def test_config_when_it_states_its_features_then_a_model_without_parameters_is_made_of_it(name, parameters):
+    config = CONFIGS[name]()
+    assert config.stated is not None
+    recommender = Recommender(config, config.stated)
+    assert recommender.num_table_parameters == parameters
+    assert recommender.num_dense_parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.batch_size", 0, "data.batch_size is 0, but must be at least 1"),
+        ("data.batch_size", 66, "data.batch_size is 66, which data.virtual_shards 4 does not divide: use 68"),
+        ("data.eval_batch_size", 2, "data.eval_batch_size is 2, which data.virtual_shards 4 does not divide: use 4"),
+        ("train.epochs", 0, "train.epochs is 0"),
+        ("train.log_every", -1, "train.log_every is -1"),
+        ("train.keep_checkpoints", 0, "train.keep_checkpoints is 0"),
+        ("dense_optimizer.learning_rate", float("nan"), "dense_optimizer.learning_rate is nan"),
+        ("dense_optimizer.clip_norm", 0.0, "dense_optimizer.clip_norm is 0.0"),
+        ("seed", 2**32, "seed is 4294967296"),
+        ("schedule.warmup_steps", -1, "schedule.warmup_steps is -1"),
+        ("model.top_mlp", (8, 2), "model.top_mlp"),
+    ],
+)
+def test_config_when_a_setting_is_out_of_its_limits_then_one_line_names_field_value_and_limit(field, value, message):
+    with pytest.raises(InputError) as error:
+        replaced(tiny.config(None, Path("run")), field, value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_specs_when_features_share_a_table_then_it_has_the_rows_of_the_largest_and_its_own_settings():
+    config = EmbeddingConfig(
+        default=TableConfig(dim=4),
+        tables={"things": TableConfig(dim=8, optimizer="adam", frozen=True)},
+        shared={"things": ("item", "tags")},
+        default_pooling="mean",
+        pooling={"tags": "none"},
+    )
+    tables, features = make_specs(config, CARD)
+    assert [(table.name, table.num_rows, table.dim, table.optimizer, table.frozen) for table in tables] == [
+        ("user", tiny.USERS, 4, "rowwise_adagrad", False),
+        ("things", tiny.ITEMS, 8, "adam", True),
+    ]
+    assert [(feature.name, feature.table, feature.pooling, feature.max_ids) for feature in features] == [
+        ("user", "user", "mean", 1),
+        ("item", "things", "mean", 1),
+        ("tags", "things", "none", tiny.MAX_TAGS),
+    ]
+
+
+def test_specs_when_the_config_names_features_then_only_those_are_used_in_its_order():
+    tables, features = make_specs(EmbeddingConfig(features=("tags", "user")), CARD)
+    assert [feature.name for feature in features] == ["tags", "user"]
+    assert [table.name for table in tables] == ["tags", "user"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EmbeddingConfig(features=("usr",)), "no sparse feature 'usr'; it has ['user', 'item', 'tags']"),
+        (EmbeddingConfig(pooling={"usr": "mean"}), "embedding.pooling names 'usr', which is not a feature in use"),
+        (
+            EmbeddingConfig(features=("user",), pooling={"item": "mean"}),
+            "embedding.pooling names 'item', which is not a feature in use; those are ['user']",
+        ),
+        (EmbeddingConfig(shared={"t": ("user", "itm")}), "embedding.shared.t names 'itm', which is not a feature"),
+        (
+            EmbeddingConfig(shared={"a": ("user",), "b": ("user",)}),
+            "feature 'user' is in the shared tables 'a' and 'b'; keep one",
+        ),
+        (EmbeddingConfig(tables={"usr": TableConfig()}), "embedding.tables names 'usr', which no feature uses"),
+    ],
+)
+def test_specs_when_the_config_names_what_the_card_has_not_then_one_line_names_it(config, message):
+    with pytest.raises(InputError) as error:
+        make_specs(config, CARD)
+    assert message in str(error.value)
+
+
+def test_model_when_a_feature_is_unpooled_then_the_error_names_it():
+    config = tiny.config(None, Path("run"))
+    embedding = dataclasses.replace(config.embedding, pooling={"tags": "none"})
+    with pytest.raises(InputError, match=r"feature 'tags' is unpooled, .* set embedding.pooling.tags to sum or mean"):
+        Recommender(dataclasses.replace(config, embedding=embedding), CARD)
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """A config, and its workdir with a checkpoint."""
+    config = tiny.config(tmp_path / "data", tmp_path / "run")
+    Workdir(config.workdir).claim(config, CARD)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", 1, "seed = 0, but now it is 1"),
+        ("data.batch_size", 128, "data.batch_size = 64, but now it is 128"),
+        ("data.shuffle_window", 512, "data.shuffle_window = 256, but now it is 512"),
+        ("data.virtual_shards", 8, "data.virtual_shards = 4, but now it is 8"),
+        ("model.top_mlp", (16, 1), "model.top_mlp = [8, 1], but now it is [16, 1]"),
+        ("dense_optimizer.name", "sgd", 'dense_optimizer.name = "adam", but now it is "sgd"'),
+        ("embedding.default.learning_rate", 0.5, "embedding.default.learning_rate = 0.05, but now it is 0.5"),
+        ("embedding.tables", {}, "embedding.tables = null, but now it is {}"),
+        ("schedule.warmup_steps", 7, "schedule.warmup_steps = 6, but now it is 7"),
+        ("train.best_by", "auc", 'train.best_by = "ne", but now it is "auc"'),
+    ],
+)
+def test_workdir_when_the_experiment_is_another_then_it_refuses_naming_the_field_and_writes_nothing(
+    claimed, field, value, message
+):
+    path = Path(claimed.workdir, "config.json")
+    before = path.read_bytes()
+    with pytest.raises(InputError) as error:
+        Workdir(claimed.workdir).claim(replaced(claimed, field, value), CARD)
+    assert f"holds a run with {message}: choose another --workdir, or restore the setting" in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "other"}, 'dataset name = "tiny", but now it is "other"'),
+        ({"splits": {"train": tiny.card().splits["train"]}}, "dataset splits.test ="),
+        ({"sparse": (SparseColumn(name="user", num_rows=41), *CARD.sparse[1:])}, "dataset sparse.user ="),
+    ],
+)
+def test_workdir_when_the_dataset_is_another_then_it_refuses_naming_the_field(claimed, changes, message):
+    with pytest.raises(InputError, match="holds a run with dataset") as error:
+        Workdir(claimed.workdir).claim(claimed, tiny.card(**changes))
+    assert message in str(error.value)
+
+
+def test_workdir_when_only_what_may_change_has_changed_then_it_remembers_the_new_settings(claimed, tmp_path):
+    moved = tiny.with_train(claimed, epochs=9, log_every=1, keep_checkpoints=7)
+    moved = replaced(replaced(moved, "data.path", str(tmp_path / "elsewhere")), "data.threads", 1)
+    Workdir(claimed.workdir).claim(moved, tiny.card(attainable={"test": {"auc": 0.9}}, source={"by": "hand"}))
+    assert Workdir(claimed.workdir).read()[0] == moved
+
+
+def test_workdir_when_its_run_has_no_checkpoint_yet_then_another_may_have_it(tmp_path):
+    config = tiny.config(tmp_path / "data", tmp_path / "run")
+    Workdir(config.workdir).claim(config, CARD)
+    (tmp_path / "run" / "config.partial").write_text("{")  # of a kill
+    other = replaced(config, "seed", 5)
+    Workdir(config.workdir).claim(other, CARD)
+    assert Workdir(config.workdir).read() == (other, CARD)
+
+
+def test_workdir_when_a_kill_left_only_the_beginning_of_its_config_then_it_is_taken(tmp_path):
+    (tmp_path / "config.partial").write_text("{")
+    Workdir(tmp_path).claim(tiny.config(None, tmp_path), CARD)
+
+
+def test_workdir_when_the_folder_holds_something_else_then_it_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty, and not the folder of a run; choose another --workdir"):
+        Workdir(tmp_path).claim(tiny.config(None, tmp_path), CARD)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_workdir_when_it_cannot_be_made_then_the_error_names_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run: cannot be written \(Not a directory\)"):
+        Workdir(tmp_path / "file" / "run").claim(tiny.config(None, tmp_path), CARD)
+
+
+@pytest.mark.parametrize("content", ["{", '{"experiment": {}}', json.dumps({"experiment": {"name": 5}, "dataset": {}})])
+def test_workdir_when_its_config_is_damaged_then_reading_names_the_file(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json: (cannot be read|written by another version)"):
+        Workdir(tmp_path).read()

@@ -1,0 +1,237 @@
+"""The training loop: when it ends, what it keeps, what it writes."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import jax
+import kill9
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+from tensorboardX.proto.event_pb2 import Event
+
+from dlrm_jax import loop
+from dlrm_jax.data.card import SparseColumn
+from dlrm_jax.data.random_batches import RandomBatches
+from dlrm_jax.loop import TrainingError
+from dlrm_jax.predict import Predictor
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.report import read_log
+from dlrm_jax.sources import card_of
+from dlrm_jax.workdir import Workdir
+from sharding import InputError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run of 12 steps: its config, its result, and the train step that it compiled."""
+    config = tiny.config(data, tmp_path_factory.mktemp("trained") / "run", max_steps=12)
+    compiled = []
+
+    def make_train_step(*arguments):
+        step = make(*arguments)
+        compiled.append(step)
+
+        def guarded(*state):
+            with jax.transfer_guard("disallow"):
+                return step(*state)
+
+        return guarded
+
+    make = loop.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_train_step)
+        result = tiny.train_quietly(config)
+    return config, result, compiled[0]
+
+
+def frozen(config):
+    """The config with learning rates of 0, so that no evaluation is better than the first."""
+    embedding = dataclasses.replace(
+        config.embedding, default=dataclasses.replace(config.embedding.default, learning_rate=0.0), tables={}
+    )
+    dense = dataclasses.replace(config.dense_optimizer, learning_rate=0.0)
+    return dataclasses.replace(config, embedding=embedding, dense_optimizer=dense)
+
+
+def diverging(config):
+    """The config with a learning rate at which the second step has no finite loss."""
+    dense = dataclasses.replace(config.dense_optimizer, learning_rate=1e30)
+    return dataclasses.replace(config, dense_optimizer=dense)
+
+
+def test_early_stop_when_no_evaluation_is_better_than_the_first_then_it_ends_and_keeps_the_best(data, tmp_path):
+    config = frozen(tiny.config(data, tmp_path / "run", early_stop=2, eval_every=2, checkpoint_every=1))
+    result = tiny.train_quietly(config)
+    assert (result.ended, result.step, result.best_step) == ("early stop", 6, 2)
+    assert kill9.committed(tmp_path / "run") == {2, 5, 6}
+    assert {folder.name for folder in (tmp_path / "run" / "tables").iterdir()} == {"2", "5", "6"}
+    assert Predictor(config.workdir).step == 2
+    assert Predictor(config.workdir, checkpoint="latest").step == 6
+    assert Predictor(config.workdir, checkpoint=5).step == 5
+    with pytest.raises(InputError, match="no checkpoint of step 3"):
+        Predictor(config.workdir, checkpoint=3)
+    # The same command again finds that it had given up.
+    assert tiny.train_quietly(config) == result
+
+
+def test_keep_checkpoints_when_it_is_3_then_the_best_and_the_latest_3_are_there(data, tmp_path):
+    config = frozen(
+        tiny.config(data, tmp_path / "run", eval_every=2, max_steps=6, checkpoint_every=1, keep_checkpoints=3)
+    )
+    tiny.train_quietly(config)
+    assert kill9.committed(tmp_path / "run") == {2, 4, 5, 6}
+
+
+def test_loss_when_it_is_not_finite_then_training_ends_naming_the_step_and_the_checkpoint_is_intact(data, tmp_path):
+    config = diverging(tiny.config(data, tmp_path / "run", checkpoint_every=1))
+    with pytest.raises(TrainingError, match=r"^step 2: loss or a gradient is not finite; .* of step 1 is intact$"):
+        tiny.train_quietly(config)
+    assert kill9.committed(tmp_path / "run") == {1}
+    state = tiny.restore(config)
+    assert int(state.fault) == 0
+    assert all(np.isfinite(leaf.astype(np.float32)).all() for _, leaf in tiny.leaves(state))
+
+
+def test_loss_when_its_fault_is_noticed_late_then_the_error_still_names_the_first_bad_step(data, tmp_path):
+    config = diverging(tiny.config(data, tmp_path / "run", checkpoint_every=None, eval_every=None, log_every=5))
+    with pytest.raises(TrainingError, match=r"^step 2: .* there is no checkpoint yet$"):
+        tiny.train_quietly(config)
+    assert read_log(Workdir(config.workdir)) == []
+
+
+def test_evaluation_when_predictions_are_not_finite_then_training_ends_naming_the_step(data, tmp_path):
+    config = diverging(tiny.config(data, tmp_path / "run", checkpoint_every=None, eval_every=1))
+    with pytest.raises(TrainingError, match=r"^evaluation after step 1: the prediction for sample \d+ of a batch is"):
+        tiny.train_quietly(config)
+    assert kill9.committed(tmp_path / "run") == set()
+
+
+def test_train_step_when_batches_differ_in_capacity_alone_then_it_is_compiled_once_for_each(trained):
+    # 12 steps, 3 windows of metrics, and two capacities; run under a transfer guard that disallows.
+    _, _, step = trained
+    assert step._cache_size() == 2
+
+
+def test_log_when_training_ends_then_each_line_has_all_metrics_and_windows_their_samples(trained):
+    config, _, _ = trained
+    lines = read_log(Workdir(config.workdir))
+    names = {"step", "split", "num_samples", "auc", "auc_error_bound", "ne", "log_loss", "accuracy", "calibration"}
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (5, "train"),
+        (8, "validation"),
+        (10, "train"),
+        (12, "validation"),
+    ]
+    for line in lines:
+        if line["split"] == "train":
+            assert set(line) == names | {"samples_per_second"}
+            assert line["num_samples"] == 5 * tiny.BATCH_SIZE
+        else:
+            assert set(line) == names
+            assert line["num_samples"] == tiny.NUM_SAMPLES["validation"]
+            assert line["auc_error_bound"] == 0
+
+
+def test_tensorboard_when_training_ends_then_its_file_holds_the_same_figures(trained):
+    config, _, _ = trained
+    figures = {}
+    for path in Path(config.workdir, "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            figures |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            content = content[16 + length :]
+    for line in read_log(Workdir(config.workdir)):
+        for name in ("auc", "ne"):
+            assert figures[line["step"], f"{line['split']}/{name}"] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_files_when_training_ends_then_there_are_a_picture_and_a_result(trained):
+    config, result, _ = trained
+    assert Path(config.workdir, "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path(config.workdir, "result.json").read_text()) == dataclasses.asdict(result)
+    assert (result.step, result.ended) == (12, "all steps")
+    assert result.last is not None
+    assert result.last.num_samples == tiny.NUM_SAMPLES["validation"]
+
+
+def test_run_when_it_has_no_evaluation_and_stops_before_its_first_log_line_then_it_ends_well(data, tmp_path):
+    result = tiny.train_quietly(tiny.config(data, tmp_path / "run", eval_split=None, max_steps=2))
+    assert (result.step, result.best_step, result.best, result.last) == (2, None, None, None)
+    assert Predictor(tmp_path / "run").step == 2
+
+
+def test_split_when_all_its_labels_are_equal_then_undefined_metrics_are_null(tmp_path):
+    data = tiny.write_dataset(tmp_path / "data", change=lambda table: table.with_columns(label=pl.lit(0.0)))
+    config = tiny.config(data, tmp_path / "run", eval_split="train", max_steps=2, log_every=1)
+    tiny.train_quietly(config)
+    assert {line["ne"] for line in read_log(Workdir(config.workdir))} == {None}
+    assert json.loads(Path(config.workdir, "result.json").read_text())["last"]["auc"] is None
+
+
+def test_samples_when_they_are_weighted_then_those_of_weight_0_count_nowhere_and_touch_no_row(tmp_path):
+    user = tiny.USERS - 1
+    weight = pl.when(pl.col("user") == user).then(0.0).otherwise(pl.col("weight")).cast(pl.Float32)
+    data = tiny.write_dataset(
+        tmp_path / "data", change=lambda table: table.with_columns(weight=weight), sample_weight="weight"
+    )
+    config = tiny.config(data, tmp_path / "run", epochs=1, log_every=tiny.STEPS_PER_EPOCH)
+    result = tiny.train_quietly(config)
+    counted = (tiny.samples(tiny.NUM_SAMPLES["validation"], 1)["weight"] > 0).sum()
+    assert result.last is not None
+    assert result.last.num_samples == counted
+    table = pl.read_parquet(data / "train" / "*.parquet")
+    lines = [line for line in read_log(Workdir(config.workdir)) if line["split"] == "train"]
+    assert [line["num_samples"] for line in lines] == [(table["weight"] > 0).sum()]
+    tables = Recommender(config, card_of(config)).tables
+    first, last = tables.init(), tiny.restore(config).tables
+    changed = [
+        not np.array_equal(tables.read_rows(first, "user", [row]), tables.read_rows(last, "user", [row]))
+        for row in (user, user - 1)
+    ]
+    assert changed == [False, True]
+
+
+def test_config_when_it_has_no_data_then_it_trains_on_random_batches_that_seed_epoch_and_step_determine(tmp_path):
+    config = dataclasses.replace(tiny.config(None, tmp_path / "run", max_steps=5), stated=tiny.card())
+    assert tiny.train_quietly(config).step == 5
+    assert Predictor(config.workdir).evaluate("validation").num_samples == 2 * tiny.BATCH_SIZE
+
+
+def test_random_batches_when_read_from_any_step_then_they_are_a_function_of_seed_epoch_and_step():
+    def batches(seed, epoch, first_step=0):
+        source = RandomBatches(tiny.card(), "train", features=["tags", "user"], batch_size=100, seed=seed)
+        assert source.steps_per_epoch == 12
+        return list(source.batches(epoch, first_step))
+
+    first = batches(0, 1)
+    tiny.assert_identical(batches(0, 1, 7), first[7:])
+    assert not np.array_equal(first[0].label, first[1].label)
+    assert not np.array_equal(first[0].label, batches(0, 2)[0].label)
+    assert not np.array_equal(first[0].label, batches(1, 1)[0].label)
+    assert first[0].ids.features == ("tags", "user")
+    assert first[0].ids.lengths.tolist() == [[3] * 100, [1] * 100]
+    assert first[0].ids.values[:300].max() < tiny.TAGS
+    assert first[0].ids.values[300:].max() < tiny.USERS
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (SparseColumn(name="user", num_rows=2**31), "random ids of feature 'user'"),
+        (SparseColumn(name="user", num_rows=9, bag=True, weights="w"), "random ids of feature 'user'"),
+    ],
+)
+def test_random_batches_when_ids_cannot_be_made_then_the_error_names_the_feature(column, message):
+    with pytest.raises(InputError, match=message):
+        RandomBatches(tiny.card(sparse=(column,)), "train", features=["user"], batch_size=4)

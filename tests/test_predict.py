@@ -1,0 +1,138 @@
+"""Predictor: rows of any kind, any number of them, from a checkpoint to probabilities."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+
+from dlrm_jax.metrics import ExactMetrics
+from dlrm_jax.predict import Predictor
+from scripts import eval as eval_script
+from scripts.command_line import run
+from sharding import InputError
+
+ROWS = tiny.samples(tiny.NUM_SAMPLES["test"], 2)
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory) -> Predictor:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.train_quietly(tiny.config(tiny.write_dataset(folder / "data"), folder / "run", max_steps=6))
+    return Predictor(folder / "run")
+
+
+def changed(**columns) -> pl.DataFrame:
+    """The first three rows with other columns."""
+    return ROWS[:3].with_columns(**{name: pl.Series(values) for name, values in columns.items()})
+
+
+def test_probabilities_when_rows_come_as_different_types_then_they_are_the_same(predictor):
+    expected = predictor.predict(ROWS)
+    assert expected.shape == (len(ROWS),)
+    assert expected.dtype == np.float32
+    assert 0 < expected.min() < expected.max() < 1
+    for rows in (ROWS.to_arrow(), ROWS.to_dict(as_series=False), ROWS.drop("label", "weight")):
+        np.testing.assert_array_equal(predictor.predict(rows), expected)
+    batch = predictor.batch(ROWS.to_arrow())
+    assert batch.label.shape == (128,)
+    np.testing.assert_array_equal(predictor.predict(batch)[: len(ROWS)], expected)
+
+
+def test_probabilities_when_their_metrics_are_computed_then_they_are_those_of_evaluate(predictor):
+    metrics = predictor.evaluate("test")
+    probability = predictor.predict(ROWS).astype(np.float64)
+    exact = ExactMetrics()
+    exact.update(np.log(probability) - np.log1p(-probability), ROWS["label"].to_numpy(), np.ones(len(ROWS)))
+    expected = exact.compute()
+    assert metrics.num_samples == len(ROWS)
+    # Another batch size, and logits through float32 probabilities and back.
+    for name in ("auc", "ne", "log_loss", "accuracy", "calibration"):
+        assert getattr(metrics, name) == pytest.approx(getattr(expected, name), abs=1e-5), name
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 100])
+def test_probabilities_when_there_are_fewer_rows_then_they_are_those_of_the_first(predictor, count):
+    probabilities = predictor.predict(ROWS[:count])
+    assert probabilities.shape == (count,)
+    # Sums may be cut differently for another batch size.
+    np.testing.assert_allclose(probabilities, predictor.predict(ROWS)[:count], rtol=1e-5)
+
+
+def test_probabilities_when_all_bags_are_empty_and_ids_missing_then_columns_without_a_type_are_understood(predictor):
+    rows = {"age": [0.5, 1.0], "price": [0, 2], "user": [None, None], "item": [3, None], "tags": [[], []]}
+    typed = pl.DataFrame(rows, schema_overrides={"user": pl.Int64, "tags": pl.List(pl.Int64)})
+    np.testing.assert_array_equal(predictor.predict(rows), predictor.predict(typed))
+    np.testing.assert_array_equal(predictor.predict(pl.DataFrame(rows)), predictor.predict(typed))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS.drop("item"), "samples: column 'item' of card.json is missing"),
+        (changed(user=[0, tiny.USERS, 0]), "samples, row 1: 'user' is 40, but ids lie in [0, 40)"),
+        (changed(user=[0, 0, -1]), "samples, row 2: 'user' is -1, but ids lie in [0, 40)"),
+        (changed(user=[0, 2**31 + 5, 0]), "samples, row 1: 'user' is 2147483653, but ids lie in [0, 40)"),
+        (changed(tags=[[1], [2, 60], []]), "samples, row 1: 'tags' holds 60, but ids lie in [0, 60)"),
+        (changed(tags=[[1] * 31, [], []]), "samples, row 0: 'tags' has 31 ids, but max_pooling_factor is 30"),
+        (changed(user=["a", "b", "c"]), "column 'user' is large_string, but must be an integer (int64)"),
+        (changed(user=[0.0, 1.0, 2.0]), "column 'user' is double, but must be an integer (int64)"),
+        (changed(age=[0.0, np.nan, 0.0]), "samples, row 1: 'age' is nan, but dense features are finite"),
+        ({"user": [1, 2], "item": [1]}, "samples of type dict cannot be read"),
+        ({"user": [2**70]}, "samples of type dict cannot be read"),
+        (7, "samples of type int cannot be read"),
+    ],
+)
+def test_rows_when_they_are_not_what_the_card_says_then_one_line_says_where(predictor, rows, message):
+    with pytest.raises(InputError) as error:
+        predictor.predict(rows)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_batch_when_an_id_is_outside_its_table_then_one_line_names_sample_feature_and_value(predictor):
+    batch = predictor.batch(ROWS.to_arrow())
+    items = batch.ids.features.index("item")
+    values = batch.ids.values.copy()
+    values[batch.ids.lengths[:items].sum() + 4] = tiny.ITEMS
+    with pytest.raises(InputError, match=r"^sample 4: feature 'item' holds 100, but ids lie in \[0, 100\): repair"):
+        predictor.predict(dataclasses.replace(batch, ids=dataclasses.replace(batch.ids, values=values)))
+    wide = dataclasses.replace(batch.ids, values=batch.ids.values.astype(np.int64))
+    with pytest.raises(InputError, match="int64"):
+        predictor.predict(dataclasses.replace(batch, ids=wide))
+
+
+def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(predictor, monkeypatch, capsys):
+    monkeypatch.setattr(eval_script, "configure_jax", lambda: None)
+
+    def evaluate(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["scripts/eval.py", *map(str, arguments)])
+        code = 0
+        try:
+            run(eval_script.main)
+        except SystemExit as stop:
+            code = int(str(stop.code))
+        return code, *capsys.readouterr()
+
+    folder = predictor._workdir.path
+    code, out, _ = evaluate(folder, "--split", "test")
+    figures = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert figures["split"] == "test"
+    assert figures["num_samples"] == len(ROWS)
+    assert figures["step"] == predictor.step
+    assert figures["auc"] == predictor.evaluate("test").auc
+    for arguments, message in (
+        ((folder, "--split", "tset"), "no split 'tset'; use one of ['test', 'train', 'validation']"),
+        ((folder, "--splitt", "test"), "there is no flag '--splitt'; did you mean '--split'?"),
+        ((folder, "--checkpoint", "77"), "no checkpoint of step 77"),
+        ((folder.parent / "data",), "is not the folder of a run"),
+        ((), "PATH"),
+    ):
+        code, out, err = evaluate(*arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1

@@ -1,0 +1,201 @@
+"""What ShardedTables refuses, each in one line that names the thing, its value and the limit."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sharding import (
+    FeatureSpec,
+    Initializer,
+    InputError,
+    KeyedJagged,
+    Placement,
+    ShardedTables,
+    ShardingPlan,
+    TableSpec,
+    make_mesh,
+)
+
+TABLE = TableSpec(name="t", num_rows=10, dim=4)
+FEATURE = FeatureSpec(name="f", table="t")
+
+
+def assert_refused(message: str, call, *arguments, **options) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_rows": 0}, "table 't' has 0 rows; the limit is 1 to 2147483647"),
+        ({"num_rows": 2**31}, "table 't' has 2147483648 rows; the limit is 1 to 2147483647"),
+        ({"dim": 0}, "table 't' has dim 0; the limit is 1 to 8192"),
+        ({"dim": 8193}, "table 't' has dim 8193; the limit is 1 to 8192"),
+        ({"optimizer": "momentum"}, "table 't': optimizer 'momentum' does not exist; there are ['sgd', 'adagrad',"),
+        ({"dtype": "float64"}, "table 't': dtype 'float64' is not one of float32, bfloat16, float16"),
+        ({"rounding": "up"}, "table 't': rounding 'up' is not one of nearest, stochastic"),
+        ({"initializer": Initializer(kind="ones")}, "table 't': initializer 'ones' is not one of uniform, normal,"),
+        ({"initializer": Initializer(scale=np.inf)}, "table 't': the initializer's scale is inf; it must be finite"),
+        ({"learning_rate": -0.1}, "table 't': learning_rate is -0.1; it must be at least 0.0"),
+        ({"learning_rate": np.nan}, "table 't': learning_rate is nan; it must be at least 0.0"),
+        ({"learning_rate": 1e39}, "table 't': learning_rate is 1e+39; it must be at least 0.0 and at most 3e+38"),
+        ({"weight_decay": -1.0}, "table 't': weight_decay is -1.0; it must be at least 0.0"),
+        ({"eps": 0.0}, "table 't': eps is 0.0; it must be at least 1e-30"),
+        ({"beta1": 1.0}, "table 't': beta1 is 1.0; it must be at least 0.0 and at most 0.9999"),
+        ({"beta2": 1 - 1e-9}, "table 't': beta2 is 0.999999999; it must be at least 0.0 and at most 0.9999"),
+        ({"beta2": -0.5}, "table 't': beta2 is -0.5; it must be at least 0.0"),
+        (
+            {"num_rows": 2**31 - 1, "name": "u"},
+            "table 'u' ends at row 2147483663 of width 8 in the store 'float32.rowwise_adagrad' of one device, and 32 "
+            "bits name 2147483647: use larger dims or fewer rows",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_then_refused(changes: dict, message: str) -> None:
+    table = dataclasses.replace(TABLE, **changes)
+    features = [FEATURE, FeatureSpec(name="g", table="u")] if table.name == "u" else [FEATURE]
+    assert_refused(message, ShardedTables, [TABLE, table] if table.name == "u" else [table], features)
+
+
+@pytest.mark.parametrize(
+    ("tables", "features", "message"),
+    [
+        ([TABLE, TABLE], [FEATURE], "table 't' is declared twice; names must differ"),
+        ([TABLE], [FEATURE, FEATURE], "feature 'f' is declared twice; names must differ"),
+        ([TABLE], [], "no feature is declared; an embedding layer needs at least one"),
+        (
+            [TABLE],
+            [dataclasses.replace(FEATURE, table="x")],
+            "feature 'f' is mapped to table 'x'; tables: ['t']",
+        ),
+        (
+            [TABLE],
+            [dataclasses.replace(FEATURE, pooling="max")],
+            "feature 'f': pooling 'max' is not one of sum, mean, none",
+        ),
+        (
+            [TABLE],
+            [dataclasses.replace(FEATURE, pooling="none")],
+            "feature 'f' is unpooled, so max_ids must say how long a sequence can be",
+        ),
+        ([TABLE], [dataclasses.replace(FEATURE, max_ids=0)], "feature 'f' has max_ids 0; the limit is 1 to"),
+        ([TABLE], [dataclasses.replace(FEATURE, pooling="none", max_ids=-3)], "feature 'f' has max_ids -3"),
+        (
+            [TABLE, dataclasses.replace(TABLE, name="u")],
+            [FEATURE],
+            "table 'u' is used by no feature; leave it out or map a feature to it",
+        ),
+    ],
+)
+def test_specifications_that_contradict_each_other_then_refused(tables, features, message: str) -> None:
+    assert_refused(message, ShardedTables, tables, features)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            ShardingPlan(nodes=1, chips=1, placements=()),
+            "the plan places 0 tables, the model has 1; they differ in 't'",
+        ),
+        (
+            ShardingPlan(nodes=1, chips=1, placements=(Placement(table="t"), Placement(table="t"))),
+            "the plan places 2 tables, the model has 1; they differ in 't'",
+        ),
+        (
+            ShardingPlan(nodes=1, chips=2, placements=(Placement(table="t"),)),
+            "the plan is for a mesh of 1 x 2, but the mesh is 1 x 1: make a plan for this mesh",
+        ),
+        (
+            ShardingPlan(nodes=1, chips=1, placements=(Placement(table="t", device=1),)),
+            "table 't' is placed on device 1, but the mesh has devices 0 to 0",
+        ),
+        (
+            ShardingPlan(nodes=1, chips=1, placements=(Placement(table="t", kind="everywhere"),)),
+            "table 't': placement 'everywhere' is not one of table_wise",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_then_refused(plan: ShardingPlan, message: str) -> None:
+    assert_refused(message, ShardedTables, [TABLE], [FEATURE], plan=plan)
+
+
+def test_a_mesh_of_several_devices_then_refused() -> None:
+    # The same device twice stands for two: nothing runs on this mesh.
+    mesh = make_mesh(1, 2, devices=jax.devices() * 2)
+    plan = ShardingPlan(nodes=1, chips=2, placements=(Placement(table="t"),))
+    message = "the plan is for 2 devices, but this version keeps tables on one: use a 1 x 1 mesh"
+    assert_refused(message, ShardedTables, [TABLE], [FEATURE], plan=plan, mesh=mesh)
+
+
+@pytest.mark.parametrize(("nodes", "chips"), [(1, 10_000), (0, 1), (1, 0)])
+def test_a_mesh_of_devices_that_are_not_there_then_refused(nodes: int, chips: int) -> None:
+    assert_refused(f"a mesh of {nodes} x {chips} needs {nodes * chips} devices", make_mesh, nodes, chips)
+
+
+def jagged(**changes) -> KeyedJagged:
+    ids = KeyedJagged(values=np.zeros(4, np.int32), lengths=np.ones((1, 4), np.int32), features=("f",))
+    return dataclasses.replace(ids, **changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (jagged(features=("g",)), "the batch has no ids of feature 'f'; it has ('g',)"),
+        (jagged(values=np.array([2**31] * 4)), "ids and lengths are int64 and int32, which JAX would narrow silently"),
+        (jagged(lengths=np.ones((1, 4), np.int64)), "ids and lengths are int32 and int64"),
+        (jagged(lengths=np.ones((2, 2), np.int32)), "ids of 1 features have values (4,) and lengths (2, 2): give"),
+        (jagged(lengths=np.ones(4, np.int32)), "ids of 1 features have values (4,) and lengths (4,): give [capacity]"),
+        (jagged(weights=np.ones(3, np.float32)), "(4,) ids have (3,) weights; give one weight for each id"),
+    ],
+)
+def test_a_batch_that_does_not_fit_then_refused(ids: KeyedJagged, message: str) -> None:
+    assert_refused(message, ShardedTables([TABLE], [FEATURE]).route, ids)
+
+
+@pytest.mark.parametrize(
+    ("bags", "options", "message"),
+    [
+        ({"f": [[1, 2**31]]}, {}, "feature 'f', sample 0: id 2147483648 does not fit into 32 bits, and JAX would"),
+        ({"f": [[], [-(2**31) - 1]]}, {}, "feature 'f', sample 1: id -2147483649 does not fit into 32 bits"),
+        ({"f": [[2**70]]}, {}, f"feature 'f', sample 0: id {2**70} does not fit into 32 bits"),
+        ({"f": [[1.5]]}, {}, "feature 'f', sample 0: id 1.5 is not an integer; ids are row numbers"),
+        ({"f": [["a"]]}, {}, "feature 'f', sample 0: id 'a' is not an integer"),
+        ({"f": [[1]], "g": [[1], [2]]}, {}, "features have different numbers of samples: {'f': 1, 'g': 2}"),
+        ({"f": [[1, 2]]}, {"capacity": 1}, "2 ids do not fit into capacity 1; raise it or leave it out"),
+        ({"f": [[1, 2]]}, {"weights": {"f": [[1.0]]}}, "feature 'f', sample 0: 2 ids but 1 weights"),
+        ({"f": [[], [1]]}, {"weights": {"f": [[]]}}, "feature 'f', sample 1: 1 ids but 0 weights"),
+        ({"f": [[1]]}, {"weights": {"g": [[1.0]]}}, "weights are given for features without ids: ['g']"),
+    ],
+)
+def test_bags_that_make_no_batch_then_refused(bags: dict, options: dict, message: str) -> None:
+    assert_refused(message, KeyedJagged.from_bags, bags, **options)
+
+
+def test_bags_at_the_limits_of_32_bits_then_taken() -> None:
+    ids = KeyedJagged.from_bags({"f": [[2**31 - 1, -(2**31)], []]}, weights={"f": [[1, 2], []]}, capacity=3)
+    np.testing.assert_array_equal(ids.values, np.array([2**31 - 1, -(2**31), 0], np.int32))
+    np.testing.assert_array_equal(ids.lengths, [[2, 0]])
+    np.testing.assert_array_equal(ids.weights, np.array([1, 2, 0], np.float32))
+
+
+def test_rows_that_a_table_does_not_have_then_refused() -> None:
+    tables = ShardedTables([TABLE], [FEATURE])
+    state = tables.init()
+    for read in (tables.read_rows, tables.read_optimizer_state):
+        assert_refused("no table 'u'; tables: ['t']", read, state, "u", [0])
+        assert_refused("row 10 is outside table 't', whose rows are 0 to 9", read, state, "t", [3, 10])
+        assert_refused("row -1 is outside table 't', whose rows are 0 to 9", read, state, "t", [-1])
+    for name, first, shape, message in (
+        ("u", 0, (1, 4), "no table 'u'; tables: ['t']"),
+        ("t", 0, (1, 5), "rows of shape (1, 5) do not fit table 't'; its rows have dim 4"),
+        ("t", 0, (4,), "rows of shape (4,) do not fit table 't'"),
+        ("t", 9, (2, 4), "rows 9 to 10 are not all in table 't', whose rows are 0 to 9"),
+        ("t", -1, (2, 4), "rows -1 to 0 are not all in table 't'"),
+    ):
+        assert_refused(message, tables.write_rows, state, name, first, np.zeros(shape))
