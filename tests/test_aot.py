@@ -131,7 +131,7 @@ def test_the_step_for_an_h200_then_compiles_without_a_copy_of_a_table(item: Tabl
     assert_in_place(*compiled_step("h200", item=item, tags=tags))
 
 
-@pytest.mark.parametrize("kind", ["v5e", "v6e"])
+@pytest.mark.parametrize("kind", ["v6e", pytest.param("v5e", marks=pytest.mark.slow)])
 def test_the_step_for_a_tpu_when_rows_are_as_wide_as_lines_then_no_copy_of_a_table(kind: str) -> None:
     assert_in_place(*compiled_step(kind, item=TableConfig(dim=128), tags=TableConfig(dim=128)))
 

@@ -41,7 +41,11 @@ def compiled_statistics(implementation: str, rule: str, width: int):
 
 @each_implementation
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", "partial_rowwise_adam", "lamb"])
-@pytest.mark.parametrize("shards", [(slice(0, 16), slice(16, 32)), (slice(0, 32), slice(32, 64))])
+@pytest.mark.parametrize(
+    "shards",
+    [(slice(0, 16), slice(16, 32)), pytest.param((slice(0, 32), slice(32, 64)), marks=pytest.mark.slow)],
+    ids=["narrow", "wide"],
+)
 def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_for_bit(
     implementation: str, rule: str, shards: tuple[slice, ...]
 ) -> None:

@@ -150,7 +150,7 @@ def claimed(tmp_path):
         ("model.top_mlp", (16, 1), "model.top_mlp = [8, 1], but now it is [16, 1]"),
         ("dense_optimizer.name", "sgd", 'dense_optimizer.name = "adam", but now it is "sgd"'),
         ("embedding.default.learning_rate", 0.5, "embedding.default.learning_rate = 0.05, but now it is 0.5"),
-        ("embedding.tables", {}, "embedding.tables = null, but now it is {}"),
+        ("embedding.tables", {}, "embedding.tables.item.beta1 = 0.9, but now it is null"),
         ("schedule.warmup_steps", 7, "schedule.warmup_steps = 6, but now it is 7"),
         ("train.best_by", "auc", 'train.best_by = "ne", but now it is "auc"'),
     ],

@@ -11,7 +11,7 @@ SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 
 @each_implementation
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-@pytest.mark.parametrize("rule", ["adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", pytest.param("adam", marks=pytest.mark.slow)])
 def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation: str, rule: str, dtype) -> None:
     rows = table_of(16, dtype=dtype)
     narrow = Tables.fresh(rule, rows.astype(np.float32))
