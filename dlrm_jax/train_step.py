@@ -79,7 +79,7 @@ def train_step(
         (loss, logits), (d_dense, d_embeddings) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
             state.dense_params, embeddings
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(d_dense))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((d_dense, d_embeddings)))
         updates, dense_optimizer = optimizer.update(d_dense, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 

@@ -1,5 +1,6 @@
 """RandomBatches: batches without a dataset, as in the DLRM reference's random benchmark."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,8 +14,8 @@ from sharding.jagged import KeyedJagged
 class RandomBatches:
     """Batches of uniform dense features, ids and labels: work without content. Has the interface of `Loader`.
 
-    A batch is a function of (seed, epoch, step). Every bag holds as many ids as the card's mean pooling factor says,
-    rounded.
+    A batch is a function of (seed, split, epoch, step). Every bag holds as many ids as the card's mean pooling factor
+    says, rounded.
 
     Attributes:
         card: The card whose features are made.
@@ -47,7 +48,7 @@ class RandomBatches:
                 )
         self._bag_sizes = [max(1, round(column.mean_pooling_factor)) for column in self._columns]
         self._batch_size = batch_size
-        self._seed = seed
+        self._seed = (zlib.crc32(split.encode()) << 32) + seed
         self.num_samples = card.splits[split].num_samples
         self.steps_per_epoch = max(1, self.num_samples // batch_size)
         self.capacity = batch_size * sum(self._bag_sizes)
