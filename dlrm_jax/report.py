@@ -210,7 +210,7 @@ def result_table(title: str, rows: dict[str, Metrics | dict[str, float]]) -> Tab
     Returns:
         A table to print with rich.
     """
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("step", no_wrap=True)
     for name in ("samples", *_SHOWN):
         table.add_column(name.replace("_", " "), justify="right")
