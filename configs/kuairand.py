@@ -4,7 +4,7 @@
     .venv/bin/python scripts/train.py kuairand --data.path data/kuairand --workdir runs/kuairand
     .venv/bin/python scripts/eval.py runs/kuairand --split test
 
-Expect a test AUC of 0.746 and NE of 0.854 (means over seeds 0, 1, 2; a second epoch overfits), in about a minute on 2
+Expect a test AUC of 0.746 and NE of 0.854 (means over seeds 0, 1, 2; a second epoch overfits), in half a minute on 2
 cores. `kuairand_plain` is the same without history, on data prepared with --features plain:
 0.732 and 0.870.
 """
