@@ -1,10 +1,7 @@
 """What the scripts share: configs by name, flags for their fields, and how errors end a script."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import itertools
 import logging
 import os
 import sys
@@ -19,6 +16,7 @@ from rich.table import Table
 
 from configs import CONFIGS
 from dlrm_jax.config import Config
+from scripts.one_line_errors import one_line_errors
 from sharding import InputError
 
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
@@ -73,29 +71,15 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
     Raises:
         InputError: An unknown flag, or a missing or unusable value.
     """
-    written = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(written):
-            parsed, unknown = tyro.cli(
-                target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # The title and a rule, what is wrong, a rule, what may help.
-        _, *lines = (line.strip(" │") for line in written.getvalue().splitlines())
-        below_title = itertools.dropwhile(_is_rule, lines)
-        reason = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title))
-        raise InputError(f"{reason.rstrip('.')}; --help lists all flags") from None
+    with one_line_errors():
+        parsed, unknown = tyro.cli(
+            target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
+        )
     if unknown:
         flag = unknown[0].partition("=")[0]
         nearest = _nearest(flag, [f"--{name}" for name in known])
         raise InputError(f"there is no flag {flag!r}{nearest}; --help lists all flags")
     return parsed
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("-─╭╮╰╯ ")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -5,8 +5,10 @@ scripts/prepare.py {criteo FILES..., kuairand FOLDER, synthetic} --out DIR
 scripts/prepare.py check DIR
 """
 
+import functools
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from dlrm_jax.data.criteo import CriteoSpec, prepare_criteo
 from dlrm_jax.data.display import ConversionDisplay, print_report, print_summary
 from dlrm_jax.data.kuairand import prepare_kuairand
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
+from scripts.one_line_errors import one_line_errors
 from sharding.errors import InputError
 
 # What the converters write: nothing else is removed by --overwrite.
@@ -132,11 +135,23 @@ def _clear(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: complete already; make it anew with --overwrite, or give another --out")
 
 
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of the same flags that only says what to run, so that parsing ends before work begins."""
+
+    @functools.wraps(command)
+    def parse(*args: object, **kwargs: object) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return parse
+
+
 def main() -> None:
     """Runs the command that the command line names."""
-    commands = {"criteo": criteo, "kuairand": kuairand, "synthetic": synthetic, "check": check}
+    commands = {command.__name__: _deferred(command) for command in (criteo, kuairand, synthetic, check)}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, use_underscores=True)
+        with one_line_errors():
+            run = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, use_underscores=True)
+        run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

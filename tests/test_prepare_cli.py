@@ -146,3 +146,9 @@ def test_script_runs_from_any_folder(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: nowhere/card.json: no dataset card there")
+
+
+def test_an_unknown_flag_then_one_line_names_the_nearest(tmp_path, prepare):
+    code, _, err = prepare("synthetic", "--out", tmp_path / "out", "--num_tran", 3)
+    assert code == 2
+    assert err == "error: Unrecognized options: --num_tran, 3; did you mean '--num_train'?; --help lists all flags\n"
