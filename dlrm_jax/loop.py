@@ -125,7 +125,6 @@ class _Run:
         self._workdir = workdir
         self._checkpointer = checkpointer
         self._console = console
-        self._batch_size = config.data.batch_size
         self._optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
         self._train_step = make_train_step(recommender, self._optimizer)
         self._predict_step = make_predict_step(recommender)
