@@ -99,20 +99,7 @@ class Recommender:
 
     def to_devices(self, batch: Batch) -> Batch:
         """Copies a batch to the devices, each its own part."""
-        mesh = self.tables.mesh
-        first, second = sharding_on(mesh, BY_DEVICE), sharding_on(mesh, BY_DEVICE_SECOND)
-        shardings: Any = Batch(
-            dense=first,
-            ids=KeyedJagged(
-                values=first,
-                lengths=second,
-                weights=None if batch.ids.weights is None else first,
-                features=batch.ids.features,
-            ),
-            label=first,
-            weight=first,
-        )
-        return jax.device_put(batch, shardings)
+        return jax.device_put(batch, self._shardings_like(batch))
 
     def abstract_batch(self, batch_size: int, ids_capacity: int, *, weighted: bool = False) -> Batch:
         """Shapes and shardings of a batch, to compile a step without data.
@@ -125,20 +112,30 @@ class Recommender:
         Returns:
             A batch of `jax.ShapeDtypeStruct`.
         """
-        mesh = self.tables.mesh
-        first, second = sharding_on(mesh, BY_DEVICE), sharding_on(mesh, BY_DEVICE_SECOND)
 
         def floats(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=first)
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-        return Batch(
+        shapes = Batch(
             dense=floats(batch_size, len(self.card.dense)),
             ids=KeyedJagged(
-                values=jax.ShapeDtypeStruct((ids_capacity,), jnp.int32, sharding=first),
-                lengths=jax.ShapeDtypeStruct((len(self.features), batch_size), jnp.int32, sharding=second),
+                values=jax.ShapeDtypeStruct((ids_capacity,), jnp.int32),
+                lengths=jax.ShapeDtypeStruct((len(self.features), batch_size), jnp.int32),
                 weights=floats(ids_capacity) if weighted else None,
                 features=self.features,
             ),
             label=floats(batch_size),
             weight=floats(batch_size),
         )
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self._shardings_like(shapes),
+        )
+
+    def _shardings_like(self, batch: Batch) -> Any:
+        """The shardings of a batch, in its own shape: each device has its own samples, and their ids."""
+        mesh = self.tables.mesh
+        first, second = sharding_on(mesh, BY_DEVICE), sharding_on(mesh, BY_DEVICE_SECOND)
+        by_samples = jax.tree.map(lambda _: first, batch)
+        return dataclasses.replace(by_samples, ids=dataclasses.replace(by_samples.ids, lengths=second))

@@ -5,7 +5,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +122,3 @@ def configure_jax() -> None:
     has_accelerator = any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS)
     if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not has_accelerator:
         jax.config.update("jax_platforms", "cpu")
-
-
-def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
-    """Runs a script's main function: unusable input ends with one line on standard error and exit code 2.
-
-    Args:
-        main: Takes the command line without the script's name.
-        *fatal: Exceptions that end with one line and exit code 1.
-    """
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except fatal as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

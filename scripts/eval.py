@@ -18,7 +18,8 @@ from rich.console import Console
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.predict import Predictor
 from dlrm_jax.report import result_table
-from scripts.command_line import configure_jax, parse_flags, run
+from scripts.command_line import configure_jax, parse_flags
+from scripts.one_line_errors import run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,29 @@
-"""Errors of the command line in one line, where tyro draws a box of several."""
+"""How errors end a script: one line on standard error, also where tyro would draw a box of several."""
 
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 from sharding.errors import InputError
+
+
+def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
+    """Runs a script's main function: unusable input ends with one line on standard error and exit code 2.
+
+    Args:
+        main: Takes the command line without the script's name.
+        *fatal: Exceptions that end with one line and exit code 1.
+    """
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except fatal as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextlib.contextmanager

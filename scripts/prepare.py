@@ -7,8 +7,7 @@ scripts/prepare.py check DIR
 
 import functools
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from dlrm_jax.data.criteo import CriteoSpec, prepare_criteo
 from dlrm_jax.data.display import ConversionDisplay, print_report, print_summary
 from dlrm_jax.data.kuairand import prepare_kuairand
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
-from scripts.one_line_errors import one_line_errors
+from scripts.one_line_errors import one_line_errors, run
 from sharding.errors import InputError
 
 # What the converters write: nothing else is removed by --overwrite.
@@ -145,16 +144,18 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return parse
 
 
+def _command(arguments: Sequence[str]) -> None:
+    commands = {command.__name__: _deferred(command) for command in (criteo, kuairand, synthetic, check)}
+    with one_line_errors():
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            commands, description=__doc__, args=list(arguments), use_underscores=True
+        )
+    chosen()
+
+
 def main() -> None:
     """Runs the command that the command line names."""
-    commands = {command.__name__: _deferred(command) for command in (criteo, kuairand, synthetic, check)}
-    try:
-        with one_line_errors():
-            run = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, use_underscores=True)
-        run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(_command)
 
 
 if __name__ == "__main__":

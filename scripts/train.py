@@ -8,7 +8,8 @@ The same command again resumes the run in its --workdir. SIGTERM saves a checkpo
 from collections.abc import Sequence
 
 from dlrm_jax.loop import TrainingError, train
-from scripts.command_line import configure_jax, parse_config, run
+from scripts.command_line import configure_jax, parse_config
+from scripts.one_line_errors import run
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import tiny
 from dlrm_jax.metrics import ExactMetrics
 from dlrm_jax.predict import Predictor
 from scripts import eval as eval_script
-from scripts.command_line import run
+from scripts.one_line_errors import run
 from sharding import InputError
 
 ROWS = tiny.samples(tiny.NUM_SAMPLES["test"], 2)

@@ -19,7 +19,8 @@ from configs import CONFIGS
 from dlrm_jax.data.card import DenseColumn, SparseColumn, write_card
 from dlrm_jax.loop import TrainingError
 from scripts import train as train_script
-from scripts.command_line import parse_config, run
+from scripts.command_line import parse_config
+from scripts.one_line_errors import run
 
 
 @pytest.fixture
