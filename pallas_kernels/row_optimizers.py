@@ -69,6 +69,11 @@ class RowOptimizer(NamedTuple):
     summands: Summands
     apply: Apply
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether an update needs sums over the whole row."""
+        return self.summands is not _no_summands
+
 
 def sum_columns(x: Float[Array, "R w"]) -> Float[Array, "R blocks"]:
     """Sums blocks of 16 columns, each as a balanced tree, so that a column shard adds the same bits as a whole row."""

@@ -1,16 +1,14 @@
-"""Tables to and from disk: line stores in chunks of at most 64 MB, and a manifest that says what lies where.
+"""Tables to and from disk: from any plan on any mesh to any other, in buffers of bounded size.
 
-A folder of tables holds one tensorstore array (zarr 3) for each store of weights and of state, written chunk by chunk
-so that the host never holds a store twice, and ``manifest.json``, written last: the layout, so that a table can be
-read without the model. A folder without a manifest is not complete. Each chunk has a checksum, and one that is missing
-or damaged is an error, never zeros.
+A folder of tables holds the files of each array of the state (line_files.py) and ``manifest.json``, written last: a
+folder without it is not complete. Every process of a job calls these functions, with a folder that all of them see;
+each writes and reads what its own devices hold.
 """
 
-import json
 import os
 from collections import deque
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Array, Float, Int32, Int64
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, Int64, Shaped
 
+from sharding import line_files
 from sharding.embedding import ShardedTables
 from sharding.errors import InputError
 from sharding.layout import LINE_BYTES
+from sharding.line_files import LineArray, LineFiles, create_files, line_arrays
+from sharding.manifest import difference, manifest_of, read_manifest, write_manifest
+from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
+from sharding.reshard import SavedArray, copy_lines, fill_lines, read_saved_rows
 from sharding.state import TableState
 
-MANIFEST = "manifest.json"
-CHUNK_BYTES = 64 * 2**20
-# Chunks under way between device and disk.
-CHUNKS_IN_FLIGHT = 2
-_LINES_PER_CHUNK = CHUNK_BYTES // LINE_BYTES
+CACHE_BYTES = 64 * 2**20
+INITIAL_VALUES_BYTES = 64 * 2**20
+# Steps under way from devices to disk, of a chunk of each device of a process.
+_STEPS_IN_FLIGHT = 2
 
 
 def save_tables(tables: ShardedTables, state: TableState, directory: str | os.PathLike[str]) -> None:
@@ -44,41 +48,57 @@ def save_tables(tables: ShardedTables, state: TableState, directory: str | os.Pa
         FileExistsError: The folder exists.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True)
-    for name, lines in _named_stores(state):
-        _write_store(folder / name, lines)
-    partial_manifest = folder / (MANIFEST + ".partial")
-    partial_manifest.write_text(json.dumps(_manifest(tables), indent=1) + "\n")
-    partial_manifest.replace(folder / MANIFEST)
+    first_process = jax.process_index() == 0
+    exists = folder.exists()
+    # No process makes the folder before all have looked.
+    _wait_for_others("save_tables: looked")
+    if exists:
+        raise FileExistsError(f"{folder} exists")
+    arrays = jax.tree.leaves(line_arrays(tables.layout))
+    if first_process:
+        folder.mkdir(parents=True)
+        for array in arrays:
+            create_files(folder, array, writers=_most_devices_of_a_process(tables.mesh))
+    _wait_for_others("save_tables: created")
+    for array, lines in zip(arrays, jax.tree.leaves(state), strict=True):
+        _write_array(folder, array, lines, tables.mesh)
+    _wait_for_others("save_tables: written")
+    if first_process:
+        write_manifest(tables.layout, folder)
+    _wait_for_others("save_tables: complete")
 
 
 def restore_tables(tables: ShardedTables, directory: str | os.PathLike[str]) -> TableState:
-    """Reads what `save_tables` wrote.
+    """Reads what `save_tables` wrote, on whatever plan and mesh.
 
     Args:
-        tables: Tables laid out as they were when saved.
+        tables: The same tables, on any plan and mesh.
         directory: The folder.
 
     Returns:
-        Their state, bit for bit.
+        Their state: every row bit for bit.
 
     Raises:
-        InputError: The folder is not a complete folder of tables, holds tables of another layout, or is damaged.
+        InputError: The folder is not a complete folder of tables, holds other tables, or is damaged.
     """
     folder = Path(directory)
-    saved, expected = read_manifest(folder), _manifest(tables)
-    if saved != expected:
-        difference = _difference(saved, expected)
-        raise InputError(f"{folder}: {difference}; use the configuration that the tables were saved with")
-    shapes = tables.abstract_state()
-    return jax.tree.unflatten(
-        jax.tree.structure(shapes), [_read_store(folder / name, shape) for name, shape in _named_stores(shapes)]
-    )
+    saved = read_manifest(folder)
+    different = difference(saved, tables.layout)
+    if different is not None:
+        raise InputError(f"{folder}: {different}; use the configuration that the tables were saved with")
+    same_layout = manifest_of(saved) == manifest_of(tables.layout)
+    context = _cache()
+    old, new = line_arrays(saved), line_arrays(tables.layout)
+    restored = [
+        _read_array(_open(folder, source, context), array, tables.mesh, same_layout=same_layout)
+        for source, array in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(new), restored)
 
 
 def read_table(
     directory: str | os.PathLike[str], name: str, rows: slice | np.ndarray | None = None
-) -> Float[np.ndarray, "rows dim"]:
+) -> Shaped[np.ndarray, "rows dim"]:
     """Reads a table's weights from disk by name and logical row, without the model.
 
     Args:
@@ -92,29 +112,48 @@ def read_table(
     Raises:
         InputError: The folder is not complete or damaged, has no such table, or the table no such row.
     """
-    folder = Path(directory)
-    manifest = read_manifest(folder)
-    if name not in manifest["tables"]:
-        raise InputError(f"{folder}: no table {name!r}; it holds {list(manifest['tables'])}")
-    entry = manifest["tables"][name]
-    num_rows, width = entry["num_rows"], entry["width"]
-    wanted = _wanted_rows(slice(None) if rows is None else rows, num_rows, f"{folder}: table {name!r}")
-    line_elements = LINE_BYTES // jnp.dtype(entry["dtype"]).itemsize
-    path = folder / _file_name("weights", entry["store"])
-    store = _open(path)
-    result = np.empty((len(wanted), entry["dim"]), jnp.dtype(entry["dtype"]))
-    rows_per_chunk = max(1, CHUNK_BYTES // (width * result.itemsize))
-    for chunk in range(0, num_rows, rows_per_chunk):
-        places = np.flatnonzero((wanted >= chunk) & (wanted < chunk + rows_per_chunk))
-        if not len(places):
-            continue
-        first = (entry["first_row"] + wanted[places].min()) * width
-        last = (entry["first_row"] + wanted[places].max() + 1) * width
-        lines = _chunk(store[first // line_elements : -(-last // line_elements)].read(), path)
-        view = np.asarray(lines).reshape(-1)[first % line_elements :]
-        view = view[: (len(view) // width) * width].reshape(-1, width)
-        result[places] = view[wanted[places] - wanted[places].min(), : entry["dim"]]
-    return result
+    return _read_logical(Path(directory), name, rows, optimizer_state=False)["weights"]
+
+
+def read_optimizer_state(
+    directory: str | os.PathLike[str], name: str, rows: slice | np.ndarray | None = None
+) -> dict[str, Shaped[np.ndarray, "rows ..."]]:
+    """Reads a table's optimizer state from disk by name and logical row, without the model.
+
+    Args:
+        directory: Folder that `save_tables` wrote.
+        name: Name of the table.
+        rows: Which rows; all unless given.
+
+    Returns:
+        By the rule's name for it, state of one number an element as [rows, dim], of one a row as [rows].
+
+    Raises:
+        InputError: The folder is not complete or damaged, has no such table, or the table no such row.
+    """
+    return _read_logical(Path(directory), name, rows, optimizer_state=True)
+
+
+def _read_logical(
+    folder: Path, name: str, rows: slice | np.ndarray | None, *, optimizer_state: bool
+) -> dict[str, Shaped[np.ndarray, "rows ..."]]:
+    layout = read_manifest(folder)
+    try:
+        store, shards = layout.shards(name)
+    except KeyError:
+        held = sorted(shard.table.name for store in layout.stores for shard in store.shards if not shard.first_column)
+        raise InputError(f"{folder}: no table {name!r}; it holds {held}") from None
+    table = shards[0].table
+    wanted = _wanted_rows(slice(None) if rows is None else rows, table.num_rows, f"{folder}: table {name!r}")
+    arrays, rule, context = line_arrays(layout), table.rule, _cache()
+    if not optimizer_state:
+        named = {"weights": arrays.weights[store.name]}
+    elif rule is None:
+        named = {}
+    else:
+        named = dict(zip(rule.element_state, arrays.element_state[store.name], strict=True))
+        named |= dict(zip(rule.row_state, arrays.row_state[store.name], strict=True))
+    return {key: read_saved_rows(_open(folder, array, context), name, wanted) for key, array in named.items()}
 
 
 def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, " n"]:
@@ -125,28 +164,6 @@ def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[n
     if odd.size:
         raise InputError(f"{where} has no row {odd[0]}; its rows are 0 to {num_rows - 1}")
     return wanted
-
-
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the manifest of a folder of tables.
-
-    Args:
-        directory: Folder that `save_tables` wrote.
-
-    Returns:
-        ``{"stores": {name: shape and dtype}, "tables": {name: where it lies}}``.
-
-    Raises:
-        InputError: There is none, so the folder is not complete, or it is damaged.
-    """
-    path = Path(directory, MANIFEST)
-    try:
-        manifest = json.loads(path.read_text())
-        if {"stores", "tables"} - set(manifest):
-            raise ValueError('no "stores" and "tables" in it')
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a complete folder of tables ({error}); use another checkpoint") from error
-    return manifest
 
 
 def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
@@ -177,7 +194,7 @@ def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
             raise InputError(f"{where} have shape {values.shape}; the table is [{spec.num_rows}, {spec.dim}]")
         if values.dtype.kind not in "fiu":
             raise InputError(f"{where} are {values.dtype}; give numbers, such as float32")
-        rows_per_block = max(1, CHUNK_BYTES // (4 * spec.dim))
+        rows_per_block = max(1, INITIAL_VALUES_BYTES // (4 * spec.dim))
         for first in range(0, spec.num_rows, rows_per_block):
             with np.errstate(over="ignore"):
                 block = values[first : first + rows_per_block].astype(jnp.dtype(spec.dtype))
@@ -190,128 +207,99 @@ def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
     return state
 
 
-def _named_stores(state: TableState) -> Iterator[tuple[str, Any]]:
-    """Names that serve as file names, with the leaves, in the order of the state's own leaves."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        kind, store, *number = path
-        yield _file_name(kind.name, store.key, *(str(part.idx) for part in number)), leaf
+def _open(folder: Path, array: LineArray, context: ts.Context) -> SavedArray:
+    return SavedArray(array=array, files=LineFiles(folder, array, context))
 
 
-def _file_name(kind: str, store: str, *number: str) -> str:
-    return ".".join((kind, store, *number))
+def _cache() -> ts.Context:
+    """Inner chunks that two reads share are read once."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
-def _manifest(tables: ShardedTables) -> dict[str, Any]:
-    return {
-        "stores": {
-            name: {"shape": list(shape.shape), "dtype": str(shape.dtype)}
-            for name, shape in _named_stores(tables.abstract_state(sharded=False))
-        },
-        "tables": {
-            shard.table.name: {
-                "store": store.name,
-                "dtype": store.dtype,
-                "num_rows": shard.table.num_rows,
-                "dim": shard.table.dim,
-                "width": shard.width,
-                "first_row": shard.first_row,
-                "first_scalar": shard.first_scalar,
-            }
-            for store in tables.layout.stores
-            for shard in store.shards
-        },
-    }
+def _wait_for_others(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
-def _difference(saved: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The first difference between two manifests, in words."""
-    for name in sorted(set(saved["tables"]) | set(expected["tables"])):
-        was, now = saved["tables"].get(name), expected["tables"].get(name)
-        if was is None or now is None:
-            here, there = ("model", "checkpoint") if was is None else ("checkpoint", "model")
-            return f"table {name!r} is in the {here}, but not in the {there}"
-        for field in now:
-            if was.get(field) != now[field]:
-                return f"table {name!r} has {field} {was.get(field)} in the checkpoint, but {now[field]} in the model"
-    return "the stores of the checkpoint have other shapes than the model's"
+def _own_devices(mesh: Mesh) -> dict[int, jax.Device]:
+    """This process's devices, by their numbers."""
+    own = jax.process_index()
+    return {number: device for number, device in enumerate(mesh.devices.flat) if device.process_index == own}
 
 
-def _spec(path: Path) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        # Else a chunk that is missing would be one of zeros.
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-    }
+def _most_devices_of_a_process(mesh: Mesh) -> int:
+    processes = [device.process_index for device in mesh.devices.flat]
+    return max(processes.count(process) for process in processes)
 
 
-def _open(path: Path) -> ts.TensorStore:
-    try:
-        return ts.open(_spec(path), open=True, read=True).result()
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be opened ({_brief(error)}); use another checkpoint") from error
+def _write_array(folder: Path, array: LineArray, lines: Float[Array, "lines line"], mesh: Mesh) -> None:
+    devices = {device: number for number, device in _own_devices(mesh).items()}
+    files, ends = LineFiles(folder, array), {number: array.end(number) for number in devices.values()}
+    writing: deque[list[Any]] = deque()
+    for first, stop, alike in files.chunks():
+        if len(writing) == _STEPS_IN_FLIGHT:
+            for write in writing.popleft():
+                write.result()
+        step = []
+        # On all devices at once, so that the program is compiled once.
+        for shard in _lines_of_devices(lines, np.int32(first), stop - first, mesh).addressable_shards:
+            number = devices[shard.device]
+            if number == 0 if alike else first < ends[number]:
+                step.append(files.write(number, first, np.asarray(shard.data)))
+        writing.append(step)
+    for step in writing:
+        for write in step:
+            write.result()
 
 
-def _chunk(reading: Any, path: Path) -> np.ndarray:
-    """Waits for lines under way from disk."""
-    try:
-        return np.asarray(reading.result())
-    except ValueError as error:
-        raise InputError(f"{path}: is damaged ({_brief(error)}); use another checkpoint") from error
-
-
-def _brief(error: ValueError) -> str:
-    return str(error).splitlines()[0][:200]
-
-
-def _write_store(path: Path, lines: Float[Array, "lines line"]) -> None:
-    num_lines, elements = lines.shape
-    metadata = {
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [min(_LINES_PER_CHUNK, num_lines), elements]},
-        },
-        # No compressor: to one, trained weights are noise.
-        "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-    }
-    array = ts.open(
-        {**_spec(path), "metadata": metadata},
-        create=True,
-        dtype=ts.dtype(np.dtype(lines.dtype).name),
-        shape=lines.shape,
-    ).result()
-    writing: deque[Any] = deque()
-    for first in range(0, num_lines, _LINES_PER_CHUNK):
-        if len(writing) == CHUNKS_IN_FLIGHT:
-            writing.popleft().result()
-        chunk = np.asarray(lines[first : first + _LINES_PER_CHUNK])
-        writing.append(array[first : first + len(chunk)].write(chunk))
-    for write in writing:
-        write.result()
-
-
-def _read_store(path: Path, shape: jax.ShapeDtypeStruct) -> Float[Array, "lines line"]:
-    array = _open(path)
-    if tuple(array.shape) != shape.shape:
-        raise InputError(
-            f"{path}: has shape {array.shape}, but its manifest says {shape.shape}; use another checkpoint"
-        )
-    make = partial(jnp.zeros, shape.shape, shape.dtype)
-    lines = jax.jit(make, out_shardings=shape.sharding)()
-    reading: deque[tuple[int, Any]] = deque()
-    starts = deque(range(0, shape.shape[0], _LINES_PER_CHUNK))
-    while starts or reading:
-        while starts and len(reading) < CHUNKS_IN_FLIGHT:
-            first = starts.popleft()
-            reading.append((first, array[first : min(first + _LINES_PER_CHUNK, shape.shape[0])].read()))
-        first, chunk = reading.popleft()
-        lines = _write_lines(lines, _chunk(chunk, path), np.int32(first))
+def _read_array(saved: SavedArray, array: LineArray, mesh: Mesh, *, same_layout: bool) -> Float[Array, "lines line"]:
+    shape = (mesh.size * array.lines_per_device, array.line_elements)
+    sharding = sharding_on(mesh, BY_DEVICE)
+    lines = _zeros(shape, array.dtype, mesh)()
+    devices = _own_devices(mesh)
+    size = min(max(1, line_files.CHUNK_BYTES // LINE_BYTES // _most_devices_of_a_process(mesh)), array.lines_per_device)
+    for start in range(0, array.lines_per_device, size):
+        # The last step may overlap the one before: the same lines again.
+        first = min(start, array.lines_per_device - size)
+        buffers = {number: np.zeros((size, array.line_elements), array.dtype) for number in devices}
+        if same_layout:
+            copy_lines(saved, buffers, first)
+        else:
+            fill_lines(saved, array, buffers, first)
+        of_devices = [jax.device_put(buffers[number], device) for number, device in devices.items()]
+        chunk = jax.make_array_from_single_device_arrays((mesh.size * size, shape[1]), sharding, of_devices)
+        lines = _with_lines(lines, chunk, np.int32(first), mesh)
     return lines
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write_lines(
-    lines: Float[Array, "lines line"], chunk: Float[Array, "chunk line"], first: Int32[Array, ""]
+@cache
+def _zeros(shape: tuple[int, int], dtype: np.dtype, mesh: Mesh) -> Callable[[], Float[Array, "lines line"]]:
+    # Compiled once for all arrays of a shape.
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding_on(mesh, BY_DEVICE))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _lines_of_devices(
+    lines: Float[Array, "lines line"], first: Int32[Array, ""], count: int, mesh: Mesh
+) -> Float[Array, "chunks line"]:
+    """Lines ``first`` to ``first + count - 1`` of each device."""
+
+    def local(lines: Float[Array, "lines line"], first: Int32[Array, ""]) -> Float[Array, "chunk line"]:
+        return jax.lax.dynamic_slice_in_dim(lines, first, count)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(BY_DEVICE, REPLICATED), out_specs=BY_DEVICE)(lines, first)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _with_lines(
+    lines: Float[Array, "lines line"], chunk: Float[Array, "chunks line"], first: Int32[Array, ""], mesh: Mesh
 ) -> Float[Array, "lines line"]:
-    return jax.lax.dynamic_update_slice(lines, chunk, (first, jnp.int32(0)))
+    """The lines with those of a chunk from line ``first`` of each device on."""
+
+    def local(
+        lines: Float[Array, "lines line"], chunk: Float[Array, "chunk line"], first: Int32[Array, ""]
+    ) -> Float[Array, "lines line"]:
+        return jax.lax.dynamic_update_slice_in_dim(lines, chunk, first, 0)
+
+    specs = (BY_DEVICE, BY_DEVICE, REPLICATED)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BY_DEVICE)(lines, chunk, first)

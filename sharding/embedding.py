@@ -1,10 +1,10 @@
 """ShardedTables: embedding tables on a mesh: init, route, lookup, update.
 
-Letters: b samples, G bags, n ids, W devices.
+Letters: b samples, W devices.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import ROW_OPTIMIZERS
+from sharding import rows as logical_rows
+from sharding.assemble import block_sources
+from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.errors import InputError
 from sharding.initial import initial_store
-from sharding.jagged import KeyedJagged, check_arrays
-from sharding.layout import LINE_SCALARS, Layout, Shard, StoreLayout, make_layout
-from sharding.local import lookup_local, update_local
-from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
+from sharding.jagged import KeyedJagged, check_arrays, for_devices
+from sharding.layout import LINE_SCALARS, Layout, StoreLayout, make_layout
+from sharding.local import Place, lookup_local, update_local
+from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, device_number, make_mesh, sharding_on
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
+from sharding.route import RoutedGroup, route_local
 from sharding.state import TableState
-from sharding.table_wise import RoutedGroup, route_local
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.vectors import Block, Embeddings, blocks_of
 
@@ -36,14 +39,20 @@ class Routed:
 
     Attributes:
         groups: The ids of each group of the layout.
-        invalid: Number of invalid ids, over all devices: those outside their table, those beyond their feature's
-            max_ids, and those that lengths promise but values have no room for. The first contribute nothing (a mean
-            still counts them); where lengths are wrong, no id of the same group contributes. A caller that has not
-            validated its ids must look at this.
+        divisors: What each mean divides by, at home.
+        invalid: Number of invalid ids, over all devices: those outside their table and those beyond their feature's
+            max_ids. The first contribute nothing (a mean still counts them); where a bag is too long, no id of the
+            same group and device contributes. A caller that has not validated its ids must look at this.
+        needs: The room that ids needed, the most of any device, in the order of `Capacities.as_needs`.
+        overflow: Whether that is more than there was. Then some ids are missing here: do nothing with this, grow the
+            capacities and route again.
     """
 
     groups: tuple[RoutedGroup, ...]
-    invalid: Int32[Array, ""]
+    divisors: Float[Any, "b means"]
+    invalid: Int32[Any, ""]
+    needs: Int32[Any, " needs"]
+    overflow: Bool[Any, ""]
 
 
 class ShardedTables:
@@ -74,7 +83,7 @@ class ShardedTables:
         Args:
             tables: The tables.
             features: The features that look them up.
-            plan: Where tables live; everything on one device unless given.
+            plan: Where tables live; on a mesh of one device everything on that, unless given.
             mesh: The devices; the first one that JAX sees unless given.
             seed: Seed of initial values and of stochastic rounding.
 
@@ -83,23 +92,42 @@ class ShardedTables:
         """
         check_specs(tables, features)
         self.mesh = make_mesh() if mesh is None else mesh
+        if plan is None and self.mesh.devices.size > 1:
+            raise InputError(
+                f"a mesh of {self.mesh.devices.size} devices needs a plan: make one with sharding.planner.make_plan"
+            )
         self.plan = one_device_plan(tables) if plan is None else plan
-        check_plan(self.plan, tables, self.mesh)
+        nodes, chips = self.mesh.devices.shape
+        check_plan(self.plan, tables, nodes, chips)
         self.tables = tuple(tables)
         self.features = tuple(features)
         self.seed = seed
         self.layout: Layout = make_layout(tables, features, self.plan)
-        self.blocks: tuple[Block, ...] = blocks_of(self.layout)
+        all_blocks = blocks_of(tables, features)
+        self.blocks: tuple[Block, ...] = tuple(block for block in all_blocks if not block.sequence)
+        self._sequences = tuple(block for block in all_blocks if block.sequence)
+        self._means = tuple(feature for feature in features if feature.pooling == "mean")
+        self._place = Place(
+            layout=self.layout,
+            sources=block_sources(self.layout, all_blocks, chips),
+            means=tuple(_means_of(block, self._means) for block in all_blocks),
+            nodes=nodes,
+        )
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
         self._init = jax.jit(self._init_on_mesh, out_shardings=self.state_shardings())
-        self._route = jax.jit(self._route_on_mesh)
+        self._route = jax.jit(self._route_on_mesh, static_argnums=1)
         self._lookup = jax.jit(self._lookup_on_mesh)
         self._update = jax.jit(self._update_on_mesh, donate_argnums=0)
 
     @property
     def feature_order(self) -> tuple[str, ...]:
-        """Names of the features in the order in which routing them costs least."""
-        return tuple(feature.name for group in self.layout.groups for feature in group.features)
+        """Names of the features in the order in which routing them costs least; no plan changes it."""
+        return tuple(name for block in (*self.blocks, *self._sequences) for name in block.names)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.mesh.devices.size
 
     def state_shardings(self) -> TableState:
         """The sharding of each array of the state, in the state's own shape."""
@@ -116,8 +144,8 @@ class ShardedTables:
         """
         sharding = self._sharding() if sharded else None
 
-        def lines(count: int, elements: int, dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((count, elements), dtype, sharding=sharding)
+        def lines(per_device: int, elements: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((per_device * self.num_devices, elements), dtype, sharding=sharding)
 
         def states(store: StoreLayout, count: int, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
             return tuple(lines(count, LINE_SCALARS, jnp.float32) for _ in names)
@@ -125,13 +153,13 @@ class ShardedTables:
         stores = self.layout.stores
         rules = {store.name: ROW_OPTIMIZERS.get(store.rule_name) for store in stores}
         return TableState(
-            weights={s.name: lines(s.num_lines, s.line_elements, jnp.dtype(s.dtype)) for s in stores},
+            weights={s.name: lines(s.lines_per_device, s.line_elements, jnp.dtype(s.dtype)) for s in stores},
             element_state={
-                s.name: states(s, s.num_elements // LINE_SCALARS, rule.element_state if rule else ())
+                s.name: states(s, s.elements_per_device // LINE_SCALARS, rule.element_state if rule else ())
                 for s, rule in ((s, rules[s.name]) for s in stores)
             },
             row_state={
-                s.name: states(s, s.num_scalar_lines, rule.row_state if rule else ())
+                s.name: states(s, s.scalar_lines_per_device, rule.row_state if rule else ())
                 for s, rule in ((s, rules[s.name]) for s in stores)
             },
         )
@@ -146,16 +174,49 @@ class ShardedTables:
         return self._init()
 
     def _init_on_mesh(self) -> TableState:
-        seed = jnp.uint32(self.seed & 0xFFFFFFFF)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state(sharded=False))
-        weights = {store.name: initial_store(store, seed) for store in self.layout.stores}
+        seed = jnp.uint32(self.seed & 0xFFFFFFFF)
+
+        def init_local() -> dict[str, Float[Array, "lines line"]]:
+            device = device_number()
+            return {store.name: initial_store(store, seed, device) for store in self.layout.stores}
+
+        weights = jax.shard_map(init_local, mesh=self.mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()
         return dataclasses.replace(zeros, weights=weights)
 
-    def route(self, ids: KeyedJagged) -> Routed:
-        """Brings ids to the device that holds their rows.
+    def to_devices(self, ids: KeyedJagged, capacity: int | None = None) -> KeyedJagged:
+        """Gives each device the ids of its part of the samples, on one process.
 
         Args:
-            ids: The batch. Features that no table is for are ignored.
+            ids: The batch, as numpy arrays; the samples divide over the devices.
+            capacity: Room for the ids of one device; as many as the batch has room for unless given.
+
+        Returns:
+            The batch that `route` takes.
+
+        Raises:
+            InputError: The samples do not divide.
+        """
+        parts = for_devices(ids, self.num_devices, ids.capacity if capacity is None else capacity)
+        return jax.device_put(parts, jax.tree.map(lambda spec: sharding_on(self.mesh, spec), _specs(parts)))
+
+    def sufficient_capacities(self, samples: int, ids: int, exchange_bytes: int = EXCHANGE_BYTES) -> Capacities:
+        """Room for the worst case, see `sharding.capacities`, given one device's samples and room for their ids."""
+        return sufficient_capacities(self.layout, samples, ids, exchange_bytes)
+
+    def expected_capacities(
+        self, samples: int, ids: int, mean_ids: Mapping[str, float], exchange_bytes: int = EXCHANGE_BYTES
+    ) -> Capacities:
+        """Room for ordinary batches, see `sharding.capacities`, given one device's samples and room for their ids."""
+        return expected_capacities(self.layout, samples, ids, mean_ids, exchange_bytes)
+
+    def route(self, ids: KeyedJagged, capacities: Capacities | None = None) -> Routed:
+        """Brings ids to the devices that hold their rows.
+
+        Args:
+            ids: The batch: each device's part of the samples, and its ids (see `to_devices`). Features that no table
+                is for are ignored.
+            capacities: Room on the way; enough for the worst case unless given.
 
         Returns:
             The ids as the lookup and the update want them.
@@ -168,20 +229,34 @@ class ShardedTables:
         if missing:
             raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
         check_arrays(ids)
-        return self._route(ids)
+        if self.layout.wide != (ids.values.ndim == 2):
+            raise InputError(
+                "a table has more than 2**31 - 1 rows, so ids are two words of uint32 (see sharding.jagged.words_of_ids)"
+                if self.layout.wide
+                else "ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32"
+            )
+        if ids.batch_size % self.num_devices or ids.capacity % self.num_devices:
+            raise InputError(
+                f"{ids.batch_size} samples with room for {ids.capacity} ids do not divide over {self.num_devices} "
+                "devices: use multiples (see ShardedTables.to_devices)"
+            )
+        if capacities is None:
+            capacities = self.sufficient_capacities(
+                ids.batch_size // self.num_devices, ids.capacity // self.num_devices
+            )
+        return self._route(ids, capacities)
 
-    def _route_on_mesh(self, ids: KeyedJagged) -> Routed:
-        by_device = KeyedJagged(
-            values=BY_DEVICE,  # pyright: ignore[reportArgumentType]: a tree of specs has the shape of its arrays
-            lengths=BY_DEVICE_SECOND,  # pyright: ignore[reportArgumentType]: as above
-            weights=None if ids.weights is None else BY_DEVICE,  # pyright: ignore[reportArgumentType]: as above
-            features=ids.features,
-        )
-        local = partial(route_local, layout=self.layout)
-        groups, invalid = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(by_device,), out_specs=(BY_DEVICE, REPLICATED), check_vma=False
+    def _route_on_mesh(self, ids: KeyedJagged, capacities: Capacities) -> Routed:
+        local = partial(route_local, layout=self.layout, means=self._means, capacities=capacities)
+        groups, divisors, invalid, needs = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(_specs(ids),),
+            out_specs=(BY_DEVICE, BY_DEVICE, REPLICATED, REPLICATED),
+            check_vma=False,
         )(ids)
-        return Routed(groups=groups, invalid=invalid)
+        overflow = jnp.any(needs > jnp.asarray(capacities.as_needs()))
+        return Routed(groups=groups, divisors=divisors, invalid=invalid, needs=needs, overflow=overflow)
 
     def lookup(self, state: TableState, routed: Routed) -> Embeddings:
         """Looks ids up and pools their rows.
@@ -196,15 +271,19 @@ class ShardedTables:
         return self._lookup(state, routed)
 
     def _lookup_on_mesh(self, state: TableState, routed: Routed) -> Embeddings:
-        local = partial(lookup_local, layout=self.layout, blocks=self.blocks)
-        blocks, sequences = jax.shard_map(
-            local,
+        blocks = jax.shard_map(
+            partial(lookup_local, place=self._place),
             mesh=self.mesh,
-            in_specs=(BY_DEVICE, BY_DEVICE),
-            out_specs=(BY_DEVICE, BY_DEVICE),
+            in_specs=(BY_DEVICE, BY_DEVICE, BY_DEVICE),
+            out_specs=BY_DEVICE,
             check_vma=False,
-        )(state.weights, routed.groups)
-        return Embeddings(blocks=blocks, sequences=sequences, names=tuple(block.names for block in self.blocks))
+        )(state.weights, routed.groups, routed.divisors)
+        sequences = zip(self._sequences, blocks[len(self.blocks) :], strict=True)
+        return Embeddings(
+            blocks=blocks[: len(self.blocks)],
+            sequences={block.names[0]: vectors for block, vectors in sequences},
+            names=tuple(block.names for block in self.blocks),
+        )
 
     def update(
         self,
@@ -247,14 +326,14 @@ class ShardedTables:
         learning_rate_scale: Float[Array, ""],
         enabled: Bool[Array, ""],
     ) -> TableState:
-        local = partial(update_local, layout=self.layout, blocks=self.blocks, seed=self.seed & 0xFFFFFFFF)
+        vectors = (*gradients.blocks, *(gradients.sequences[block.names[0]] for block in self._sequences))
         return jax.shard_map(
-            local,
+            partial(update_local, place=self._place, seed=self.seed & 0xFFFFFFFF),
             mesh=self.mesh,
-            in_specs=(BY_DEVICE, BY_DEVICE, BY_DEVICE, REPLICATED, REPLICATED, REPLICATED),
+            in_specs=(BY_DEVICE,) * 4 + (REPLICATED,) * 3,
             out_specs=BY_DEVICE,
             check_vma=False,
-        )(state, routed.groups, gradients, step, learning_rate_scale, enabled)
+        )(state, routed.groups, vectors, routed.divisors, step, learning_rate_scale, enabled)
 
     def read_rows(self, state: TableState, table: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Reads rows of a table to the host.
@@ -270,9 +349,7 @@ class ShardedTables:
         Raises:
             InputError: No such table, or a row outside it.
         """
-        store, shard = self._shard(table)
-        places = _checked_rows(shard, rows) + np.int32(shard.first_row)
-        return np.asarray(_read_rows(state.weights[store.name], places, shard.width))[:, : shard.table.dim]
+        return logical_rows.read_rows(self.layout, self.mesh, state, table, rows)
 
     def read_optimizer_state(
         self, state: TableState, table: str, rows: Sequence[int] | np.ndarray
@@ -290,20 +367,7 @@ class ShardedTables:
         Raises:
             InputError: No such table, or a row outside it.
         """
-        store, shard = self._shard(table)
-        places = _checked_rows(shard, rows)
-        rule = shard.table.rule
-        if rule is None:
-            return {}
-        elements = {
-            name: np.asarray(_read_rows(lines, places + np.int32(shard.first_row), shard.width))[:, : shard.table.dim]
-            for name, lines in zip(rule.element_state, state.element_state[store.name], strict=True)
-        }
-        scalars = {
-            name: np.asarray(_read_rows(lines, places + np.int32(shard.first_scalar), 1))[:, 0]
-            for name, lines in zip(rule.row_state, state.row_state[store.name], strict=True)
-        }
-        return elements | scalars
+        return logical_rows.read_optimizer_state(self.layout, self.mesh, state, table, rows)
 
     def write_rows(self, state: TableState, table: str, first_row: int, values: np.ndarray) -> TableState:
         """Overwrites consecutive rows of a table.
@@ -320,49 +384,25 @@ class ShardedTables:
         Raises:
             InputError: No such table, rows outside it, or another dim.
         """
-        store, shard = self._shard(table)
-        spec = shard.table
-        if values.ndim != 2 or values.shape[1] != spec.dim:
-            raise InputError(f"rows of shape {values.shape} do not fit table {table!r}; its rows have dim {spec.dim}")
-        if first_row < 0 or first_row + len(values) > spec.num_rows:
-            raise InputError(
-                f"rows {first_row} to {first_row + len(values) - 1} are not all in table {table!r}, "
-                f"whose rows are 0 to {spec.num_rows - 1}"
-            )
-        padded = np.zeros((len(values), shard.width), jnp.dtype(store.dtype))
-        padded[:, : spec.dim] = values
-        lines = _write_rows(state.weights[store.name], padded, np.int32(shard.first_row + first_row))
-        return dataclasses.replace(state, weights={**state.weights, store.name: lines})
-
-    def _shard(self, table: str) -> tuple[StoreLayout, Shard]:
-        try:
-            return self.layout.shard(table)
-        except KeyError:
-            raise InputError(f"no table {table!r}; tables: {[spec.name for spec in self.tables]}") from None
+        return logical_rows.write_rows(self.layout, self.mesh, state, table, first_row, values)
 
     def _sharding(self) -> NamedSharding:
         return sharding_on(self.mesh, BY_DEVICE)
 
 
-def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int32[np.ndarray, " n"]:
-    given = np.asarray(rows, np.int64)
-    odd = given[(given < 0) | (given >= shard.table.num_rows)]
-    if odd.size:
-        raise InputError(
-            f"row {odd[0]} is outside table {shard.table.name!r}, whose rows are 0 to {shard.table.num_rows - 1}"
-        )
-    return given.astype(np.int32)
+def _specs(ids: KeyedJagged) -> KeyedJagged:
+    """Which part of each array of a batch a device has, in the batch's own shape."""
+    by_device: Any = BY_DEVICE
+    second: Any = BY_DEVICE_SECOND
+    return KeyedJagged(
+        values=by_device,
+        lengths=second,
+        weights=None if ids.weights is None else by_device,
+        features=ids.features,
+    )
 
 
-# Compiled, so that no reshaped copy of a store is made.
-@partial(jax.jit, static_argnums=2)
-def _read_rows(lines: Float[Array, "lines line"], rows: Int32[Array, " n"], width: int) -> Float[Array, "n w"]:
-    return lines.reshape(-1, width).at[rows].get(mode="clip", wrap_negative_indices=False)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write_rows(
-    lines: Float[Array, "lines line"], rows: Float[Array, "n w"], first_row: Int32[Array, ""]
-) -> Float[Array, "lines line"]:
-    view = lines.reshape(-1, rows.shape[1])
-    return jax.lax.dynamic_update_slice(view, rows, (first_row, jnp.int32(0))).reshape(lines.shape)
+def _means_of(block: Block, means: Sequence[FeatureSpec]) -> Int32[np.ndarray, " k"] | None:
+    """Number of the mean that each vector of a block is; beyond all for one that is none. None if none is."""
+    numbers = np.array([means.index(f) if f in means else len(means) for f in block.features], np.int32)
+    return None if (numbers == len(means)).all() else numbers

@@ -1,71 +1,134 @@
-"""How rows begin: a function of (seed, table, row, column) and of nothing else.
+"""How rows begin: a function of (seed, table, row, column) and of nothing else, whatever the plan.
 
-Letters: R rows of a region (all shards of one width in a store), w stored width.
+A device fills its part of a store block by block. Each unit of 128 elements belongs to one shard, since shards begin on
+lines: its shard is found by bisection, so the program does not grow with tables or devices.
+
+Letters: W devices, S shards of the fullest device, T shards of the store, L lines of a block, U units of a line.
 """
+
+import bisect
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
-from sharding.layout import Shard, StoreLayout
+from sharding.layout import StoreLayout
+from sharding.words import multiply_add
+
+UNIT = 128
+# Beside the store, a block's temporary arrays take a few times this.
+_BLOCK_ELEMENTS = 2**19
+# Beyond the last unit that a store can have.
+_NOWHERE = np.int32(2**31 - 1)
+# Rows beyond this need a second word.
+_ONE_WORD = 2**31 - 1
 
 
-def initial_store(store: StoreLayout, seed: UInt32[Array, ""]) -> Float[Array, "lines line"]:
-    """The store's lines before any training: uniform, normal or constant rows, zeros between them.
+def initial_store(
+    store: StoreLayout, seed: UInt32[Array, ""], device: Int32[Array, ""]
+) -> Float[Array, "lines_per_device line"]:
+    """One device's lines of a store before any training: uniform, normal or constant rows, zeros elsewhere.
 
     Args:
         store: Layout of the store.
         seed: Seed of the run.
+        device: Number of the device.
 
     Returns:
         The lines. Uniform: ``scale * (2u - 1)`` with u in [0, 1) from 24 random bits; normal:
         ``scale * sqrt(2) * erfinv(2u - 1)``.
     """
-    regions, end = [], 0
-    for width in sorted({shard.width for shard in store.shards}):
-        shards = [shard for shard in store.shards if shard.width == width]
-        first = shards[0].first_row * width
-        regions.append(jnp.zeros(first - end, store.dtype))
-        last = shards[-1].first_row + shards[-1].table.num_rows
-        rows = _region(shards, last - shards[0].first_row, width, seed).astype(store.dtype)
-        regions.append(rows.reshape(-1))
-        end = last * width
-    regions.append(jnp.zeros(store.num_elements - end, store.dtype))
-    kept = [region for region in regions if region.size]
-    flat = kept[0] if len(kept) == 1 else jnp.concatenate(kept)
-    return flat.reshape(store.num_lines, store.line_elements)
+    num_lines = min(_BLOCK_ELEMENTS // store.line_elements, store.lines_per_device)
+
+    def fill(block: Int32[Array, ""], lines: Float[Array, "lines line"]) -> Float[Array, "lines line"]:
+        # The last block may overlap the one before: the same values again.
+        first = jnp.minimum(block * num_lines, store.lines_per_device - num_lines)
+        values = initial_lines(store, seed, device, first, num_lines)
+        return jax.lax.dynamic_update_slice(lines, values, (first, jnp.int32(0)))
+
+    zeros = jnp.zeros((store.lines_per_device, store.line_elements), store.dtype)
+    return jax.lax.fori_loop(0, -(-store.lines_per_device // num_lines), fill, zeros) if num_lines else zeros
 
 
-def _region(shards: list[Shard], num_rows: int, width: int, seed: UInt32[Array, ""]) -> Float[Array, "R w"]:
-    first_rows = np.array([shard.first_row - shards[0].first_row for shard in shards], np.int32)
+def _shards_of_devices(store: StoreLayout) -> tuple[Int32[np.ndarray, "W S"], Int32[np.ndarray, "W S"]]:
+    """The first unit of each shard of each device, rising, and the shard's number in the store."""
+    of_devices: list[list[tuple[int, int]]] = [[] for _ in range(store.num_devices)]
+    for number, shard in enumerate(store.shards):
+        for of_device in of_devices[shard.owners]:
+            bisect.insort(of_device, (shard.first_row * shard.width // UNIT, number))
+    shape = store.num_devices, max(len(of_device) for of_device in of_devices)
+    starts, numbers = np.full(shape, _NOWHERE, np.int32), np.zeros(shape, np.int32)
+    for device, of_device in enumerate(of_devices):
+        for place, (start, number) in enumerate(of_device):
+            starts[device, place], numbers[device, place] = start, number
+    return starts, numbers
 
-    def of_row(values: list[float] | list[int], dtype: type) -> Array:
-        return jnp.asarray(np.array(values, dtype))[slot][:, None]
 
-    row = jnp.arange(num_rows, dtype=jnp.int32)
-    slot = jnp.searchsorted(jnp.asarray(first_rows), row, side="right", method="compare_all") - 1
-    local = row - jnp.asarray(first_rows)[slot]
-    tables = [shard.table for shard in shards]
-    scale = of_row([table.initializer.scale_for(table.num_rows) for table in tables], np.float32)
-    kinds = [table.initializer.kind for table in tables]
+def initial_lines(
+    store: StoreLayout,
+    seed: UInt32[Array, ""],
+    device: Int32[Array, ""],
+    first_line: Int32[Array, ""],
+    num_lines: int,
+) -> Float[Array, "L line"]:
+    """Lines ``first_line`` to ``first_line + num_lines - 1`` of those that `initial_store` makes."""
+    starts, numbers = (jnp.asarray(array)[device] for array in _shards_of_devices(store))
+    shards, tables = store.shards, [shard.table for shard in store.shards]
+    units_per_line = store.line_elements // UNIT
+    unit = first_line * units_per_line + jnp.arange(num_lines * units_per_line, dtype=jnp.int32)
+    place = jnp.searchsorted(starts, unit, side="right").astype(jnp.int32) - 1
+    clipped = jnp.maximum(place, 0)
+    number, offset = numbers[clipped], unit - starts[clipped]
 
-    keys = rounding.row_key(
-        seed,
-        jnp.uint32(0),
-        of_row([table.stable_id for table in tables], np.uint32)[:, 0],
-        local.astype(jnp.uint32)[:, None],
+    def of_unit(values: list[int] | list[float] | list[bool], dtype: type) -> Array:
+        return jnp.asarray(np.array(values, dtype))[number][:, None]
+
+    # A unit holds several narrow rows, or a part of a wide one.
+    rows_per_unit = of_unit([max(1, UNIT // shard.width) for shard in shards], np.int32)
+    units_per_row = of_unit([max(1, shard.width // UNIT) for shard in shards], np.int32)
+    columns_per_row = of_unit([min(UNIT, shard.width) for shard in shards], np.int32)
+    shift = of_unit([int(math.log2(min(UNIT, shard.width))) for shard in shards], np.int32)
+    element = jnp.arange(UNIT, dtype=jnp.int32)[None, :]
+    row = offset[:, None] // units_per_row * rows_per_unit + (element >> shift)
+    column = offset[:, None] % units_per_row * UNIT + (element & (columns_per_row - 1))
+
+    # Owner o of M holds the rows o, o + M, o + 2M, ...: one more than others do, if it is among the first of them.
+    spread = of_unit([not shard.replicated for shard in shards], np.bool_)
+    owner = jnp.where(spread, device - of_unit([shard.first_device for shard in shards], np.int32), 0)
+    full = of_unit([shard.table.num_rows // shard.row_stride for shard in shards], np.int32)
+    rest = of_unit([shard.table.num_rows % shard.row_stride for shard in shards], np.int32)
+    exists = (place[:, None] >= 0) & (row < full + (owner < rest).astype(jnp.int32))
+    exists &= column < of_unit([shard.num_columns for shard in shards], np.int32)
+
+    stride = of_unit([shard.row_stride for shard in shards], np.uint32)
+    words = _logical_row(
+        row.astype(jnp.uint32), stride, owner.astype(jnp.uint32), max(table.num_rows for table in tables)
     )
-    columns = jnp.arange(width, dtype=jnp.uint32)[None, :]
-    unit = 2.0 * rounding.uniform(rounding.column_bits(keys[:, None], columns)) - 1.0
-    values = scale * unit
+    names = of_unit([table.stable_id for table in tables], np.uint32)
+    keys = rounding.row_key(seed, jnp.uint32(0), names, words)
+    table_column = column + of_unit([shard.first_column for shard in shards], np.int32)
+    unit_interval = rounding.uniform(rounding.column_bits(keys, table_column.astype(jnp.uint32)))
+
+    symmetric = 2.0 * unit_interval - 1.0
+    scale = of_unit([table.initializer.scale_for(table.num_rows) for table in tables], np.float32)
+    values = scale * symmetric
+    kinds = [table.initializer.kind for table in tables]
     if "normal" in kinds:
         # The open interval: erfinv of exactly -1 is infinite.
-        normal = scale * np.float32(np.sqrt(2.0)) * jax.lax.erf_inv(unit + np.float32(2.0**-24))
-        values = jnp.where(of_row([kind == "normal" for kind in kinds], np.bool_), normal, values)
+        normal = scale * np.float32(np.sqrt(2.0)) * jax.lax.erf_inv(symmetric + np.float32(2.0**-24))
+        values = jnp.where(of_unit([kind == "normal" for kind in kinds], np.bool_), normal, values)
     if "constant" in kinds:
-        values = jnp.where(of_row([kind == "constant" for kind in kinds], np.bool_), scale, values)
-    num_rows_of = of_row([table.num_rows for table in tables], np.int32)
-    dims = of_row([table.dim for table in tables], np.int32)
-    return jnp.where((local[:, None] < num_rows_of) & (columns.astype(jnp.int32) < dims), values, 0.0)
+        values = jnp.where(of_unit([kind == "constant" for kind in kinds], np.bool_), scale, values)
+    return jnp.where(exists, values, 0.0).astype(store.dtype).reshape(num_lines, store.line_elements)
+
+
+def _logical_row(
+    row: UInt32[Array, "n 128"], stride: UInt32[Array, "n 1"], owner: UInt32[Array, "n 1"], most_rows: int
+) -> UInt32[Array, "n 128 words"]:
+    """``row * stride + owner`` in one word, or in two, low first, where a table needs them."""
+    if most_rows <= _ONE_WORD:
+        return (row * stride + owner)[..., None]
+    return multiply_add(row, stride, owner)

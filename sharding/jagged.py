@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from sharding.errors import InputError
+
+_LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +25,9 @@ class KeyedJagged:
     are the ``lengths[f, s]`` values that follow those of all bags before. Values beyond ``lengths.sum()`` are
     padding and mean nothing. Lengths, not offsets, because lengths of several batches concatenate.
 
+    Where a table has more rows than 31 bits name, an id is two words of 32 bits, low word first: ``values`` is then
+    uint32 of [capacity, 2]. `words_of_ids` makes them.
+
     Attributes:
         values: Ids, feature-major, then padding up to the capacity.
         lengths: Number of ids in each bag.
@@ -31,7 +36,7 @@ class KeyedJagged:
         features: Names of the features, in the order of ``lengths``' first axis.
     """
 
-    values: Int[Any, " capacity"]
+    values: Int[Any, "capacity ..."]
     lengths: Int[Any, "F b"]
     weights: Float[Any, " capacity"] | None = None
     features: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -65,7 +70,7 @@ class KeyedJagged:
             The same ids as numpy arrays.
 
         Raises:
-            InputError: Features differ in the number of samples, an id is no integer of 32 bits, weights do not match
+            InputError: Features differ in the number of samples, an id is no integer of 63 bits, weights do not match
                 ids, or the capacity is too small.
         """
         sizes = {name: len(samples) for name, samples in bags.items()}
@@ -87,8 +92,10 @@ class KeyedJagged:
         if capacity < len(values):
             raise InputError(f"{len(values)} ids do not fit into capacity {capacity}; raise it or leave it out")
         padding = capacity - len(values)
+        wide = any(not _LOW <= value <= _HIGH for value in values)
+        padded = np.array(values + [0] * padding, np.int64)
         return cls(
-            values=np.array(values + [0] * padding, np.int32),
+            values=words_of_ids(padded) if wide else padded.astype(np.int32),
             lengths=lengths,
             weights=None if weights is None else np.array(scales + [0.0] * padding, np.float32),
             features=tuple(bags),
@@ -96,16 +103,18 @@ class KeyedJagged:
 
 
 def _checked_ids(bag: Sequence[int], where: str) -> Sequence[int]:
-    limits = np.iinfo(np.int32)
+    limits = np.iinfo(np.int64)
     for value in bag:
         if not isinstance(value, int | np.integer):
             raise InputError(f"{where}: id {value!r} is not an integer; ids are row numbers")
         if not limits.min <= value <= limits.max:
-            raise InputError(
-                f"{where}: id {value} does not fit into 32 bits, and JAX would narrow it silently: tables hold at most "
-                f"{limits.max} rows"
-            )
+            raise InputError(f"{where}: id {value} does not fit into 64 bits: tables hold at most 2**63 - 1 rows")
     return bag
+
+
+def words_of_ids(ids: Int[np.ndarray, " n"]) -> UInt32[np.ndarray, "n 2"]:
+    """Ids of 64 bits as two words of 32, low word first: JAX would narrow them silently."""
+    return np.ascontiguousarray(ids, "<i8").view(np.uint32).reshape(-1, 2)
 
 
 def _weights_of(
@@ -126,15 +135,58 @@ def check_arrays(ids: KeyedJagged) -> None:
     Args:
         ids: Ids whose arrays may be numpy's, or tracers.
     """
-    if ids.values.dtype != np.int32 or ids.lengths.dtype != np.int32:
+    two_words = ids.values.dtype == np.uint32 and ids.values.ndim == 2 and ids.values.shape[1] == 2
+    if not (two_words or ids.values.dtype == np.int32) or ids.lengths.dtype != np.int32:
         raise InputError(
             f"ids and lengths are {ids.values.dtype} and {ids.lengths.dtype}, which JAX would narrow silently: check "
-            "their range and give int32"
+            "their range and give int32 (or ids as two words of uint32, see words_of_ids)"
         )
-    if ids.values.ndim != 1 or ids.lengths.ndim != 2 or len(ids.lengths) != len(ids.features):
+    if not (two_words or ids.values.ndim == 1) or ids.lengths.ndim != 2 or len(ids.lengths) != len(ids.features):
         raise InputError(
             f"ids of {len(ids.features)} features have values {ids.values.shape} and lengths {ids.lengths.shape}: give "
             "[capacity] and [features, samples]"
         )
-    if ids.weights is not None and ids.weights.shape != ids.values.shape:
+    if ids.weights is not None and ids.weights.shape != ids.values.shape[:1]:
         raise InputError(f"{ids.values.shape} ids have {ids.weights.shape} weights; give one weight for each id")
+
+
+def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagged:
+    """Gives each of several devices its own part of a batch, on the host.
+
+    Args:
+        ids: The batch, as numpy arrays, feature by feature.
+        num_devices: Devices; the number of samples is a multiple of it.
+        capacity: Room for the ids of one device.
+
+    Returns:
+        The same lengths, and ``num_devices`` times ``capacity`` values: those of device d's samples, feature by
+        feature, from ``d * capacity`` on. Ids that have no room there are left out, and since the lengths still tell
+        of them, the route reports what they need.
+
+    Raises:
+        InputError: The samples do not divide.
+    """
+    num_features, num_samples = ids.lengths.shape
+    if num_samples % num_devices:
+        raise InputError(
+            f"{num_samples} samples do not divide over {num_devices} devices: use a batch size that is a multiple"
+        )
+    if num_devices == 1 and capacity == ids.capacity:
+        return ids
+    samples = num_samples // num_devices
+    lengths = np.asarray(ids.lengths, np.int64)
+    starts = (np.cumsum(lengths) - lengths.reshape(-1)).reshape(lengths.shape)
+    # A device's bags of one feature lie side by side already: what moves is runs of them.
+    firsts = starts[:, ::samples].T.reshape(-1) if samples else np.zeros(0, np.int64)
+    runs = lengths.reshape(num_features, num_devices, -1).sum(axis=2).T
+    ends = runs.cumsum(axis=1)
+    to = (ends - runs + np.arange(num_devices)[:, None] * capacity).reshape(-1)
+    kept = np.minimum(runs, np.maximum(capacity - (ends - runs), 0)).reshape(-1)
+    values = np.zeros((num_devices * capacity, *ids.values.shape[1:]), ids.values.dtype)
+    given = ids.weights
+    weights = None if given is None else np.zeros(num_devices * capacity, np.float32)
+    for source, target, count in zip(firsts.tolist(), to.tolist(), kept.tolist(), strict=True):
+        values[target : target + count] = ids.values[source : source + count]
+        if weights is not None and given is not None:
+            weights[target : target + count] = given[source : source + count]
+    return dataclasses.replace(ids, values=values, weights=weights)

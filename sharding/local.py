@@ -1,142 +1,400 @@
-"""What one device does with the ids that it was brought: look up, and update, group by group.
+"""What one device does with routed ids: look rows up and bring vectors home; send gradients back and update.
 
-Letters: G bags of a group, w stored width, b samples, k features of a block, D dim, L longest sequence of a feature.
+Letters: W devices, b samples of one device, P vectors a sample of an owner, X vectors a sample at home, w stored width,
+D dim, N ids of an owner.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels import pooled_lookup, sparse_update
+from pallas_kernels import Slots, pooled_lookup, row_statistics, sparse_update
+from sharding import returns
+from sharding.assemble import BlockSource, assemble, take_apart
+from sharding.bags import bags_of_vectors, vectors_of_bags
 from sharding.layout import Group, Layout
+from sharding.mesh import AXES, device_number
+from sharding.owned import OwnedIds, of_device
+from sharding.records import NO_ROW
+from sharding.route import HomeIds, RoutedGroup
 from sharding.state import TableState
-from sharding.table_wise import NO_ROW, RoutedGroup, divide, even_bags
-from sharding.vectors import Block, Embeddings
+from sharding.trip import Trip, to_owners, to_senders
+
+
+class Place(NamedTuple):
+    """What a device has to know of the mesh and of the layout.
+
+    Attributes:
+        layout: The layout.
+        sources: Where the vectors of each block come from.
+        means: For each block, the mean that each of its vectors is, among all means; beyond them for one that is none;
+            None if none is.
+        nodes: Nodes of the mesh.
+    """
+
+    layout: Layout
+    sources: tuple[BlockSource, ...]
+    means: tuple[Int32[np.ndarray, " k"] | None, ...]
+    nodes: int
+
+    @property
+    def device(self) -> Int32[Array, ""]:
+        """Number of this device."""
+        return device_number() if self.layout.num_devices > 1 else jnp.int32(0)
+
+    def numbers(self, family: str) -> list[int]:
+        """Numbers of the groups of a family."""
+        return [number for number, group in enumerate(self.layout.groups) if group.family == family]
 
 
 def lookup_local(
     weights: dict[str, Float[Array, "lines line"]],
     routed: tuple[RoutedGroup, ...],
+    divisors: Float[Array, "b means"],
     *,
-    layout: Layout,
-    blocks: tuple[Block, ...],
-) -> tuple[tuple[Float[Array, "b k D"], ...], dict[str, Float[Array, "b L D"]]]:
-    """Looks up and pools the ids of every group.
+    place: Place,
+) -> tuple[Float[Array, "b k D"], ...]:
+    """Looks ids up, pools their rows and brings the vectors home.
 
     Args:
-        weights: Stores of weights.
+        weights: The device's part of each store of weights.
         routed: Ids of each group of the layout.
-        layout: The layout.
-        blocks: Which pooled features lie side by side.
+        divisors: What each mean is divided by.
+        place: Layout and mesh.
 
     Returns:
-        Pooled embeddings by block, and the sequences of unpooled features.
+        The vectors of each block.
     """
-    pooled = []
-    for group, ids in zip(layout.groups, routed, strict=True):
-        with jax.named_scope(f"lookup_{group.width}"):
-            sums = pooled_lookup(
-                weights[group.store],
-                ids.rows,
-                ids.offsets,
-                ids.weights,
-                width=group.width,
-                longest_bag=even_bags(group),
-            )
-        pooled.append(divide(sums, ids.divisors))
-    parts = [_split(bags, group) for bags, group in zip(pooled, layout.groups, strict=True)]
-    of_blocks = tuple(
-        parts[block.group][0][block.first : block.first + len(block.names), :, : block.dim].swapaxes(0, 1)
-        for block in blocks
+    home: list[Array | None] = [None] * len(routed)
+    owned: dict[int, Array] = {}
+    for number, group in enumerate(place.layout.groups):
+        with jax.named_scope(f"lookup_{group.family}_{group.width}"):
+            ids = routed[number].local or routed[number].owned
+            if group.family == "rows_by_id":
+                continue
+            pooled = _pool(weights[group.store], ids, group)
+            senders = 1 if group.family == "local" else group.num_devices
+            vectors = vectors_of_bags(pooled, group, senders, place.device)
+        if group.family == "local":
+            home[number] = vectors[0]
+        else:
+            owned[number] = vectors
+    with jax.named_scope("return"):
+        for family in ("table_wise", "row_wise", "table_row_wise"):
+            numbers = place.numbers(family)
+            for number, vectors in zip(numbers, _bring_home(family, [owned[n] for n in numbers], place), strict=True):
+                home[number] = vectors
+    by_id = place.numbers("rows_by_id")
+    for number, vectors in zip(by_id, _rows_by_id(weights, routed, by_id, place), strict=True):
+        home[number] = vectors
+    arrived = [vectors for vectors in home if vectors is not None]
+    return _divided([assemble(arrived, source) for source in place.sources], divisors, place)
+
+
+def _divided(
+    blocks: Sequence[Float[Array, "b k D"]], divisors: Float[Array, "b means"], place: Place
+) -> tuple[Float[Array, "b k D"], ...]:
+    """Divides the sums of each mean, or their gradients."""
+    return tuple(
+        block
+        if means is None
+        else block / divisors.at[:, jnp.asarray(means)].get(mode="fill", fill_value=1.0)[:, :, None]
+        for block, means in zip(blocks, place.means, strict=True)
     )
-    sequences = {}
-    for group, (_, rows_of_sequences) in zip(layout.groups, parts, strict=True):
-        dims = group.dims[len(group.pooled) :]
-        for feature, dim, rows in zip(group.sequences, dims, rows_of_sequences, strict=True):
-            sequences[feature.name] = rows[..., :dim]
-    return of_blocks, sequences
 
 
-def _split(bags: Float[Array, "G w"], group: Group) -> tuple[Float[Array, "k b w"], tuple[Float[Array, "b L w"], ...]]:
-    """Cuts a group's bags into those of pooled features and those of each unpooled one."""
-    batch_size = bags.shape[0] // sum(group.bags_per_sample)
-    end = len(group.pooled) * batch_size
-    pooled = bags[:end].reshape(len(group.pooled), batch_size, group.width)
-    sequences = []
-    for length in group.bags_per_sample[len(group.pooled) :]:
-        first, end = end, end + batch_size * length
-        sequences.append(bags[first:end].reshape(batch_size, length, group.width))
-    return pooled, tuple(sequences)
+def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group) -> Float[Array, "bags w"]:
+    return pooled_lookup(store, ids.rows, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group))
 
 
-def _join(gradients: Embeddings, number: int, group: Group, blocks: tuple[Block, ...]) -> Float[Array, "G w"]:
-    """The transpose of cutting: gradients of a group's bags, padded to its width."""
+def _even_bags(group: Group) -> int | None:
+    """The most ids in one bag, where bags are so even that reading that many from each wastes at most half; or None.
 
-    def padded(x: Float[Array, "... D"]) -> Float[Array, "... w"]:
-        padding = [(0, 0)] * (x.ndim - 1) + [(0, group.width - x.shape[-1])]
-        return jnp.pad(x, padding).reshape(-1, group.width)
-
-    of_blocks = [
-        padded(gradient.swapaxes(0, 1))
-        for gradient, block in zip(gradients.blocks, blocks, strict=True)
-        if block.group == number
+    Decided by the features' limits alone, never by the room for ids, so that growing the room changes no result.
+    """
+    limits = [
+        limit
+        for lookup in group.lookups
+        for limit in ([1] * lookup.vectors if lookup.feature.pooling == "none" else [lookup.feature.max_ids])
     ]
-    return jnp.concatenate(of_blocks + [padded(gradients.sequences[feature.name]) for feature in group.sequences])
+    bounds = [limit for limit in limits if limit is not None]
+    if len(bounds) < len(limits) or max(bounds) * len(bounds) > 2 * sum(bounds):
+        return None
+    return max(bounds)
+
+
+def _bring_home(family: str, owned: Sequence[Array], place: Place) -> list[Array]:
+    if not owned:
+        return []
+    match family:
+        case "table_wise":
+            return returns.bring_home_table_wise(owned)
+        case "row_wise":
+            return returns.bring_home_row_wise(owned, place.nodes)
+        case _:
+            return returns.bring_home_table_row_wise(owned, place.nodes)
+
+
+def _rows_by_id(
+    weights: dict[str, Float[Array, "lines line"]], routed: Sequence[RoutedGroup], numbers: list[int], place: Place
+) -> list[Float[Array, "b X w"]]:
+    """Brings the distinct rows of a device's ids home, as they are stored, and pools them there in bag order."""
+    groups = [place.layout.groups[number] for number in numbers]
+    rows, requests = [], []
+    for number, group in zip(numbers, groups, strict=True):
+        requested, request = routed[number].requested, routed[number].request
+        assert requested is not None
+        assert request is not None
+        bags_of_one = jnp.arange(requested.shape[0] + 1, dtype=jnp.int32)
+        store = weights[group.store]
+        found = pooled_lookup(store, requested, bags_of_one, None, width=group.width, longest_bag=1)
+        rows.append(found.astype(store.dtype))
+        requests.append(request)
+    home = []
+    for number, group, request, come in zip(numbers, groups, requests, to_senders(requests, rows), strict=True):
+        ids = routed[number].home
+        assert ids is not None
+        pooled = pooled_lookup(
+            come, request.place, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group)
+        )
+        home.append(_vectors_at_home(pooled, group))
+    return home
+
+
+def _home_places(group: Group, samples: int) -> np.ndarray:
+    """For each vector of the lookups, then sample, its bag at home."""
+    places = []
+    for lookup, first in zip(group.lookups, group.vector_starts.tolist(), strict=True):
+        sample, position = np.arange(samples)[None], np.arange(lookup.vectors)[:, None]
+        places.append((first * samples + sample * lookup.vectors + position).reshape(-1))
+    return np.concatenate(places).astype(np.int32)
+
+
+def _vectors_at_home(bags: Float[Array, "bags w"], group: Group) -> Float[Array, "b X w"]:
+    samples = bags.shape[0] // group.num_vectors
+    if group.has_sequences:
+        bags = bags[_home_places(group, samples)]
+    return bags.reshape(group.num_vectors, samples, group.width).swapaxes(0, 1)
+
+
+def _bags_at_home(vectors: Float[Array, "b X w"], group: Group) -> Float[Array, "bags w"]:
+    samples = vectors.shape[0]
+    bags = vectors.swapaxes(0, 1).reshape(-1, vectors.shape[2])
+    return bags[np.argsort(_home_places(group, samples))] if group.has_sequences else bags
 
 
 def update_local(
     state: TableState,
     routed: tuple[RoutedGroup, ...],
-    gradients: Embeddings,
+    gradients: tuple[Float[Array, "b k D"], ...],
+    divisors: Float[Array, "b means"],
     step: Int32[Array, ""],
     learning_rate_scale: Float[Array, ""],
     enabled: Bool[Array, ""],
     *,
-    layout: Layout,
-    blocks: tuple[Block, ...],
+    place: Place,
     seed: int,
 ) -> TableState:
-    """Updates the rows that the ids of every group name.
+    """Sends gradients to the owners of the rows that were looked up, and updates those.
 
     Args:
-        state: The tables.
+        state: The device's part of the tables.
         routed: Ids of each group of the layout.
-        gradients: Gradient of the loss with respect to what `lookup_local` returned.
+        gradients: Gradient of the loss with respect to the vectors of each block.
+        divisors: What each mean was divided by.
         step: Number of this update, from 1.
         learning_rate_scale: Multiplies every learning rate.
         enabled: False: no id names a row.
-        layout: The layout.
-        blocks: Which pooled features lie side by side.
+        place: Layout and mesh.
         seed: Seed of stochastic rounding.
 
     Returns:
         The tables after the update.
     """
+    layout = place.layout
+    blocks = _divided(gradients, divisors, place)
+    with jax.named_scope("send_back"):
+        sent = _send_back(take_apart(blocks, place.sources, layout, _counts_at_home(place)), routed, place)
+    calls = [
+        _UpdateCall(
+            group=group,
+            ids=dataclasses.replace(ids.owned, rows=jnp.where(enabled, ids.owned.rows, NO_ROW)),
+            bag_offsets=jnp.arange(ids.owned.rows.shape[0] + 1, dtype=jnp.int32)
+            if group.family == "rows_by_id"
+            else ids.owned.offsets,
+            gradients=of_bags,
+            slots=_slots(group, place.device, learning_rate_scale),
+        )
+        for group, ids, of_bags in zip(layout.groups, routed, sent, strict=True)
+    ]
+    statistics = _statistics_of_whole_rows(state, routed, calls, step)
     weights, element_state, row_state = dict(state.weights), dict(state.element_state), dict(state.row_state)
-    for number, (group, ids) in enumerate(zip(layout.groups, routed, strict=True)):
-        rule = group.shards[0].table.rule
+    for number, call in enumerate(calls):
+        group = call.group
+        rule = group.table.rule
         if rule is None:
             continue
-        slots = group.slots()
-        slots = dataclasses.replace(slots, learning_rate=slots.learning_rate * learning_rate_scale)
-        with jax.named_scope(f"update_{group.width}"):
+        with jax.named_scope(f"update_{group.family}_{group.width}"):
             weights[group.store], element_state[group.store], row_state[group.store] = sparse_update(
                 weights[group.store],
                 element_state[group.store],
                 row_state[group.store],
-                jnp.where(enabled, ids.rows, NO_ROW),
-                ids.slots,
-                ids.offsets,
-                divide(_join(gradients, number, group, blocks), ids.divisors),
-                ids.weights,
-                logical_rows=ids.logical_rows,
-                slots=slots,
+                call.ids.rows,
+                call.ids.slots,
+                call.bag_offsets,
+                call.gradients,
+                call.ids.weights,
+                logical_rows=call.ids.logical_rows,
+                slots=call.slots,
                 step=step,
                 seed=jnp.uint32(seed),
                 optimizer=rule,
                 width=group.width,
-                storage_rounding=group.shards[0].table.rounding,
+                storage_rounding=group.table.rounding,
+                statistics=statistics.get(number),
             )
     return TableState(weights=weights, element_state=element_state, row_state=row_state)
+
+
+class _UpdateCall(NamedTuple):
+    """What the kernels are given for one group, beside stores and state."""
+
+    group: Group
+    ids: OwnedIds
+    bag_offsets: Int32[Array, " G+1"]
+    gradients: Float[Array, "G w"]
+    slots: Slots
+
+
+def _slots(group: Group, device: Int32[Array, ""], learning_rate_scale: Float[Array, ""]) -> Slots:
+    """The per-slot arrays of this device."""
+
+    def of(attribute: str, dtype: type) -> Array:
+        return of_device(group.of_slots(attribute, dtype), device)
+
+    return Slots(
+        first_row=of("first_row", np.int32),
+        first_scalar=of("first_scalar", np.int32),
+        table=of("stable_id", np.uint32),
+        first_column=of("first_column", np.uint32),
+        dim=of("dim", np.float32),
+        learning_rate=of("learning_rate", np.float32) * learning_rate_scale,
+        weight_decay=of("weight_decay", np.float32),
+        eps=of("eps", np.float32),
+        beta1=of("beta1", np.float32),
+        beta2=of("beta2", np.float32),
+    )
+
+
+def _counts_at_home(place: Place) -> list[int]:
+    """X of each group."""
+    layout = place.layout
+    sources = {"table_wise": layout.num_devices, "table_row_wise": place.nodes}
+    return [
+        group.num_vectors if group.family == "rows_by_id" else group.vectors_per_device * sources.get(group.family, 1)
+        for group in layout.groups
+    ]
+
+
+def _send_back(
+    home: Sequence[Float[Array, "b X w"]], routed: Sequence[RoutedGroup], place: Place
+) -> list[Float[Array, "G w"]]:
+    """Gradients of each group's bags, at the owners of the rows."""
+    layout = place.layout
+    bags: list[Array | None] = [None] * len(home)
+    for family in ("local", "table_wise", "row_wise", "table_row_wise"):
+        numbers = place.numbers(family)
+        given = [home[number] for number in numbers]
+        if not given:
+            continue
+        match family:
+            case "table_wise":
+                vectors = returns.send_back_table_wise(given, layout.num_devices)
+            case "row_wise":
+                vectors = returns.send_back_row_wise(given)
+            case "table_row_wise":
+                vectors = returns.send_back_table_row_wise(given, place.nodes)
+            case _:
+                several = layout.num_devices > 1
+                vectors = [jax.lax.all_gather(x, AXES) if several else x[None] for x in given]
+        for number, of_bags in zip(numbers, vectors, strict=True):
+            bags[number] = bags_of_vectors(of_bags, layout.groups[number], place.device)
+    by_id = place.numbers("rows_by_id")
+    trips = [_trip(routed[number]) for number in by_id]
+    of_records = []
+    for number in by_id:
+        at_home = _bags_at_home(home[number], layout.groups[number])
+        of_records.append(at_home.at[_home(routed[number]).bags].get(mode="fill", fill_value=0))
+    for number, of_ids in zip(by_id, to_owners(trips, of_records), strict=True):
+        bags[number] = of_ids
+    return [of_bags for of_bags in bags if of_bags is not None]
+
+
+def _trip(routed: RoutedGroup) -> Trip:
+    assert routed.trip is not None
+    return routed.trip
+
+
+def _home(routed: RoutedGroup) -> HomeIds:
+    assert routed.home is not None
+    return routed.home
+
+
+def _statistics_of_whole_rows(
+    state: TableState, routed: Sequence[RoutedGroup], calls: Sequence[_UpdateCall], step: Int32[Array, ""]
+) -> dict[int, Float[Array, "N k"]]:
+    """Sums over whole rows where column slices lie on several devices, by number of the group.
+
+    Each owner's sums of blocks of columns go back to the device that asked for the row, which adds those of all slices
+    in column order and sends the result to each owner.
+    """
+    numbers, partial = [], []
+    for number, call in enumerate(calls):
+        group = call.group
+        rule = group.table.rule
+        if rule is None or not rule.needs_statistics or not group.has_column_shards:
+            continue
+        sums = row_statistics(
+            state.weights[group.store],
+            state.element_state[group.store],
+            state.row_state[group.store],
+            call.ids.rows,
+            call.ids.slots,
+            call.bag_offsets,
+            call.gradients,
+            call.ids.weights,
+            slots=call.slots,
+            step=step,
+            optimizer=rule,
+            width=group.width,
+        )
+        numbers.append(number)
+        partial.append(sums)
+    trips = [_trip(routed[number]) for number in numbers]
+    come = to_senders(trips, [sums.reshape(sums.shape[0], -1) for sums in partial])
+    totals = []
+    for number, trip, sums, values in zip(numbers, trips, partial, come, strict=True):
+        of_records = values.at[trip.place].get(mode="fill", fill_value=0)
+        of_records = of_records.reshape(len(of_records), *sums.shape[1:])
+        totals.append(_add_slices(of_records, _home(routed[number]), calls[number].group))
+    return dict(zip(numbers, to_owners(trips, totals), strict=True))
+
+
+def _add_slices(sums: Float[Array, "n blocks k"], home: HomeIds, group: Group) -> Float[Array, "n k"]:
+    """Adds the blocks of all slices of each record's row, in column order."""
+    slices = group.slices_of_lookups
+    index = jnp.arange(sums.shape[0], dtype=jnp.int32)
+    within = index - home.lookup_starts[home.lookups]
+    total = jnp.zeros((sums.shape[0], sums.shape[2]), jnp.float32)
+    for number in range(slices.shape[1]):
+        lookup = jnp.asarray(slices[:, number])[home.lookups]
+        record = jnp.where(lookup >= 0, home.lookup_starts[lookup] + within, sums.shape[0])
+        of_slice = sums.at[record].get(mode="fill", fill_value=0)
+        for block in range(sums.shape[1]):
+            total = total + of_slice[:, block]
+    return total

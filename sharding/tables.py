@@ -16,7 +16,8 @@ StorageDtype = Literal["float32", "bfloat16", "float16"]
 InitializerKind = Literal["uniform", "normal", "constant"]
 RowOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]
 
-MAX_ROWS = 2**31 - 1
+MAX_ROWS = 2**63 - 1
+MAX_IDS = 2**31 - 1
 # The largest hyperparameters that float32 holds.
 _LARGEST = 3e38
 _BELOW_ONE = 1.0 - 2.0**-24
@@ -138,8 +139,8 @@ def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) ->
             )
         if feature.pooling == "none" and feature.max_ids is None:
             raise InputError(f"feature {feature.name!r} is unpooled, so max_ids must say how long a sequence can be")
-        if feature.max_ids is not None and not 1 <= feature.max_ids <= MAX_ROWS:
-            raise InputError(f"feature {feature.name!r} has max_ids {feature.max_ids}; the limit is 1 to {MAX_ROWS}")
+        if feature.max_ids is not None and not 1 <= feature.max_ids <= MAX_IDS:
+            raise InputError(f"feature {feature.name!r} has max_ids {feature.max_ids}; the limit is 1 to {MAX_IDS}")
     unused = sorted(set(by_name) - {feature.table for feature in features})
     if unused:
         raise InputError(f"table {unused[0]!r} is used by no feature; leave it out or map a feature to it")

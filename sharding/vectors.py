@@ -1,15 +1,17 @@
-"""Embeddings: what a lookup returns and what an update takes the gradient of.
+"""Embeddings: what a lookup returns and what an update takes the gradient of. Their shape does not depend on the plan.
 
 Letters: b samples, k features of a block, D dim, L longest sequence of a feature.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from sharding.layout import Layout
+from sharding.layout import canonical_order, store_name, stored_width
+from sharding.tables import FeatureSpec, TableSpec
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +20,7 @@ class Embeddings:
     """Embeddings of a batch, features of one dim side by side, so that a program's size ignores their number.
 
     Attributes:
-        blocks: Pooled embeddings; a block holds the features of one dim of one group, in the order of `names`.
+        blocks: Pooled embeddings; a block holds the features of one dim of one store, in the order of `names`.
         sequences: Rows of unpooled features, padded with zeros, by name of the feature.
         names: Names of the features of each block.
     """
@@ -40,21 +42,40 @@ class Embeddings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-    """Where a block of `Embeddings` comes from: the pooled features [first, first + count) of a group."""
+    """Features whose embeddings lie side by side.
 
-    group: int
-    first: int
-    names: tuple[str, ...]
+    Attributes:
+        features: The features.
+        dim: Their dim.
+        sequence: Whether it is one unpooled feature rather than pooled ones.
+    """
+
+    features: tuple[FeatureSpec, ...]
     dim: int
+    sequence: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features."""
+        return tuple(feature.name for feature in self.features)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors a sample."""
+        return sum((feature.max_ids or 0) if self.sequence else 1 for feature in self.features)
 
 
-def blocks_of(layout: Layout) -> tuple[Block, ...]:
-    """The blocks that a lookup on this layout returns, in order."""
-    blocks = []
-    for number, group in enumerate(layout.groups):
-        dims = group.dims[: len(group.pooled)]
-        for dim in sorted(set(dims)):
-            first = dims.index(dim)
-            names = tuple(feature.name for feature in group.pooled[first : first + dims.count(dim)])
-            blocks.append(Block(group=number, first=first, names=names, dim=dim))
-    return tuple(blocks)
+def blocks_of(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) -> tuple[Block, ...]:
+    """The blocks of pooled features, by store, width and dim; then a block for each unpooled feature."""
+    by_name = {table.name: table for table in tables}
+    pooled: dict[tuple[str, int, int], list[FeatureSpec]] = {}
+    sequences = []
+    for feature in canonical_order(tables, features):
+        table = by_name[feature.table]
+        if feature.pooling == "none":
+            sequences.append(Block(features=(feature,), dim=table.dim, sequence=True))
+        else:
+            key = store_name(table), stored_width(table.dim), table.dim
+            pooled.setdefault(key, []).append(feature)
+    blocks = [Block(features=tuple(members), dim=key[2], sequence=False) for key, members in pooled.items()]
+    return (*blocks, *sequences)

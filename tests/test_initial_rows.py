@@ -1,11 +1,17 @@
 """How rows begin: a function of seed, table, row and column, whatever stands beside the table."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding import FeatureSpec, Initializer, InputError, ShardedTables, TableSpec
+from pallas_kernels import rounding
+from sharding import FeatureSpec, Initializer, InputError, ShardedTables, ShardingPlan, TableSpec
 from sharding.checkpoint import load_initial_values
+from sharding.initial import initial_lines
+from sharding.layout import make_layout
+from sharding.plan import row_wise
+from sharding.tables import InitializerKind, StorageDtype
 
 
 def table(name: str, *, num_rows: int = 1000, dim: int = 16, **fields) -> TableSpec:
@@ -51,7 +57,7 @@ def test_constant_rows_then_that_constant(scale: float | None, value: float) -> 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_whatever_tables_stand_beside_then_the_same_bits(kind: str, dtype: str) -> None:
+def test_rows_whatever_tables_stand_beside_then_the_same_bits(kind: InitializerKind, dtype: StorageDtype) -> None:
     mine = table("t", num_rows=77, dim=13, dtype=dtype, initializer=Initializer(kind=kind))
     alone = first_rows("t", mine)
     others = (
@@ -98,7 +104,7 @@ def test_optimizer_state_and_padding_then_begin_as_zeros() -> None:
 
 def test_a_table_with_a_file_then_begins_with_its_rows(tmp_path, monkeypatch) -> None:
     # Several blocks: 3 rows of 5 columns of 4 bytes each.
-    monkeypatch.setattr("sharding.checkpoint.CHUNK_BYTES", 60)
+    monkeypatch.setattr("sharding.checkpoint.INITIAL_VALUES_BYTES", 60)
     values = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float64)
     np.save(tmp_path / "rows.npy", values)
     specs = [table("t", num_rows=10, dim=5, initial_values=tmp_path / "rows.npy"), table("u")]
@@ -159,3 +165,23 @@ def test_a_file_of_several_arrays_then_refused(tmp_path) -> None:
     tables = tables_of(table("t", num_rows=10, dim=5, initial_values=path))
     with pytest.raises(InputError, match=r"are several arrays; give a \.npy file of one"):
         load_initial_values(tables, tables.init())
+
+
+def test_rows_beyond_32_bits_then_made_from_both_words_of_their_number() -> None:
+    big = table("t", num_rows=2**33 + 5, dim=8, initializer=Initializer(scale=1.0))
+    plan = ShardingPlan(nodes=1, chips=8, placements=(row_wise(big, returns="rows"),))
+    (store,) = make_layout([big], [FeatureSpec(name="f", table="t")], plan).stores
+    device, num_lines = 3, 4
+    first_line = store.lines_per_device - num_lines
+    lines = jax.jit(initial_lines, static_argnums=(0, 4))(
+        store, jnp.uint32(7), jnp.int32(device), jnp.int32(first_line), num_lines
+    )
+    local = np.arange(first_line * 16, store.lines_per_device * 16)
+    row = local * 8 + device
+    words = jnp.asarray(np.stack([row & 0xFFFFFFFF, row >> 32], axis=-1).astype(np.uint32))
+    keys = rounding.row_key(jnp.uint32(7), jnp.uint32(0), jnp.uint32(big.stable_id), words)
+    bits = rounding.column_bits(keys[:, None], jnp.arange(8, dtype=jnp.uint32)[None, :])
+    expected = np.where((row < big.num_rows)[:, None], 2 * np.asarray(rounding.uniform(bits)) - 1, 0)
+    assert (row >= 2**32).any()
+    assert (row < big.num_rows).any()
+    np.testing.assert_array_equal(np.asarray(lines).reshape(-1, 8), expected)

@@ -204,7 +204,7 @@ def test_routing_of_features_in_their_own_order_then_the_same_as_in_any_other() 
     for names in (tables.feature_order, tuple(reversed(tables.feature_order))):
         bags, weights = ({name: values[name] for name in names} for values in (batch.bags, batch.weights))
         routed.append(tables.route(KeyedJagged.from_bags(bags, weights=weights, capacity=CAPACITY)))
-    one, other = (r.groups[0] for r in routed)
+    one, other = (r.groups[0].owned for r in routed)
     num_ids = int(one.offsets[-1])
     np.testing.assert_array_equal(one.offsets, other.offsets)
     for field in ("rows", "weights", "slots", "logical_rows"):
@@ -262,12 +262,16 @@ def test_a_bag_longer_than_max_ids_then_counted_and_its_group_left_out(feature: 
     assert (after["tag"] != before["tag"]).any()
 
 
-@pytest.mark.parametrize(("lengths", "invalid"), [([[3, 3]], 2), ([[4, -1]], 2)])
-def test_lengths_that_do_not_fit_the_values_then_counted_and_without_effect(lengths, invalid: int) -> None:
+@pytest.mark.parametrize(("lengths", "invalid", "needed"), [([[3, 3]], 0, 6), ([[4, -1]], 2, 3)])
+def test_lengths_that_do_not_fit_the_values_then_reported_and_without_effect(
+    lengths: list[list[int]], invalid: int, needed: int
+) -> None:
     tables = ShardedTables([TABLES[1]], [FeatureSpec(name="item_id", table="item", max_ids=3)])
     ids = KeyedJagged(values=np.arange(4, dtype=np.int32), lengths=np.array(lengths, np.int32), features=("item_id",))
     routed = tables.route(ids)
     assert routed.invalid == invalid
+    assert routed.needs[0] == needed
+    assert bool(routed.overflow) == (needed > 4)
     assert not np.asarray(tables.lookup(tables.init(), routed)["item_id"]).any()
 
 

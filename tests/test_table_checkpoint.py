@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from sharding import FeatureSpec, InputError, ShardedTables, TableSpec, TableState
-from sharding.checkpoint import MANIFEST, read_manifest, read_table, restore_tables, save_tables
+from sharding.checkpoint import read_optimizer_state, read_table, restore_tables, save_tables
+from sharding.line_files import LineArray, line_arrays
+from sharding.manifest import MANIFEST, read_manifest
+from sharding.mesh import BY_DEVICE, sharding_on
 
 TABLES = (
     TableSpec(name="user", num_rows=203, dim=16, optimizer="partial_rowwise_adam"),
@@ -26,19 +29,24 @@ def tables_of(specs: tuple[TableSpec, ...] = TABLES) -> ShardedTables:
 
 
 def noise(tables: ShardedTables) -> TableState:
-    """A state whose every element differs from what a new one has, padding included."""
+    """A state whose every element of a row differs from what a new one has."""
     random = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jax.device_put(random.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
-        tables.abstract_state(),
-    )
+
+    def lines(array: LineArray) -> jax.Array:
+        values = random.normal(size=(array.lines_per_device, array.line_elements)).astype(array.dtype)
+        # No device uses what lies behind its last row, and nobody saves it.
+        values[array.end(0) :] = 0
+        return jax.device_put(values, sharding_on(tables.mesh, BY_DEVICE))
+
+    return jax.tree.map(lines, line_arrays(tables.layout))
 
 
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
-    """Chunks of 7 lines: every store takes several, and tables begin and end within one."""
-    monkeypatch.setattr("sharding.checkpoint.CHUNK_BYTES", 7 * 512)
-    monkeypatch.setattr("sharding.checkpoint._LINES_PER_CHUNK", 7)
+    """Chunks of 6 lines, each of two parts: every store takes several, and tables begin and end within one."""
+    monkeypatch.setattr("sharding.line_files.CHUNK_BYTES", 7 * 512)
+    monkeypatch.setattr("sharding.line_files.INNER_LINES", 3)
+    monkeypatch.setattr("sharding.reshard.WINDOW_BYTES", 4000)
 
 
 @pytest.fixture
@@ -89,6 +97,17 @@ def test_read_table_then_the_rows_that_the_model_sees(saved: Path, spec: TableSp
         expected = rows if wanted is None else rows[wanted if isinstance(wanted, slice) else wanted.astype(int)]
         assert result.dtype == rows.dtype
         np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("spec", TABLES, ids=lambda spec: spec.name)
+def test_read_optimizer_state_then_what_the_model_sees(saved: Path, spec: TableSpec) -> None:
+    tables, rows = tables_of(), [2, 0, 1]
+    expected = tables.read_optimizer_state(noise(tables), spec.name, rows)
+    result = read_optimizer_state(saved, spec.name, np.array(rows))
+    assert list(result) == list(expected)
+    for name, values in expected.items():
+        assert result[name].dtype == values.dtype
+        np.testing.assert_array_equal(result[name], values)
 
 
 def assert_refused(message: str, call, *arguments) -> None:
@@ -170,9 +189,28 @@ def test_a_model_with_one_more_table_then_refused(saved: Path) -> None:
     assert_refused("table 'new' is in the model, but not in the checkpoint", restore_tables, other, saved)
 
 
-def test_stores_of_other_shapes_than_the_manifest_says_then_refused(saved: Path) -> None:
+def test_a_manifest_of_another_version_then_refused(saved: Path) -> None:
     manifest = json.loads((saved / MANIFEST).read_text())
-    manifest["stores"]["weights.float32.adam"]["shape"][0] += 1
+    del manifest["format"]
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    message = "the stores of the checkpoint have other shapes than the model's"
+    message = f"{saved / MANIFEST}: was made by another version of this program (its format is None"
     assert_refused(message, restore_tables, tables_of(), saved)
+    assert_refused(message, read_table, saved, "user")
+
+
+def test_files_of_other_shapes_than_the_manifest_says_then_refused(saved: Path) -> None:
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["stores"]["float32.adam"]["lines_per_device"] += 1
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    assert_refused(f"{saved / 'weights.float32.adam'}: has shape (1, ", restore_tables, tables_of(), saved)
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value"),
+    [("user", "store", "float32.sgd"), ("user", "shards", [{}]), ("user", "num_rows", None), ("user", "shards", 3)],
+)
+def test_a_manifest_that_was_changed_then_refused(saved: Path, table: str, field: str, value: object) -> None:
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["tables"][table][field] = value
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    assert_refused(f"{saved / MANIFEST}: is damaged (", restore_tables, tables_of(), saved)

@@ -1,0 +1,108 @@
+"""How pooled vectors come home, and how their gradients go back: one pair of functions for each family.
+
+Vectors are ``[W, b, P, w]`` at their owner: sender, sample, vector of the owner. At home they are ``[b, X, w]``, where
+X depends on the family; `home_places` says where among the X each vector of the group lies. All groups of a family
+travel in one exchange.
+
+Letters: W = N * C devices, N nodes, C chips of a node, b samples of one device, P vectors a sample of an owner, w
+width.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from sharding.layout import Group
+from sharding.mesh import CHIP, NODE
+from sharding.trip import exchange
+
+Owned = Sequence[Float[Array, "W b P w"]]
+Home = Sequence[Float[Array, "b X w"]]
+
+
+def home_places(group: Group, chips: int) -> Int32[np.ndarray, " vectors"]:
+    """Where each vector of a group, lookup by lookup, is among those that come home."""
+    if group.family == "rows_by_id":
+        return np.arange(group.num_vectors, dtype=np.int32)
+    places = []
+    for lookup in group.lookups:
+        first = lookup.first_vector
+        if group.family == "table_wise":
+            first += lookup.shard.first_device * group.vectors_per_device
+        elif group.family == "table_row_wise":
+            first += lookup.shard.first_device // chips * group.vectors_per_device
+        places.append(first + np.arange(lookup.vectors))
+    return np.concatenate(places).astype(np.int32)
+
+
+def _side_by_side(vectors: Float[Array, "S b P w"]) -> Float[Array, "b SP w"]:
+    sources, samples, count, width = vectors.shape
+    return vectors.swapaxes(0, 1).reshape(samples, sources * count, width)
+
+
+def _apart(vectors: Float[Array, "b SP w"], sources: int) -> Float[Array, "S b P w"]:
+    samples, count, width = vectors.shape
+    return vectors.reshape(samples, sources, count // sources, width).swapaxes(0, 1)
+
+
+def bring_home_table_wise(owned: Owned) -> list[Float[Array, "b X w"]]:
+    """One all-to-all; X = W * P."""
+    return [_side_by_side(vectors) for vectors in exchange(owned)]
+
+
+def send_back_table_wise(gradients: Home, num_devices: int) -> list[Float[Array, "W b P w"]]:
+    """The transpose: one all-to-all."""
+    return exchange([_apart(vectors, num_devices) for vectors in gradients])
+
+
+def bring_home_row_wise(owned: Owned, nodes: int) -> list[Float[Array, "b X w"]]:
+    """Adds the partial sums over the chips of a node, then over nodes: X = P.
+
+    The first reduce-scatter leaves each chip one part in C of the node's sums, and only that goes between nodes.
+    """
+    joined, shapes = _join(owned)
+    of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
+    return _split(jax.lax.psum_scatter(of_node, NODE, scatter_dimension=0), shapes)
+
+
+def send_back_row_wise(gradients: Home) -> list[Float[Array, "W b P w"]]:
+    """The transpose: all-gather over nodes, then over the chips of a node."""
+    joined = jnp.concatenate([vectors.reshape(-1) for vectors in gradients])
+    everyones = jax.lax.all_gather(jax.lax.all_gather(joined, NODE), CHIP, axis=1)
+    return _split_owned(everyones, [vectors.shape for vectors in gradients])
+
+
+def bring_home_table_row_wise(owned: Owned, nodes: int) -> list[Float[Array, "b X w"]]:
+    """Adds the partial sums over the chips of the owning node, then one all-to-all over nodes: X = N * P."""
+    joined, shapes = _join(owned)
+    of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
+    come = jax.lax.all_to_all(of_node, NODE, split_axis=0, concat_axis=0, tiled=True)
+    return [_side_by_side(vectors) for vectors in _split_owned(come, shapes)]
+
+
+def send_back_table_row_wise(gradients: Home, nodes: int) -> list[Float[Array, "W b P w"]]:
+    """The transpose: one all-to-all over nodes, then all-gather over the chips of a node."""
+    apart = [_apart(vectors, nodes) for vectors in gradients]
+    joined = jnp.concatenate([vectors.reshape(nodes, -1) for vectors in apart], axis=1)
+    come = jax.lax.all_to_all(joined, NODE, split_axis=0, concat_axis=0, tiled=True)
+    everyones = jax.lax.all_gather(come, CHIP, axis=1)
+    return _split_owned(everyones, [vectors.shape[1:] for vectors in apart])
+
+
+def _join(owned: Owned) -> tuple[Float[Array, "W x"], list[tuple[int, ...]]]:
+    joined = jnp.concatenate([vectors.reshape(vectors.shape[0], -1) for vectors in owned], axis=1)
+    return joined, [vectors.shape[1:] for vectors in owned]
+
+
+def _split(joined: Float[Array, " x"], shapes: Sequence[tuple[int, ...]]) -> list[Float[Array, "b P w"]]:
+    ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1].tolist()
+    return [part.reshape(shape) for part, shape in zip(jnp.split(joined, ends), shapes, strict=True)]
+
+
+def _split_owned(joined: Float[Array, "... x"], shapes: Sequence[tuple[int, ...]]) -> list[Float[Array, "S b P w"]]:
+    flat = joined.reshape(-1, joined.shape[-1])
+    ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1].tolist()
+    return [part.reshape(-1, *shape) for part, shape in zip(jnp.split(flat, ends, axis=1), shapes, strict=True)]

@@ -1,0 +1,123 @@
+"""Room for ids on their way: what is too small is reported, and no room changes a result."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from sharding import FeatureSpec, KeyedJagged, ShardedTables, TableSpec, make_mesh
+from sharding.capacities import Capacities, GroupCapacity
+from sharding.jagged import for_devices
+from sharding.plan import ShardingPlan, row_wise, table_wise
+
+TABLES = (TableSpec(name="a", num_rows=64, dim=16), TableSpec(name="b", num_rows=64, dim=16))
+TABLES += (TableSpec(name="c", num_rows=64, dim=16),)
+FEATURES = tuple(FeatureSpec(name=table.name, table=table.name, max_ids=4) for table in TABLES)
+DEVICES, SAMPLES = 8, 2
+
+
+@cache
+def tables() -> ShardedTables:
+    placements = (table_wise(TABLES[0], 5), row_wise(TABLES[1], returns="partial_sums"))
+    placements += (row_wise(TABLES[2], returns="rows"),)
+    plan = ShardingPlan(nodes=2, chips=4, placements=placements)
+    return ShardedTables(TABLES, FEATURES, plan=plan, mesh=make_mesh(2, 4))
+
+
+def batch(seed: int, *, rows: int = 64, senders: int = DEVICES) -> KeyedJagged:
+    """Ids below ``rows``, in the samples of so many devices."""
+    random = np.random.default_rng(seed)
+    bags = {
+        feature.name: [
+            random.integers(0, rows, 4 if sample < senders * SAMPLES else 0).tolist()
+            for sample in range(DEVICES * SAMPLES)
+        ]
+        for feature in FEATURES
+    }
+    return KeyedJagged.from_bags(bags)
+
+
+def outcome(ids: KeyedJagged, capacities: Capacities | None) -> tuple[list[np.ndarray], np.ndarray, bool]:
+    """Bits of what is looked up and of the state after an update, the needs, and whether there was no room."""
+    state = tables().init()
+    room = capacities.ids if capacities else ids.capacity
+    routed = tables().route(tables().to_devices(ids, room), capacities)
+    embeddings = tables().lookup(state, routed)
+    new = tables().update(state, routed, jax.tree.map(lambda x: x + 1, embeddings), step=1)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((embeddings, new))]
+    return leaves, np.asarray(routed.needs), bool(routed.overflow)
+
+
+def tiny() -> Capacities:
+    return Capacities(ids=8, groups=tuple(GroupCapacity(pair=1, total=1, distinct=1) for _ in tables().layout.groups))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [batch(1), batch(2, rows=1), batch(3, rows=1, senders=1)],
+    ids=["spread", "all on one shard", "all on one shard, from one device"],
+)
+def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(ids: KeyedJagged) -> None:
+    expected, _, overflow = outcome(ids, None)
+    assert not overflow
+    capacities = tiny()
+    _, needs, overflow = outcome(ids, capacities)
+    assert overflow
+    # What is cut off at home is needed further on, too, but shows only once it has left.
+    grown = capacities.grown(needs, DEVICES)
+    while overflow:
+        leaves, needs, overflow = outcome(ids, grown)
+        assert overflow == (grown.grown(needs, DEVICES) != grown)
+        grown = grown.grown(needs, DEVICES)
+    for found, wanted in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_an_exchange_in_rounds_then_the_same_bits(rounds: int) -> None:
+    ids = batch(4, rows=20)
+    expected, *_ = outcome(ids, None)
+    sufficient = tables().sufficient_capacities(SAMPLES, ids.capacity)
+    in_rounds = dataclasses.replace(sufficient, rounds=rounds)
+    found, _, overflow = outcome(ids, in_rounds)
+    assert not overflow
+    for leaf, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(leaf, wanted)
+
+
+def test_growing_then_to_the_next_power_of_two_and_only_what_is_needed() -> None:
+    before = Capacities(ids=100, groups=(GroupCapacity(pair=10, total=80, distinct=0),))
+    assert before.grown(np.array([100, 10, 80, 0]), 8) == before
+    after = before.grown(np.array([101, 9, 81, 0]), 8)
+    assert after == Capacities(ids=128, groups=(GroupCapacity(pair=10, total=128, distinct=0),))
+
+
+def test_growing_beyond_the_budget_of_an_exchange_then_in_rounds() -> None:
+    before = Capacities(ids=8, groups=(GroupCapacity(pair=8, total=64, distinct=0),), exchange_bytes=8 * 8 * 12)
+    assert before.grown(np.array([8, 8, 64, 0]), 8).rounds == 1
+    assert before.grown(np.array([8, 32, 64, 0]), 8).rounds == 4
+
+
+def test_expected_capacities_then_within_those_that_suffice() -> None:
+    expected = tables().expected_capacities(2, 24, {"a": 1.0, "b": 2.0, "c": 4.0})
+    sufficient = tables().sufficient_capacities(2, 24)
+    assert (expected.as_needs() <= sufficient.as_needs()).all()
+    assert (expected.as_needs()[1:] > 0).sum() == (sufficient.as_needs()[1:] > 0).sum()
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 7, 100])
+def test_a_batch_given_to_devices_then_each_has_its_samples_ids_in_order_as_far_as_there_is_room(
+    capacity: int,
+) -> None:
+    bags = {"x": [[1, 2], [3], [], [4]], "y": [[5], [6, 7, 8], [9], []]}
+    weights = {name: [[float(value) for value in bag] for bag in samples] for name, samples in bags.items()}
+    given = for_devices(KeyedJagged.from_bags(bags, weights=weights, capacity=12), 2, capacity)
+    assert given.capacity == 2 * capacity
+    for device, ids in enumerate(([1, 2, 3, 5, 6, 7, 8], [4, 9])):
+        part = slice(device * capacity, device * capacity + min(capacity, len(ids)))
+        assert given.values[part].tolist() == ids[:capacity]
+        assert given.weights is not None
+        assert given.weights[part].tolist() == ids[:capacity]
+    assert given.lengths.tolist() == [[2, 1, 0, 1], [1, 3, 1, 0]]

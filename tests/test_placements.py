@@ -1,0 +1,81 @@
+"""Every placement and return on meshes of eight devices does what one device does."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placement_cases import FEATURES, PLANS, TABLES, Samples, plan_of, samples_of
+
+from sharding import Embeddings, ShardedTables, TableState, make_mesh
+
+MESHES = ((1, 8), (2, 4), (4, 2))
+UPDATES = 3
+# Partial sums of a bag are added in another order than the bag's ids: a few roundings of float32.
+TOLERANCE = 2e-6
+
+
+@cache
+def tables_on(nodes: int, chips: int, plan: str) -> ShardedTables:
+    if nodes * chips == 1:
+        return ShardedTables(TABLES, FEATURES, seed=3)
+    return ShardedTables(TABLES, FEATURES, seed=3, plan=plan_of(nodes, chips, plan), mesh=make_mesh(nodes, chips))
+
+
+def gradients_like(embeddings: Embeddings, seed: int) -> Embeddings:
+    """Gradients that do not depend on the vectors, so that updates can be compared bit for bit."""
+    random = np.random.default_rng(seed)
+    leaves, structure = jax.tree.flatten(embeddings)
+    return jax.tree.unflatten(structure, [random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def trained(tables: ShardedTables, samples: Samples, weighted: bool) -> tuple[Embeddings, TableState]:
+    """What is looked up before three updates, and the state after them."""
+    ids = tables.to_devices(samples.jagged(weighted=weighted))
+    state = tables.init()
+    routed = tables.route(ids)
+    assert routed.invalid == 0
+    assert not routed.overflow
+    embeddings = tables.lookup(state, routed)
+    for step in range(1, UPDATES + 1):
+        state = tables.update(state, routed, gradients_like(embeddings, step), step=step, learning_rate_scale=0.5)
+    return embeddings, state
+
+
+def rows_and_state(tables: ShardedTables, state: TableState, table: str) -> dict[str, np.ndarray]:
+    spec = next(spec for spec in TABLES if spec.name == table)
+    rows = range(spec.num_rows)
+    return {"weights": tables.read_rows(state, table, rows)} | tables.read_optimizer_state(state, table, rows)
+
+
+samples = st.builds(
+    samples_of,
+    st.integers(0, 2**32 - 1),
+    fullness=st.sampled_from([0.0, 0.3, 1.0]),
+    distinct=st.sampled_from([0.0, 0.2, 1.0]),
+)
+
+
+@pytest.mark.parametrize(
+    "plan", [plan if plan == "mixed" else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS]
+)
+@pytest.mark.parametrize(("nodes", "chips"), MESHES)
+@settings(max_examples=2, deadline=None)
+@given(samples=samples, weighted=st.booleans())
+def test_three_updates_on_eight_devices_then_the_same_bits_as_on_one(
+    nodes: int, chips: int, plan: str, samples: Samples, weighted: bool
+) -> None:
+    one, many = tables_on(1, 1, ""), tables_on(nodes, chips, plan)
+    (alone, state_alone), (together, state_together) = (trained(tables, samples, weighted) for tables in (one, many))
+    for feature in FEATURES:
+        expected, found = np.asarray(alone[feature.name]), np.asarray(together[feature.name])
+        if many.plan.placement(feature.table).returns == "partial_sums":
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE, err_msg=feature.name)
+        else:
+            np.testing.assert_array_equal(found, expected, err_msg=feature.name)
+    for spec in TABLES:
+        expected, found = rows_and_state(one, state_alone, spec.name), rows_and_state(many, state_together, spec.name)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{spec.name}: {name}")
