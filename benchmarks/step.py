@@ -60,8 +60,8 @@ def _ours(recommender: Recommender, batches: list[Batch]) -> Callable[[int], Non
     held = [init_train_state(recommender, optimizer), BinnedMetrics.zeros()]
 
     def run(number: int) -> None:
-        held[0], held[1], fault = step(held[0], held[1], batches[number % len(batches)])
-        fault.block_until_ready()
+        held[0], held[1], report = step(held[0], held[1], batches[number % len(batches)])
+        report.fault.block_until_ready()
 
     return run
 

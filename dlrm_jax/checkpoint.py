@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dlrm_jax.train_state import TrainState
@@ -102,7 +103,9 @@ class Checkpointer:
         if step in self.steps():
             return
         folder = self._folder / str(step)
-        shutil.rmtree(folder, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        _wait_for_others(f"tables of step {step}")
         save_tables(self._sharded_tables, state.tables, folder)
         self._manager.save(
             step,
@@ -186,12 +189,22 @@ class Checkpointer:
             ) from error
 
     def _remove_uncommitted(self) -> None:
+        if jax.process_index() == 0:
+            self._remove_uncommitted_alone()
+        _wait_for_others("removal of incomplete checkpoints")
+
+    def _remove_uncommitted_alone(self) -> None:
         shutil.rmtree(Path(self._manager.directory) / _DELETED, ignore_errors=True)
         committed = {str(step) for step in self._manager.all_steps()}
         if self._folder.is_dir():
             for folder in self._folder.iterdir():
                 if folder.name not in committed:
                     shutil.rmtree(folder)
+
+
+def _wait_for_others(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _dense_leaves(state: TrainState) -> dict[str, Any]:

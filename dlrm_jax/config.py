@@ -32,6 +32,21 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices that train together, of all processes. May change when a run is resumed."""
+
+    nodes: int = 1
+    """Groups of devices with fast links inside, such as machines."""
+    chips: int = 1
+    """Devices of each."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.nodes * self.chips
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
     """Settings of an embedding table; its rows come from the dataset card."""
 
@@ -136,6 +151,9 @@ class Config:
     """Folder of checkpoints, metrics and pictures. A folder that holds a run is resumed."""
     seed: int = 0
     """Seed of parameters, tables and the order of samples."""
+    mesh: MeshConfig = MeshConfig()
+    plan: str | None = None
+    """File of a sharding plan (scripts/plan.py makes one). None: the planner's. May change when a run is resumed."""
     data: DataConfig = DataConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     model: ModelConfig
@@ -148,6 +166,8 @@ class Config:
     def __post_init__(self):
         """Refuses settings that contradict themselves."""
         for name, value in (
+            ("mesh.nodes", self.mesh.nodes),
+            ("mesh.chips", self.mesh.chips),
             ("data.batch_size", self.data.batch_size),
             ("data.eval_batch_size", self.data.eval_batch_size),
             ("data.virtual_shards", self.data.virtual_shards),
@@ -182,10 +202,11 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is resumed, by dotted name.
 
-        Folder names, what is read ahead, and everything of `train` but what scores are compared by may change; the
-        dataset itself is compared by its card, not by where it lies.
+        Folder names, devices and plan, what is read ahead, and everything of `train` but what scores are compared by
+        may change; the dataset itself is compared by its card, not by where it lies.
         """
         free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
+        free |= {"mesh.nodes", "mesh.chips", "plan"}
         fixed = {"train.eval_split", "train.best_by"}
         flat = _flatten(dataclasses.asdict(self))
         return {
@@ -193,6 +214,11 @@ class Config:
             for name, value in flat.items()
             if name in fixed or (name not in free and not name.startswith("train."))
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that all processes of a job must share, by dotted name: all but those of a machine."""
+        own = {"data.path", "data.prefetch", "data.threads"}
+        return {name: value for name, value in _flatten(dataclasses.asdict(self)).items() if name not in own}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

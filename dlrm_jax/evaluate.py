@@ -1,14 +1,13 @@
 """evaluate: exact metrics of a whole split."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from flax import nnx
 
-from dlrm_jax.data.batch import Batch
 from dlrm_jax.metrics import ExactMetrics, Metrics
-from dlrm_jax.recommender import Recommender
-from dlrm_jax.train_step import PredictStep
+from dlrm_jax.predictions import Predicted, Predictions
+from dlrm_jax.sources import Source
 from sharding import InputError, TableState
 
 
@@ -17,22 +16,20 @@ class DivergedError(InputError):
 
 
 def evaluate(
-    recommender: Recommender,
-    predict_step: PredictStep,
+    predictions: Predictions,
     dense_params: nnx.State,
     tables: TableState,
-    batches: Iterable[Batch],
+    source: Source,
     *,
     advance: Callable[[], None] = lambda: None,
 ) -> Metrics:
-    """Predicts every sample and computes the metrics of all.
+    """Predicts every sample and computes the metrics of all, on every process the same.
 
     Args:
-        recommender: The model.
-        predict_step: Its compiled prediction.
+        predictions: Predictions of the model.
         dense_params: Parameters of the dense part.
         tables: The tables.
-        batches: Batches as numpy arrays; samples of weight 0 do not count.
+        source: The split; samples of weight 0 do not count.
         advance: Called after each batch.
 
     Returns:
@@ -43,25 +40,25 @@ def evaluate(
     """
     metrics = ExactMetrics()
     waiting = None
-    for batch in batches:
+    ids_capacity = source.capacity
+    for batch in source.batches(0):
         # Logits of the batch before are fetched while this one computes.
-        logits = predict_step(dense_params, tables, recommender.to_devices(batch))
+        started = predictions.start(dense_params, tables, batch, ids_capacity=ids_capacity)
         if waiting is not None:
-            _add(metrics, *waiting)
-        waiting = (logits, batch)
+            _add(metrics, predictions.finish(waiting))
+        waiting = started
         advance()
     if waiting is not None:
-        _add(metrics, *waiting)
+        _add(metrics, predictions.finish(waiting))
     return metrics.compute()
 
 
-def _add(metrics: ExactMetrics, logits: object, batch: Batch) -> None:
-    values = np.asarray(logits)
-    counted = batch.weight > 0
-    if not np.isfinite(values[counted]).all():
-        sample = int(np.flatnonzero(counted & ~np.isfinite(values))[0])
+def _add(metrics: ExactMetrics, predicted: Predicted) -> None:
+    counted = predicted.weight > 0
+    if not np.isfinite(predicted.logits[counted]).all():
+        sample = int(np.flatnonzero(counted & ~np.isfinite(predicted.logits))[0])
         raise DivergedError(
-            f"the prediction for sample {sample} of a batch is {values[sample]}, so the parameters have diverged: "
-            "lower the learning rates, or go back to an earlier checkpoint"
+            f"the prediction for sample {sample} of a batch is {predicted.logits[sample]}, so the parameters have "
+            "diverged: lower the learning rates, or go back to an earlier checkpoint"
         )
-    metrics.update(values, batch.label, batch.weight)
+    metrics.update(predicted.logits, predicted.label, predicted.weight)

@@ -6,27 +6,26 @@ logged again. So a run that is killed and started again ends with the same bits.
 """
 
 import dataclasses
-import signal
-import threading
 import time
 from typing import Literal
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from dlrm_jax.checkpoint import Checkpointer, Progress
 from dlrm_jax.config import Config
+from dlrm_jax.distributed import check_same, code_version, gather, num_processes, process_id, together
 from dlrm_jax.evaluate import DivergedError, evaluate
-from dlrm_jax.metrics import BinnedMetrics, Metrics
+from dlrm_jax.metrics import Metrics
+from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
+from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps, Window
 from dlrm_jax.report import RunLog, draw_curves, logged_metrics, result_table, write_result
 from dlrm_jax.sources import Source, card_of, open_split
+from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import NON_FINITE, TrainState, abstract_train_state, init_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_predict_step, make_train_step
+from dlrm_jax.train_step import make_train_step
 from dlrm_jax.workdir import Workdir
-from sharding.mesh import REPLICATED, sharding_on
 
 Ended = Literal["all steps", "early stop", "signal"]
 
@@ -61,8 +60,8 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
 
     Args:
         config: The experiment.
-        mesh: Devices; one unless given.
-        console: Where to print; standard error unless given.
+        mesh: Devices; those that the config says unless given.
+        console: Where process 0 prints; standard error unless given.
 
     Returns:
         How it ended.
@@ -71,38 +70,25 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
         InputError: Config, data and workdir cannot be used together; nothing has been written then.
         TrainingError: Loss, a gradient or a prediction became infinite or NaN.
     """
-    console = console or Console(stderr=True)
-    recommender = Recommender(config, card_of(config), mesh=mesh)
-    source = open_split(recommender, "train", training=True)
+    writes = process_id() == 0
+    console = (console or Console(stderr=True)) if writes else Console(quiet=True)
+    check_same(code_version() | config.facts())
+    with together():
+        card = card_of(config)
+    # Processes that know the same take the same way, also where they plan and measure together.
+    check_same({"the dataset's card": dataclasses.asdict(card)})
     split = config.train.eval_split
-    judged = None if split is None else open_split(recommender, split, training=False)
+    with together():
+        recommender = Recommender(config, card, mesh=mesh)
+        source = open_split(recommender, "train", training=True)
+        judged = None if split is None else open_split(recommender, split, training=False)
+    check_same({"the plan": recommender.tables.plan.to_json()})
     workdir = Workdir(config.workdir)
-    workdir.claim(config, recommender.card)
+    with together():
+        if writes:
+            workdir.claim(config, recommender.card)
     with Checkpointer(workdir.path, recommender.tables, keep=config.train.keep_checkpoints) as checkpointer:
         return _Run(config, recommender, source, judged, workdir, checkpointer, console).run()
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying of them; the second SIGINT interrupts as usual."""
-
-    def __init__(self):
-        self.received = False
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        # Python lets only the main thread handle signals; elsewhere (a notebook's worker) they are left alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]: what signal.signal returned
 
 
 class _Run:
@@ -126,11 +112,11 @@ class _Run:
         self._checkpointer = checkpointer
         self._console = console
         self._optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-        self._train_step = make_train_step(recommender, self._optimizer)
-        self._predict_step = make_predict_step(recommender)
-        # Made where the step leaves them, so that the step is compiled once.
-        replicated = sharding_on(recommender.tables.mesh, REPLICATED)
-        self._new_window = jax.jit(BinnedMetrics.zeros, out_shardings=replicated)
+        self._predictions = Predictions(recommender)
+        # Before a loader has read anything, so that it is the same on all processes.
+        self._first_capacities = recommender.first_capacities(
+            config.data.batch_size * recommender.num_local_devices // recommender.tables.num_devices, source.capacity
+        )
         steps = self._settings.epochs * source.steps_per_epoch
         self._last_step = steps if self._settings.max_steps is None else min(steps, self._settings.max_steps)
         self._evaluations: dict[int, Metrics] = {}
@@ -138,13 +124,25 @@ class _Run:
     def run(self) -> Result:
         state, progress, step = self._start()
         ended: Ended = "all steps"
-        log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step)
-        with log, _StopSignal() as stop:
+        writes = process_id() == 0
+        log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step, writes=writes)
+        with log, StopSignal(self._recommender.tables.mesh) as stop:
             self._log = log
             if self._gave_up(progress):
                 ended = "early stop"
             elif step < self._last_step:
-                state, progress, step, ended = self._steps(state, progress, step, stop)
+                steps = ReplayedSteps(
+                    self._recommender,
+                    make_train_step(self._recommender, self._optimizer),
+                    state,
+                    step=step,
+                    capacities=self._first_capacities,
+                    stop=stop,
+                )
+                # The steps own the state, since each is donated to the next.
+                del state
+                progress, ended = self._steps(steps, progress, stop)
+                step = steps.step
         evaluations = self._evaluations
         result = Result(
             step=step,
@@ -153,7 +151,8 @@ class _Run:
             best=None if progress.best_step is None else evaluations.get(progress.best_step),
             last=evaluations[max(evaluations)] if evaluations else None,
         )
-        self._report(result)
+        if writes:
+            self._report(result)
         return result
 
     def _start(self) -> tuple[TrainState, Progress, int]:
@@ -162,7 +161,8 @@ class _Run:
         self._console.print(
             f"{recommender.config.name}: {recommender.num_table_parameters:,} parameters in "
             f"{len(recommender.tables.tables)} tables, {recommender.num_dense_parameters:,} dense; "
-            f"{self._source.num_samples:,} training samples, {self._source.steps_per_epoch:,} steps an epoch",
+            f"{self._source.num_samples:,} training samples, {self._source.steps_per_epoch:,} steps an epoch; "
+            f"{_devices_text(recommender)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -176,58 +176,78 @@ class _Run:
         state = self._checkpointer.restore(step, abstract_train_state(recommender, self._optimizer))
         return state, self._checkpointer.progress(step), step
 
-    def _steps(
-        self, state: TrainState, progress: Progress, step: int, stop: _StopSignal
-    ) -> tuple[TrainState, Progress, int, Ended]:
+    def _steps(self, steps: ReplayedSteps, progress: Progress, stop: StopSignal) -> tuple[Progress, Ended]:
         settings, steps_per_epoch = self._settings, self._source.steps_per_epoch
-        window, samples, since = self._new_window(), 0, time.perf_counter()
-        pending, first = None, True
-        while step < self._last_step:
+        window = steps.new_window()
+        # Compilation is no part of the speed.
+        window.untimed = 1
+        self._since = time.perf_counter()
+        first = True
+        while steps.step < self._last_step:
+            step = steps.step
             for batch in self._source.batches(step // steps_per_epoch, step % steps_per_epoch):
-                state, window, fault = self._train_step(state, window, self._recommender.to_devices(batch))
-                step += 1
-                samples += int(np.count_nonzero(batch.weight))
+                steps.start(batch, window)
+                step = steps.step
                 self._log.advance(step)
                 if first:
-                    # Compilation is no part of the speed.
-                    first, samples, since = False, 0, time.perf_counter()
-                if pending is not None:
-                    # The window before is fetched while this step computes.
-                    since = self._log_window(state, *pending, since)
-                    pending = None
+                    first, self._since = False, time.perf_counter()
                 if step % settings.log_every == 0:
-                    pending = (step, window, fault, samples)
-                    window, samples = self._new_window(), 0
+                    window = steps.new_window()
+                # Steps are looked at, and windows logged, while later steps compute.
+                stopping = self._check(steps, ahead=STEPS_AHEAD)
                 at_end = step == self._last_step
                 improved = False
-                evaluating = at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)
-                if self._judged is not None and evaluating:
-                    self._check(state, fault)
+                if self._judged is not None and (
+                    at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)
+                ):
+                    stopping |= self._check(steps, ahead=0)
                     started = time.perf_counter()
-                    progress, improved = self._evaluate(self._judged, state, progress, step)
-                    since += time.perf_counter() - started
-                stopping = stop.received or self._gave_up(progress)
-                if at_end or improved or stopping or _due(step, settings.checkpoint_every):
-                    self._check(state, fault)
-                    if pending is not None:
-                        # What is not logged before a checkpoint, a run that resumes from it never logs.
-                        since = self._log_window(state, *pending, since)
-                        pending = None
-                    self._checkpointer.save(state, progress)
-                if at_end or stopping:
-                    ended: Ended = "all steps" if at_end else "signal" if stop.received else "early stop"
-                    return state, progress, step, ended
+                    progress, improved = self._evaluate(self._judged, steps.state, progress, step)
+                    self._since += time.perf_counter() - started
+                if num_processes() == 1:
+                    # Nobody else has to hear of it first.
+                    stopping = stop.received
+                gave_up = self._gave_up(progress)
+                if at_end or improved or stopping or gave_up or _due(step, settings.checkpoint_every):
+                    # What is not logged before a checkpoint, a run that resumes from it never logs.
+                    stopping |= self._check(steps, ahead=0)
+                    self._checkpointer.save(steps.state, progress)
+                if at_end or stopping or gave_up:
+                    ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"
+                    return progress, ended
         raise AssertionError("the loop ends at its last step")
 
-    def _log_window(
-        self, state: TrainState, step: int, window: BinnedMetrics, fault: jax.Array, samples: int, since: float
-    ) -> float:
-        """Logs the metrics of a window of steps; returns the time at which the next one began."""
-        self._check(state, fault)
-        metrics = window.compute()
+    def _check(self, steps: ReplayedSteps, *, ahead: int) -> bool:
+        """Looks at all but the last steps, and logs the windows that they end.
+
+        Returns:
+            Whether a process had been signalled to stop before one of them.
+
+        Raises:
+            TrainingError: Training has come to a halt by itself.
+        """
+        stop = False
+        for checked in steps.checked(ahead=ahead):
+            if checked.fault:
+                # That step and all since have changed nothing.
+                what = (
+                    "loss or a gradient is not finite" if checked.fault & NON_FINITE else "an id is outside its table"
+                )
+                raise TrainingError(
+                    f"step {checked.step}: {what}; lower the learning rates or check the data; {self._intact()}"
+                )
+            stop |= checked.stop
+            if checked.step % self._settings.log_every == 0:
+                self._log_window(checked.step, checked.window)
+        return stop
+
+    def _log_window(self, step: int, window: Window) -> None:
+        """Logs the metrics of a window of steps that have all been looked at."""
+        metrics = window.metrics.compute()
         now = time.perf_counter()
-        self._log.metrics(step, "train", metrics, samples_per_second=samples / (now - since))
-        return now
+        timed = metrics.num_samples * (window.steps - window.untimed) / window.steps
+        self._log.metrics(step, "train", metrics, samples_per_second=timed / (now - self._since))
+        self._since = now
 
     def _evaluate(self, judged: Source, state: TrainState, progress: Progress, step: int) -> tuple[Progress, bool]:
         """Evaluates; returns the progress after it, and whether it was the best so far."""
@@ -235,18 +255,18 @@ class _Run:
         self._log.start_evaluation(split, judged.steps_per_epoch)
         try:
             metrics = evaluate(
-                self._recommender,
-                self._predict_step,
+                self._predictions,
                 state.dense_params,
                 state.tables,
-                judged.batches(0),
+                judged,
                 advance=self._log.advance_evaluation,
             )
         except DivergedError as error:
             raise TrainingError(f"evaluation after step {step}: {error}; {self._intact()}") from error
         self._log.metrics(step, split, metrics)
         self._evaluations[step] = metrics
-        score = metrics.auc if self._settings.best_by == "auc" else -metrics.ne
+        # All processes have the same predictions, but hosts of different kinds may add them up differently.
+        score = float(gather(repr(metrics.auc if self._settings.best_by == "auc" else -metrics.ne))[0])
         if progress.best_score is None or score > progress.best_score:
             return Progress(best_score=score, best_step=step), True
         since_best = progress.evaluations_since_best + 1
@@ -255,16 +275,6 @@ class _Run:
     def _gave_up(self, progress: Progress) -> bool:
         patience = self._settings.early_stop
         return patience is not None and progress.evaluations_since_best >= patience
-
-    def _check(self, state: TrainState, fault: jax.Array) -> None:
-        """Raises if training has come to a halt by itself."""
-        code = int(fault)
-        if not code:
-            return
-        # That step and all since have changed nothing.
-        step = int(state.step) + 1
-        what = "loss or a gradient is not finite" if code & NON_FINITE else "an id is outside its table"
-        raise TrainingError(f"step {step}: {what}; lower the learning rates or check the data; {self._intact()}")
 
     def _intact(self) -> str:
         latest = max(self._checkpointer.steps(), default=None)
@@ -293,3 +303,13 @@ class _Run:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _devices_text(recommender: Recommender) -> str:
+    mesh = recommender.tables.mesh
+    nodes, chips = mesh.devices.shape
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"mesh {nodes} x {chips} ({kind}): {num_processes()} processes, {recommender.num_local_devices} local and "
+        f"{nodes * chips} global devices"
+    )

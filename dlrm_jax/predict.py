@@ -3,6 +3,7 @@
 Letters: n rows of a table, B samples of a batch.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pyarrow as pa
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dlrm_jax.checkpoint import Checkpointer
+from dlrm_jax.config import MeshConfig
 from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.row_groups import columns_of
@@ -22,13 +23,13 @@ from dlrm_jax.data.validate import validate_schema
 from dlrm_jax.data.writer import dataset_schema
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.metrics import Metrics
+from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import open_split
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_predict_step
 from dlrm_jax.workdir import Workdir
 from sharding import InputError, KeyedJagged
-from sharding.jagged import check_arrays
+from sharding.jagged import check_arrays, ids_of_values
 
 
 class Predictor:
@@ -48,26 +49,29 @@ class Predictor:
         workdir: str | os.PathLike[str],
         *,
         checkpoint: int | Literal["best", "latest"] = "best",
-        mesh: Mesh | None = None,
+        mesh: MeshConfig | None = None,
+        plan: str | None = None,
     ):
         """Restores a checkpoint.
 
         Args:
             workdir: Folder of the run.
             checkpoint: Which one: the best evaluated (the latest, if none was evaluated), the latest, or by its step.
-            mesh: Devices; one unless given.
+            mesh: Devices; one unless given, wherever it was trained.
+            plan: File of a sharding plan; the planner's on several devices unless given.
 
         Raises:
             InputError: The folder is not that of a run, or has no such checkpoint.
         """
         self._workdir = Workdir(Path(workdir))
         config, card = self._workdir.read()
-        self.recommender = Recommender(config, card, mesh=mesh)
+        config = dataclasses.replace(config, mesh=mesh or MeshConfig(), plan=plan)
+        self.recommender = Recommender(config, card)
         optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
         with Checkpointer(self._workdir.path, self.recommender.tables, read_only=True) as checkpointer:
             self.step = _choose(checkpointer, checkpoint, self._workdir.path)
             self.state = checkpointer.restore(self.step, abstract_train_state(self.recommender, optimizer))
-        self._predict_step = make_predict_step(self.recommender)
+        self._predictions = Predictions(self.recommender)
 
     def predict(self, samples: Batch | Mapping[str, Sequence[Any]] | Any) -> Float[np.ndarray, " B"]:
         """Predicts the probability of the label.
@@ -88,11 +92,11 @@ class Predictor:
         else:
             table = _to_table(samples)
             batch, num_samples = self.batch(table), table.num_rows
-        logits = self._predict_step(self.state.dense_params, self.state.tables, self.recommender.to_devices(batch))
-        return np.asarray(jax.nn.sigmoid(logits))[:num_samples]
+        started = self._predictions.start(self.state.dense_params, self.state.tables, batch)
+        return np.asarray(jax.nn.sigmoid(self._predictions.finish(started).logits))[:num_samples]
 
     def batch(self, table: pa.Table) -> Batch:
-        """Makes a batch of rows, padded to the next power of two, so that few sizes are ever compiled.
+        """Makes a batch of rows, padded so that few sizes are ever compiled: on each device to the next power of two.
 
         Args:
             table: Rows with the columns of the dataset; without a column of labels (or sample weights) these are 0 (1).
@@ -111,7 +115,9 @@ class Predictor:
         table = _without_null_types(table, dataset_schema(card))
         validate_schema(table.schema, card, "samples")
         rows = columns_of(table, card, "samples")
-        return one_batch(rows, card, 1 << max(table.num_rows - 1, 0).bit_length())
+        devices = self.recommender.tables.num_devices
+        samples = -(-table.num_rows // devices)
+        return one_batch(rows, card, devices * (1 << max(samples - 1, 0).bit_length()))
 
     def evaluate(self, split: str, *, path: str | None = None) -> Metrics:
         """Computes the metrics of a whole split.
@@ -127,9 +133,7 @@ class Predictor:
             InputError: The split cannot be read.
         """
         source = open_split(self.recommender, split, training=False, path=path)
-        return evaluate(
-            self.recommender, self._predict_step, self.state.dense_params, self.state.tables, source.batches(0)
-        )
+        return evaluate(self._predictions, self.state.dense_params, self.state.tables, source)
 
 
 def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "latest"], path: Path) -> int:
@@ -174,7 +178,7 @@ def _check_ids(ids: KeyedJagged, recommender: Recommender) -> None:
         if name not in recommender.features:
             continue
         num_rows = recommender.card.feature(name).num_rows
-        values = ids.values[last - lengths.sum() : last]
+        values = ids_of_values(ids.values[last - lengths.sum() : last])
         outside = np.flatnonzero((values < 0) | (values >= num_rows))
         if outside.size:
             sample = int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))

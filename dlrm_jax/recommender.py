@@ -4,21 +4,27 @@ Letters: B samples.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.model import DLRM
+from dlrm_jax.plan_choice import choose_plan
 from sharding import Embeddings, KeyedJagged, ShardedTables
+from sharding.capacities import Capacities
 from sharding.errors import InputError
-from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, sharding_on
+from sharding.jagged import for_devices
+from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
+from sharding.plan import ShardingPlan
 
 
 class Recommender:
@@ -31,16 +37,19 @@ class Recommender:
         features: Their names.
     """
 
-    def __init__(self, config: Config, card: DatasetCard, *, mesh: Mesh | None = None):
-        """Fits the config to the card.
+    def __init__(
+        self, config: Config, card: DatasetCard, *, mesh: Mesh | None = None, plan: ShardingPlan | None = None
+    ):
+        """Fits the config to the card and to devices.
 
         Args:
             config: The experiment.
             card: The dataset.
-            mesh: Devices; one unless given.
+            mesh: Devices; those that the config says unless given.
+            plan: Where tables live; the config's plan, else the planner's, unless given.
 
         Raises:
-            InputError: Config and card do not fit each other.
+            InputError: Config, card, devices and plan do not fit each other.
         """
         table_specs, feature_specs = make_specs(config.embedding, card)
         sequences = [feature.name for feature in feature_specs if feature.pooling == "none"]
@@ -50,7 +59,9 @@ class Recommender:
                 f"embedding.pooling.{sequences[0]} to sum or mean (other models get sequences from ShardedTables)"
             )
         self.config = config
-        self.tables = ShardedTables(table_specs, feature_specs, mesh=mesh, seed=config.seed)
+        mesh = make_mesh(config.mesh.nodes, config.mesh.chips) if mesh is None else mesh
+        plan = choose_plan(config, card, mesh) if plan is None else plan
+        self.tables = ShardedTables(table_specs, feature_specs, plan=plan, mesh=mesh, seed=config.seed)
         self.features = self.tables.feature_order
         self.card = dataclasses.replace(card, sparse=tuple(card.feature(name) for name in self.features))
         self._graph, self._abstract_params = nnx.split(nnx.eval_shape(self._build))
@@ -97,16 +108,71 @@ class Recommender:
         """
         return nnx.merge(self._graph, dense_params)(dense, embeddings.blocks)
 
-    def to_devices(self, batch: Batch) -> Batch:
-        """Copies a batch to the devices, each its own part."""
-        return jax.device_put(batch, self._shardings_like(batch))
+    @property
+    def num_local_devices(self) -> int:
+        """Devices of the mesh that belong to this process, and get its batches."""
+        return len(self.tables.mesh.local_devices)
+
+    def first_capacities(self, batch_size: int, ids_capacity: int) -> Capacities:
+        """Room for the ids of ordinary batches. It depends on its arguments alone, so it is the same on all processes.
+
+        Args:
+            batch_size: Samples of a batch of this process.
+            ids_capacity: Room for their ids.
+
+        Returns:
+            Capacities to begin with; `grown_capacities` raises them where a batch needs more.
+        """
+        devices = self.num_local_devices
+        mean_ids = {column.name: column.mean_pooling_factor if column.bag else 1.0 for column in self.card.sparse}
+        return self.tables.expected_capacities(batch_size // devices, -(-ids_capacity // devices), mean_ids)
+
+    def grown_capacities(self, capacities: Capacities, needs: Sequence[Int32[Array, " needs"]]) -> Capacities:
+        """Raises capacities to what batches needed.
+
+        Args:
+            capacities: The capacities that did not suffice.
+            needs: Needs of one or more batches.
+
+        Returns:
+            Larger ones.
+        """
+        return capacities.grown(np.max([np.asarray(need) for need in needs], axis=0), self.tables.num_devices)
+
+    def to_devices(self, batch: Batch, capacities: Capacities | None = None) -> Batch:
+        """Copies a batch to the devices, each its own part of the samples.
+
+        Args:
+            batch: This process's part of the batch, as numpy arrays.
+            capacities: Room for ids; as much on each device as the batch has unless given. Ids that have no room are
+                left out, which the step then reports.
+
+        Returns:
+            The batch of all processes.
+
+        Raises:
+            InputError: The samples do not divide over the devices, or lengths promise ids that are not there.
+        """
+        num_ids = int(batch.ids.lengths.sum(dtype=np.int64))
+        if num_ids > batch.ids.capacity:
+            raise InputError(
+                f"lengths say that a batch has {num_ids} ids, but its values have room for {batch.ids.capacity}: give "
+                "as many values as lengths say"
+            )
+        room = batch.ids.capacity if capacities is None else capacities.ids
+        parts = dataclasses.replace(batch, ids=for_devices(batch.ids, self.num_local_devices, room))
+        return jax.tree.map(
+            lambda part, sharding: jax.make_array_from_process_local_data(sharding, part),
+            parts,
+            self._shardings_like(parts),
+        )
 
     def abstract_batch(self, batch_size: int, ids_capacity: int, *, weighted: bool = False) -> Batch:
         """Shapes and shardings of a batch, to compile a step without data.
 
         Args:
             batch_size: Samples.
-            ids_capacity: Room for ids.
+            ids_capacity: Room for ids, of all devices together.
             weighted: Whether ids have weights.
 
         Returns:
@@ -119,7 +185,9 @@ class Recommender:
         shapes = Batch(
             dense=floats(batch_size, len(self.card.dense)),
             ids=KeyedJagged(
-                values=jax.ShapeDtypeStruct((ids_capacity,), jnp.int32),
+                values=jax.ShapeDtypeStruct((ids_capacity, 2), jnp.uint32)
+                if self.tables.layout.wide
+                else jax.ShapeDtypeStruct((ids_capacity,), jnp.int32),
                 lengths=jax.ShapeDtypeStruct((len(self.features), batch_size), jnp.int32),
                 weights=floats(ids_capacity) if weighted else None,
                 features=self.features,

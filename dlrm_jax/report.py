@@ -24,7 +24,7 @@ class RunLog:
     Where output is no terminal, each line of metrics is printed instead of a bar.
     """
 
-    def __init__(self, workdir: Workdir, console: Console, *, first_step: int, last_step: int):
+    def __init__(self, workdir: Workdir, console: Console, *, first_step: int, last_step: int, writes: bool = True):
         """Takes the log up where a checkpoint was made.
 
         Args:
@@ -32,12 +32,15 @@ class RunLog:
             console: Where to print.
             first_step: Step of the checkpoint; what was logged beyond it happens again.
             last_step: Step at which training is to end.
+            writes: Whether this is the process that writes files.
         """
         self._console = console
         self._file = workdir.metrics_file
-        kept = [line for line in read_log(workdir) if line["step"] <= first_step]
-        _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=first_step + 1)
+        self._board = None
+        if writes:
+            kept = [line for line in read_log(workdir) if line["step"] <= first_step]
+            _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+            self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,7 +61,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         """Stops the bar and closes the files."""
         self._progress.stop()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step."""
@@ -83,11 +87,12 @@ class RunLog:
         """
         figures = {**dataclasses.asdict(metrics), **more}
         line = {"step": step, "split": split, **_without_nan(figures)}
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in figures.items():
-            if math.isfinite(value):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        if self._board is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(f"{split}/{name}", value, step)
         speed = f", {more['samples_per_second']:,.0f} samples/s" if "samples_per_second" in more else ""
         summary = f"{split} NE {metrics.ne:.4f}, AUC {metrics.auc:.4f}{speed}"
         if split == "train":

@@ -19,6 +19,7 @@ from sharding.mesh import REPLICATED, sharding_on
 # Bits of TrainState.fault.
 NON_FINITE = 1
 INVALID_IDS = 2
+OVERFLOW = 4
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +32,9 @@ class TrainState:
         dense_params: Parameters of the dense part.
         dense_optimizer: State of its optimizer.
         tables: Tables and the state of theirs.
-        fault: 0, or why training cannot go on (`NON_FINITE`, `INVALID_IDS`). While it is not 0 every step is a no-op,
-            so that the state stays that of the last good step until the host has looked.
+        fault: 0, or why training cannot go on (`NON_FINITE`, `INVALID_IDS`), or not without more room for ids
+            (`OVERFLOW`). While it is not 0 every step is a no-op, so that the state stays that of the last good step
+            until the host has looked.
     """
 
     step: Int32[Any, ""]
@@ -92,12 +94,14 @@ def init_train_state(recommender: Recommender, optimizer: optax.GradientTransfor
     """
     dense_params = recommender.init_dense()
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
+    # Made on the devices: a value of the host would first be compared between all processes.
+    zero = jax.jit(lambda: jnp.int32(0), out_shardings=replicated)
     return TrainState(
-        step=jax.device_put(jnp.int32(0), replicated),
+        step=zero(),
         dense_params=dense_params,
         dense_optimizer=jax.jit(optimizer.init, out_shardings=replicated)(dense_params),
         tables=load_initial_values(recommender.tables, recommender.tables.init()),
-        fault=jax.device_put(jnp.int32(0), replicated),
+        fault=zero(),
     )
 
 

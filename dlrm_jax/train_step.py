@@ -1,31 +1,92 @@
 """One step of training, and one of prediction.
 
-Letters: B samples.
+Letters: B samples, W devices.
 """
 
-from collections.abc import Callable
+import dataclasses
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.schedules import make_schedule
-from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, TrainState, abstract_train_state
+from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, abstract_train_state
 from sharding import Embeddings, TableState
+from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, sharding_on
 
-TrainStep = Callable[[TrainState, BinnedMetrics, Batch], tuple[TrainState, BinnedMetrics, Int32[Array, ""]]]
-PredictStep = Callable[[nnx.State, TableState, Batch], Float[Array, " B"]]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the host may look at when the state has been donated to the next step; the same on every process.
+
+    Attributes:
+        fault: The state's fault after the step.
+        needs: Room that the batch's ids needed (`sharding.capacities`), also where the step was a no-op.
+        stop: Whether a process was signalled to stop.
+    """
+
+    fault: Int32[Array, ""]
+    needs: Int32[Array, " needs"]
+    stop: Bool[Array, ""]
 
 
-def make_train_step(recommender: Recommender, optimizer: optax.GradientTransformation) -> TrainStep:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The predictions for a batch, on every process those for the samples of all.
+
+    Attributes:
+        logits: Logits; not a number if an id was outside its table.
+        label: The batch's labels.
+        weight: Its sample weights.
+        needs: Room that its ids needed (`sharding.capacities`).
+        overflow: Whether they had not that room; then the logits mean nothing.
+    """
+
+    logits: Float[Array, " B"]
+    label: Float[Array, " B"]
+    weight: Float[Array, " B"]
+    needs: Int32[Array, " needs"]
+    overflow: Bool[Array, ""]
+
+
+class TrainStep(Protocol):
+    """A compiled step of training."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        metrics: BinnedMetrics,
+        batch: Batch,
+        *,
+        stop: Bool[Array, " W"] | None = None,
+        capacities: Capacities | None = None,
+    ) -> tuple[TrainState, BinnedMetrics, StepReport]:
+        """As `train_step`."""
+        ...
+
+
+class PredictStep(Protocol):
+    """A compiled step of prediction."""
+
+    def __call__(
+        self, dense_params: nnx.State, tables: TableState, batch: Batch, *, capacities: Capacities | None = None
+    ) -> Prediction:
+        """Predicts; without capacities there is room for any ids."""
+        ...
+
+
+def make_train_step(recommender: Recommender, optimizer: optax.GradientTransformation) -> Any:
     """Compiles the step for a model; state and metrics are donated.
 
     Args:
@@ -33,14 +94,14 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
         optimizer: Optimizer of its dense part.
 
     Returns:
-        ``(state, metrics, batch) -> (state, metrics, fault)``.
+        A `TrainStep`, under `jax.jit`.
     """
     abstract = abstract_train_state(recommender, optimizer)
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
     # The state leaves a step as it came, so that all steps are one program.
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated, replicated)
     step = partial(train_step, recommender=recommender, optimizer=optimizer)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    return jax.jit(step, donate_argnums=(0, 1), static_argnames="capacities", out_shardings=shardings)
 
 
 def train_step(
@@ -48,26 +109,29 @@ def train_step(
     metrics: BinnedMetrics,
     batch: Batch,
     *,
+    stop: Bool[Array, " W"] | None = None,
+    capacities: Capacities | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, BinnedMetrics, Int32[Array, ""]]:
+) -> tuple[TrainState, BinnedMetrics, StepReport]:
     """Trains on one batch. The tables never enter autodiff: they are given the gradient of what was looked up.
 
     Args:
         state: The state before.
         metrics: Metrics of the samples since they were last read; those of this batch, before its update, are added.
         batch: The batch.
+        stop: For each device, whether its process was signalled to stop.
+        capacities: Room for ids on their way (static); without, there is room for any ids. They never change results.
         recommender: The model.
         optimizer: Optimizer of its dense part.
 
     Returns:
-        State and metrics after, and the state's `fault` once more, which the host can look at when the state has been
-        donated to the next step. If the loss or a gradient is not finite, or an id is outside its table, the state
-        differs from the one before in `fault` only.
+        State and metrics after, and a report. If the loss or a gradient is not finite, an id is outside its table, or
+        ids had not the room that they needed, the state differs from the one before in `fault` only.
     """
     tables = recommender.tables
     with jax.named_scope("route"):
-        routed = tables.route(batch.ids)
+        routed = tables.route(batch.ids, capacities)
     with jax.named_scope("lookup"):
         embeddings = tables.lookup(state.tables, routed)
 
@@ -83,7 +147,10 @@ def train_step(
         updates, dense_optimizer = optimizer.update(d_dense, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 
-    fault = state.fault | jnp.where(finite, 0, NON_FINITE) | jnp.where(routed.invalid > 0, INVALID_IDS, 0)
+    found = jnp.where(finite, 0, NON_FINITE) | jnp.where(routed.invalid > 0, INVALID_IDS, 0)
+    # Where ids are missing, nothing else that was found is true; nor is it after an earlier fault.
+    found = jnp.where(routed.overflow, OVERFLOW, found)
+    fault = jnp.where(state.fault == 0, found, state.fault)
     good = fault == 0
     with jax.named_scope("update"):
         new_tables = tables.update(
@@ -102,26 +169,37 @@ def train_step(
         tables=new_tables,
         fault=fault,
     )
-    return new_state, metrics.update(logits, batch.label, jnp.where(good, batch.weight, 0.0)), fault
+    stopped = jnp.zeros((), bool) if stop is None else jnp.any(stop)
+    report = StepReport(fault=fault, needs=routed.needs, stop=stopped)
+    return new_state, metrics.update(logits, batch.label, jnp.where(good, batch.weight, 0.0)), report
 
 
-def make_predict_step(recommender: Recommender) -> PredictStep:
+def make_predict_step(recommender: Recommender) -> Any:
     """Compiles prediction for a model.
 
     Args:
         recommender: The model.
 
     Returns:
-        ``(dense_params, tables, batch) -> logits``; ids outside their table make every logit NaN.
+        A `PredictStep`, under `jax.jit`.
     """
 
-    def predict_step(dense_params: nnx.State, tables: TableState, batch: Batch) -> Float[Array, " B"]:
-        routed = recommender.tables.route(batch.ids)
+    def predict_step(
+        dense_params: nnx.State, tables: TableState, batch: Batch, *, capacities: Capacities | None = None
+    ) -> Prediction:
+        routed = recommender.tables.route(batch.ids, capacities)
         embeddings = recommender.tables.lookup(tables, routed)
         logits = recommender.logits(dense_params, batch.dense, embeddings)
-        return jnp.where(routed.invalid == 0, logits, jnp.nan)
+        return Prediction(
+            logits=jnp.where(routed.invalid == 0, logits, jnp.nan),
+            label=batch.label,
+            weight=batch.weight,
+            needs=routed.needs,
+            overflow=routed.overflow,
+        )
 
-    return jax.jit(predict_step)
+    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
+    return jax.jit(predict_step, static_argnames="capacities", out_shardings=replicated)
 
 
 def _select[Tree](choose_new: Array, new: Tree, old: Tree) -> Tree:

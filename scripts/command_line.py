@@ -1,5 +1,6 @@
 """What the scripts share: configs by name, flags for their fields, and how errors end a script."""
 
+import argparse
 import dataclasses
 import difflib
 import logging
@@ -7,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Protocol
 
 import jax
 import tyro
@@ -15,23 +16,53 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import CONFIGS
-from dlrm_jax.config import Config
+from dlrm_jax.config import Config, MeshConfig
+from dlrm_jax.distributed import Processes, num_processes, process_id
 from scripts.one_line_errors import one_line_errors
 from sharding import InputError
 
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
+# Tables with settings of their own, beyond which these are no flags: tyro takes seconds for thousands of flags.
+_MOST_TABLES = 100
+
+# The type of a field `config` whose own fields are flags without a prefix.
+ConfigFlags = Annotated[Config, tyro.conf.arg(name="")]
+
+
+class HasConfig(Protocol):
+    """A script's command line: a dataclass with a field `config`, and fields with defaults."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init__(self, *, config: Config) -> None: ...
+
+    @property
+    def config(self) -> Config:
+        """The experiment."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ConfigAlone:
+    config: ConfigFlags
 
 
 def parse_config(arguments: Sequence[str], usage: str) -> Config:
+    """`parse_with_config` of a script that has no flags of its own."""
+    return parse_with_config(_ConfigAlone, arguments, usage).config
+
+
+def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], usage: str) -> T:
     """Reads ``CONFIG --field.subfield value ...``.
 
     Args:
+        target: What to make of the command line. Its field `config` is a `ConfigFlags`, all others have defaults.
         arguments: The command line without the script's name.
         usage: What the script does, for ``--help``.
 
     Returns:
-        The config of that name with those fields.
+        An object of that class, with the config of that name and those fields.
 
     Raises:
         InputError: An unknown config or flag, in which case the message names the nearest, or an unusable value.
@@ -44,16 +75,25 @@ def parse_config(arguments: Sequence[str], usage: str) -> Config:
         raise InputError(f"no config {name!r}{_nearest(name, CONFIGS)}; there are {', '.join(CONFIGS)}")
     default = CONFIGS[name]()
     # The stated card is a value of the config's file, not a flag.
-    config = parse_flags(
-        Config,
+    flagged = dataclasses.replace(default, stated=None)
+    many = len(default.embedding.tables) > _MOST_TABLES
+    if many:
+        flagged = dataclasses.replace(flagged, embedding=dataclasses.replace(flagged.embedding, tables={}))
+    defaults = target(config=flagged)
+    parsed = parse_flags(
+        target,
         flags,
-        known=_fields(default),
+        known=[field.removeprefix("config.") for field in _fields(defaults)],
         prog=f"{Path(sys.argv[0]).name} {name}",
         description=sys.modules[CONFIGS[name].__module__].__doc__,
-        default=dataclasses.replace(default, stated=None),
+        default=defaults,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs),
     )
-    return dataclasses.replace(config, stated=default.stated)
+    config = dataclasses.replace(parsed.config, stated=default.stated)
+    if many:
+        tables = {**default.embedding.tables, **config.embedding.tables}
+        config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, tables=tables))
+    return dataclasses.replace(parsed, config=config)
 
 
 def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable[str], **settings: Any) -> T:
@@ -109,10 +149,39 @@ def _list_configs(usage: str) -> None:
     console.print("`CONFIG --help` lists the flags of a config, one for each field.", highlight=False)
 
 
-def configure_jax() -> None:
+def take_processes(arguments: Sequence[str]) -> tuple[Processes, list[str]]:
+    """Takes ``--coordinator HOST:PORT --num_processes N --process_id I`` out of a command line.
+
+    They are no part of a config, and are needed before anything else is read, so that processes can agree on errors.
+
+    Args:
+        arguments: The command line without the script's name.
+
+    Returns:
+        The processes, and the rest of the command line.
+
+    Raises:
+        InputError: A number is not one, or a value is missing.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    try:
+        given, others = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name}: {error.message}") from error
+    return Processes(**vars(given)), others
+
+
+def configure_jax(mesh: MeshConfig | None = None) -> None:
     """Sets what scripts, not modules, may set: JAX's compilation cache, the CPU where there is nothing else, logging.
 
-    With compilers for accelerators installed, JAX would look for the accelerators themselves and complain.
+    With compilers for accelerators installed, JAX would look for the accelerators themselves and complain. On the CPU
+    it makes as many devices as the mesh needs, so that any mesh can be tried on any machine.
+
+    Args:
+        mesh: Devices of all processes; one device unless given.
     """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dlrm_jax" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -122,3 +191,8 @@ def configure_jax() -> None:
     has_accelerator = any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS)
     if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not has_accelerator:
         jax.config.update("jax_platforms", "cpu")
+    devices = 1 if mesh is None else -(-mesh.num_devices // num_processes())
+    if devices > 1 and jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices)
+        if process_id() == 0:
+            print(f"no accelerator: each process makes {devices} devices of its CPU", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Evaluates a trained model on a split.
 
-    scripts/eval.py WORKDIR [--split test]
+    scripts/eval.py WORKDIR [--split test] [--mesh.nodes N --mesh.chips C]
 
 Prints a table, and as its last line the same figures as JSON.
 """
@@ -15,6 +15,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from dlrm_jax.config import MeshConfig
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.predict import Predictor
 from dlrm_jax.report import result_table
@@ -34,14 +35,19 @@ class Arguments:
     """The best evaluated during training, the latest, or one by its step."""
     data: str | None = None
     """Folder of the dataset; where the run was trained unless given."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Devices to evaluate on, which need not be those of the training."""
+    plan: str | None = None
+    """File of a sharding plan for them; the planner's unless given."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluates what the command line says."""
-    given = parse_flags(Arguments, arguments, known=[field.name for field in dataclasses.fields(Arguments)])
-    configure_jax()
+    flags = [*(field.name for field in dataclasses.fields(Arguments)), "mesh.nodes", "mesh.chips"]
+    given = parse_flags(Arguments, arguments, known=flags)
+    configure_jax(given.mesh)
     split = given.split
-    predictor = Predictor(given.workdir, checkpoint=given.checkpoint)
+    predictor = Predictor(given.workdir, checkpoint=given.checkpoint, mesh=given.mesh, plan=given.plan)
     metrics = predictor.evaluate(split, path=given.data)
     rows: dict[str, Metrics | dict[str, float]] = {f"{predictor.step:,}": metrics}
     attainable = predictor.recommender.card.attainable.get(split)

@@ -2,21 +2,31 @@
 
     scripts/train.py CONFIG [--field.subfield value ...]
 
-The same command again resumes the run in its --workdir. SIGTERM saves a checkpoint and exits with 0.
+The same command again resumes the run in its --workdir, also on other devices. SIGTERM saves a checkpoint and exits
+with 0.
+
+Several processes, each started with the same command, train together: JAX finds the others on Slurm, Open MPI,
+Kubernetes and Cloud TPU; elsewhere add --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
 from collections.abc import Sequence
 
+from dlrm_jax.distributed import ending_together, join, together
 from dlrm_jax.loop import TrainingError, train
-from scripts.command_line import configure_jax, parse_config
+from scripts.command_line import configure_jax, parse_config, take_processes
 from scripts.one_line_errors import run
 
 
 def main(arguments: Sequence[str]) -> None:
     """Trains what the command line says."""
-    config = parse_config(arguments, __doc__ or "")
-    configure_jax()
-    train(config)
+    processes, others = take_processes(arguments)
+    if others and not {"-h", "--help"} & set(others):
+        join(processes)
+    with ending_together(TrainingError):
+        with together():
+            config = parse_config(others, __doc__ or "")
+        configure_jax(config.mesh)
+        train(config)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 Bags lie by lookup, then sender, sample and, for an unpooled feature, position: the canonical order of their ids.
 Vectors lie by sender, sample and vector, so that what goes to one sender lies together.
 
-Letters: S senders, b samples of each, P vectors a sample, w stored width.
+Letters: S senders, b samples of each, P vectors a sample, X vectors a sample of all lookups, w stored width.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from sharding.layout import Group
+from sharding.groups import Group
 from sharding.owned import of_device
 
 
@@ -50,3 +50,27 @@ def _sequences(group: Group, device: Int32[Array, ""]) -> tuple[Int32[Array, " P
     first = group.of_vectors("first_vector", -1)
     first = np.where(first < 0, own_number, first)
     return of_device(first, device), of_device(group.of_vectors("vectors", 1), device)
+
+
+def vectors_at_home(bags: Float[Array, "bags w"], group: Group) -> Float[Array, "b X w"]:
+    """The vectors of all bags of a device's own samples, lookup by lookup."""
+    samples = bags.shape[0] // group.num_vectors
+    if group.has_sequences:
+        bags = bags[_home_places(group, samples)]
+    return bags.reshape(group.num_vectors, samples, group.width).swapaxes(0, 1)
+
+
+def bags_at_home(vectors: Float[Array, "b X w"], group: Group) -> Float[Array, "bags w"]:
+    """The transpose: the gradients of all bags."""
+    samples = vectors.shape[0]
+    bags = vectors.swapaxes(0, 1).reshape(-1, vectors.shape[2])
+    return bags[np.argsort(_home_places(group, samples))] if group.has_sequences else bags
+
+
+def _home_places(group: Group, samples: int) -> np.ndarray:
+    """For each vector of the lookups, then sample, its bag at home."""
+    places = []
+    for lookup, first in zip(group.lookups, group.vector_starts.tolist(), strict=True):
+        sample, position = np.arange(samples)[None], np.arange(lookup.vectors)[:, None]
+        places.append((first * samples + sample * lookup.vectors + position).reshape(-1))
+    return np.concatenate(places).astype(np.int32)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
-from sharding.layout import Group, Layout
+from sharding.groups import Group
+from sharding.layout import Layout
 
 # Room beyond the mean. Bags differ in length, and hot rows meet on one owner.
 _SPARE = 1.25

@@ -23,36 +23,15 @@ from sharding.errors import InputError
 from sharding.initial import initial_store
 from sharding.jagged import KeyedJagged, check_arrays, for_devices
 from sharding.layout import LINE_SCALARS, Layout, StoreLayout, make_layout
-from sharding.local import Place, lookup_local, update_local
+from sharding.lookup import lookup_local
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, device_number, make_mesh, sharding_on
+from sharding.place import Place
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
-from sharding.route import RoutedGroup, route_local
+from sharding.route import Routed, route_local
 from sharding.state import TableState
 from sharding.tables import FeatureSpec, TableSpec, check_specs
+from sharding.update import update_local
 from sharding.vectors import Block, Embeddings, blocks_of
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Routed:
-    """Ids on the devices that hold their rows. A function of ids alone, never of weights.
-
-    Attributes:
-        groups: The ids of each group of the layout.
-        divisors: What each mean divides by, at home.
-        invalid: Number of invalid ids, over all devices: those outside their table and those beyond their feature's
-            max_ids. The first contribute nothing (a mean still counts them); where a bag is too long, no id of the
-            same group and device contributes. A caller that has not validated its ids must look at this.
-        needs: The room that ids needed, the most of any device, in the order of `Capacities.as_needs`.
-        overflow: Whether that is more than there was. Then some ids are missing here: do nothing with this, grow the
-            capacities and route again.
-    """
-
-    groups: tuple[RoutedGroup, ...]
-    divisors: Float[Any, "b means"]
-    invalid: Int32[Any, ""]
-    needs: Int32[Any, " needs"]
-    overflow: Bool[Any, ""]
 
 
 class ShardedTables:
@@ -229,11 +208,9 @@ class ShardedTables:
         if missing:
             raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
         check_arrays(ids)
-        if self.layout.wide != (ids.values.ndim == 2):
+        if ids.values.ndim == 2 and not self.layout.wide:
             raise InputError(
-                "a table has more than 2**31 - 1 rows, so ids are two words of uint32 (see sharding.jagged.words_of_ids)"
-                if self.layout.wide
-                else "ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32"
+                "ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32"
             )
         if ids.batch_size % self.num_devices or ids.capacity % self.num_devices:
             raise InputError(

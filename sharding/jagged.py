@@ -13,7 +13,9 @@ from jaxtyping import Float, Int, UInt32
 
 from sharding.errors import InputError
 
-_LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+# Ids of a table of at most so many rows are one word of 32 bits.
+MAX_NARROW_ROWS = 2**31 - 1
+_LOW, _HIGH = -(2**31), 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +28,7 @@ class KeyedJagged:
     padding and mean nothing. Lengths, not offsets, because lengths of several batches concatenate.
 
     Where a table has more rows than 31 bits name, an id is two words of 32 bits, low word first: ``values`` is then
-    uint32 of [capacity, 2]. `words_of_ids` makes them.
+    uint32 of [capacity, 2]. `words_of_ids` makes them, and where no id needs the second word it may be left out.
 
     Attributes:
         values: Ids, feature-major, then padding up to the capacity.
@@ -115,6 +117,13 @@ def _checked_ids(bag: Sequence[int], where: str) -> Sequence[int]:
 def words_of_ids(ids: Int[np.ndarray, " n"]) -> UInt32[np.ndarray, "n 2"]:
     """Ids of 64 bits as two words of 32, low word first: JAX would narrow them silently."""
     return np.ascontiguousarray(ids, "<i8").view(np.uint32).reshape(-1, 2)
+
+
+def ids_of_values(values: Int[np.ndarray, "n ..."]) -> Int[np.ndarray, " n"]:
+    """Ids as `KeyedJagged` holds them, whatever their words, as 64 bits."""
+    if values.ndim == 1:
+        return values.astype(np.int64)
+    return np.ascontiguousarray(values, np.uint32).view("<i8")[:, 0]
 
 
 def _weights_of(

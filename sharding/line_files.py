@@ -17,7 +17,8 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from sharding.errors import InputError
-from sharding.layout import LINE_BYTES, LINE_SCALARS, Layout, Shard, StoreLayout
+from sharding.groups import Shard
+from sharding.layout import LINE_BYTES, LINE_SCALARS, Layout, StoreLayout
 from sharding.state import TableState
 
 # Of the chunks that a process writes at a time, one for each of its devices.

@@ -8,7 +8,8 @@ from typing import Any
 
 from pallas_kernels import ROW_OPTIMIZERS
 from sharding.errors import InputError
-from sharding.layout import FROZEN, Layout, Shard, StoreLayout
+from sharding.groups import Shard
+from sharding.layout import FROZEN, Layout, StoreLayout
 from sharding.tables import TableSpec
 
 MANIFEST = "manifest.json"

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from sharding import words
-from sharding.layout import Group
+from sharding.groups import Group
 from sharding.records import NO_ROW
 
 

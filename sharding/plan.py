@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
 from sharding.errors import InputError
+from sharding.mesh import NODE
 from sharding.tables import TableSpec
 
 PlacementKind = Literal["table_wise", "column_wise", "row_wise", "table_row_wise", "grid", "data_parallel"]
 Returns = Literal["partial_sums", "rows"]
 
 # What a slice's owner is, by kind; None: the whole mesh.
-_OWNER = {"table_wise": "device", "column_wise": "device", "table_row_wise": "node", "grid": "node"}
+_OWNER = {"table_wise": "device", "column_wise": "device", "table_row_wise": NODE, "grid": NODE}
 _SLICED = ("column_wise", "grid")
 _ROWS_SPREAD = ("row_wise", "table_row_wise", "grid")
 _FORMAT = 1
@@ -263,7 +264,7 @@ def _check_placement(placement: Placement, table: TableSpec, plan: ShardingPlan)
         )
     _check_columns(placement, table, where)
     owner = _OWNER.get(placement.kind)
-    limit = {"device": plan.num_devices, "node": plan.nodes, None: 0}[owner]
+    limit = {"device": plan.num_devices, NODE: plan.nodes, None: 0}[owner]
     for piece in placement.slices:
         if owner is None and piece.owner is not None:
             raise InputError(f"{where}: a {placement.kind} placement is on all devices, but names {piece.owner}")

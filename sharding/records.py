@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.xla import bags_of_ids
 from sharding import words
+from sharding.groups import Group
 from sharding.jagged import KeyedJagged
-from sharding.layout import Group
 
 # Beyond every store: the kernels take it as "no row".
 NO_ROW = np.iinfo(np.int32).max

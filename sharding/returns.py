@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from sharding.layout import Group
+from sharding.groups import Group
 from sharding.mesh import CHIP, NODE
 from sharding.trip import exchange
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.xla import bags_of_ids
+from sharding import words
 from sharding.capacities import Capacities, GroupCapacity
+from sharding.groups import Group
 from sharding.jagged import KeyedJagged
-from sharding.layout import Group, Layout
+from sharding.layout import Layout
 from sharding.mesh import AXES, device_number
 from sharding.owned import OwnedIds, canonical, own
 from sharding.records import NO_ROW, Records, bag_offsets_at_home, bags_at_home, bags_at_owner, records_of
@@ -64,6 +66,29 @@ class RoutedGroup:
     local: OwnedIds | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Ids on the devices that hold their rows. A function of ids alone, never of weights.
+
+    Attributes:
+        groups: The ids of each group of the layout.
+        divisors: What each mean divides by, at home.
+        invalid: Number of invalid ids, over all devices: those outside their table and those beyond their feature's
+            max_ids. The first contribute nothing (a mean still counts them); where a bag is too long, no id of the
+            same group and device contributes. A caller that has not validated its ids must look at this.
+        needs: The room that ids needed, the most of any device, in the order of `Capacities.as_needs`.
+        overflow: Whether that is more than there was. Then some ids are missing here: do nothing with this, grow the
+            capacities and route again.
+    """
+
+    groups: tuple[RoutedGroup, ...]
+    divisors: Float[Any, "b means"]
+    invalid: Int32[Any, ""]
+    needs: Int32[Any, " needs"]
+    overflow: Bool[Any, ""]
+
+
 def route_local(
     ids: KeyedJagged, *, layout: Layout, means: Sequence[FeatureSpec], capacities: Capacities
 ) -> tuple[tuple[RoutedGroup, ...], Float[Array, "b means"], Int32[Array, ""], Int32[Array, " needs"]]:
@@ -80,6 +105,8 @@ def route_local(
         devices.
     """
     device = device_number() if layout.num_devices > 1 else jnp.int32(0)
+    if layout.wide and ids.values.ndim == 1:
+        ids = dataclasses.replace(ids, values=words.widened(ids.values))
     router = _Router(ids.batch_size, device, layout, capacities)
     records = [records_of(ids, group) for group in layout.groups]
     routed: list[RoutedGroup | None] = [None] * len(records)
@@ -241,10 +268,10 @@ class _Router:
 
 def _packed(records: Records, bags: Int32[Array, " n"]) -> Int32[Array, "n words"]:
     """What travels of each record: its row at the owner, its bag there and, if there are weights, its weight."""
-    words = [records.rows, bags]
+    columns = [records.rows, bags]
     if records.weights is not None:
-        words.append(jax.lax.bitcast_convert_type(records.weights, jnp.int32))
-    return jnp.stack(words, axis=1)
+        columns.append(jax.lax.bitcast_convert_type(records.weights, jnp.int32))
+    return jnp.stack(columns, axis=1)
 
 
 def _by_owner(records: Records, group: Group) -> _Sorted:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, Int64, Shaped, UInt32
 
 from sharding.errors import InputError
-from sharding.layout import Layout, Shard, StoreLayout
+from sharding.groups import Shard
+from sharding.layout import Layout, StoreLayout
 from sharding.mesh import AXES, BY_DEVICE, REPLICATED, device_number
 from sharding.state import TableState
 

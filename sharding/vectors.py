@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from sharding.layout import canonical_order, store_name, stored_width
+from sharding.groups import stored_width
+from sharding.layout import canonical_order, store_name
 from sharding.tables import FeatureSpec, TableSpec
 
 

@@ -3,9 +3,10 @@
 Letters: n numbers. ``words`` are uint32 of [n, 2], low word first.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 # Divisors are below this, so that a remainder and the next 16 bits fit into one word.
 MAX_DIVISOR = 2**16 - 1
@@ -15,6 +16,12 @@ def constant_words(values: Int[np.ndarray, " n"]) -> UInt32[np.ndarray, "n 2"]:
     """Numbers known when the program is made."""
     wide = np.asarray(values, np.int64)
     return np.stack([wide & 0xFFFFFFFF, wide >> 32], axis=-1).astype(np.uint32)
+
+
+def widened(values: Int32[Array, " n"]) -> UInt32[Array, "n 2"]:
+    """Numbers of one word, with their sign, as two."""
+    low = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.stack([low, jnp.where(values < 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))], axis=-1)
 
 
 def less(left: UInt32[Array, "n 2"], right: UInt32[Array, "n 2"]) -> Bool[Array, " n"]:

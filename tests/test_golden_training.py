@@ -94,13 +94,13 @@ def test_training_when_compared_with_the_dlrm_reference_then_probabilities_losse
     first_logits = predict(state.dense_params, state.tables, batches[0])
     losses = []
     for batch in batches:
-        state, metrics, fault = step(state, BinnedMetrics.zeros(), batch)
-        assert int(fault) == 0
+        state, metrics, report = step(state, BinnedMetrics.zeros(), batch)
+        assert int(report.fault) == 0
         losses.append(metrics.compute().log_loss)
 
     # float32 in both, with sums in another order: about 1e-7 a step, of parameters of order 1, over 20 steps.
     close = {"rtol": 0, "atol": 2e-6}
-    np.testing.assert_allclose(jax.nn.sigmoid(first_logits), figures["step0_prob"], **close)
+    np.testing.assert_allclose(jax.nn.sigmoid(first_logits.logits), figures["step0_prob"], **close)
     np.testing.assert_allclose(losses, figures["losses"], **close)
     finals = {
         f"final_{table.name}": recommender.tables.read_rows(state.tables, table.name, np.arange(table.num_rows))

@@ -20,6 +20,7 @@ from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSumm
 from dlrm_jax.data.loader import Loader
 from dlrm_jax.data.row_groups import columns_of
 from sharding.errors import InputError
+from sharding.jagged import ids_of_values
 
 CARD = DatasetCard(
     name="clicks",
@@ -369,12 +370,16 @@ def test_step_that_does_not_exist_is_an_input_error(dataset, epoch, first_step):
         loader.batches(epoch, first_step)
 
 
-def test_table_beyond_32_bit_ids_is_an_input_error(tmp_path):
-    card = dataclasses.replace(CARD, sparse=(SparseColumn(name="user", num_rows=2**31),))
-    write_dataset(tmp_path, make_table(10), card=card)
-    with pytest.raises(InputError, match=r"'user'.*2147483648.*at most 2147483647"):
-        Loader(tmp_path, "train", batch_size=64)
-    assert Loader(tmp_path, "train", features=(), batch_size=64).capacity == 0
+def test_table_of_more_rows_than_31_bits_name_then_ids_come_as_two_words(tmp_path):
+    rows = 2**33
+    card = dataclasses.replace(CARD, sparse=(SparseColumn(name="user", num_rows=rows), *CARD.sparse[1:]))
+    table = make_table(64)
+    users = [rows - 1 - i for i in range(64)]
+    place = table.column_names.index("user")
+    write_dataset(tmp_path, table.set_column(place, "user", pa.array(users, pa.int64())), card=card)
+    (batch,) = Loader(tmp_path, "train", features=("user",), batch_size=64, shuffle=False).batches(0)
+    assert batch.ids.values.dtype == np.uint32
+    assert sorted(ids_of_values(batch.ids.values[:64])) == sorted(users)
 
 
 def test_split_that_is_missing_or_empty_or_of_another_size_is_an_input_error(dataset):

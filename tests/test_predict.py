@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import tiny
 
+from dlrm_jax.config import MeshConfig
 from dlrm_jax.metrics import ExactMetrics
 from dlrm_jax.predict import Predictor
 from scripts import eval as eval_script
@@ -69,6 +70,16 @@ def test_probabilities_when_all_bags_are_empty_and_ids_missing_then_columns_with
     np.testing.assert_array_equal(predictor.predict(pl.DataFrame(rows)), predictor.predict(typed))
 
 
+def test_probabilities_when_the_checkpoint_is_restored_on_a_mesh_then_they_are_those_of_one_device(predictor):
+    spread = Predictor(predictor._workdir.path, mesh=MeshConfig(nodes=2, chips=2))
+    assert spread.recommender.tables.num_devices == 4
+    # Sums of the dense part may be cut differently for another batch size.
+    for count in (1, 100):
+        np.testing.assert_allclose(spread.predict(ROWS[:count]), predictor.predict(ROWS[:count]), rtol=1e-5)
+    with pytest.raises(InputError, match=r"batch_size is 64, which 3 devices do not divide: use 66"):
+        Predictor(predictor._workdir.path, mesh=MeshConfig(chips=3))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -106,7 +117,7 @@ def test_batch_when_an_id_is_outside_its_table_then_one_line_names_sample_featur
 
 
 def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(predictor, monkeypatch, capsys):
-    monkeypatch.setattr(eval_script, "configure_jax", lambda: None)
+    monkeypatch.setattr(eval_script, "configure_jax", lambda mesh: None)
 
     def evaluate(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["scripts/eval.py", *map(str, arguments)])

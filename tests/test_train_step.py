@@ -12,6 +12,7 @@ from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import open_split
 from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, init_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_predict_step, make_train_step
+from sharding import InputError
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +55,36 @@ def with_length(batch, value):
         (lambda batch: with_dense(batch, np.inf), NON_FINITE),
         (lambda batch: with_id(batch, -1), INVALID_IDS),
         (lambda batch: with_id(batch, 2**31 - 1), INVALID_IDS),
-        (lambda batch: with_length(batch, 10_000), INVALID_IDS),
+        (lambda batch: with_length(batch, 40), INVALID_IDS),
     ],
-    ids=["nan", "infinite", "negative id", "large id", "lengths that do not sum to the ids"],
+    ids=["nan", "infinite", "negative id", "large id", "bag of more ids than its feature may have"],
 )
 def test_step_when_the_batch_is_bad_then_the_state_stays_that_of_the_last_good_step(model, batches, spoil, fault):
     recommender, optimizer, step = model
-    state, metrics, code = step(
+    state, metrics, report = step(
         init_train_state(recommender, optimizer), BinnedMetrics.zeros(), recommender.to_devices(batches[0])
     )
-    assert (int(state.step), int(code)) == (1, 0)
+    assert (int(state.step), int(report.fault)) == (1, 0)
     good, counted = jax.device_get((state, metrics))
     good = jax.tree.map(np.array, good)
     for bad in (spoil(batches[1]), batches[0], batches[1]):  # also the good ones that follow
-        state, metrics, code = step(state, metrics, recommender.to_devices(bad))
-        assert int(code) == int(state.fault) == fault
+        state, metrics, report = step(state, metrics, recommender.to_devices(bad))
+        assert int(report.fault) == int(state.fault) == fault
         tiny.assert_identical(dataclasses.replace(state, fault=good.fault), good)
         assert int(metrics.num_samples) == int(counted.num_samples) == tiny.BATCH_SIZE
+
+
+def test_batch_when_lengths_promise_more_ids_than_there_are_values_then_it_never_reaches_a_device(model, batches):
+    with pytest.raises(InputError, match=r"lengths say that a batch has \d+ ids, but its values have room for \d+"):
+        model[0].to_devices(with_length(batches[0], 10_000))
 
 
 def test_prediction_when_an_id_is_outside_its_table_then_it_is_not_a_number(model, batches):
     recommender, optimizer, _ = model
     state = init_train_state(recommender, optimizer)
     predict = make_predict_step(recommender)
-    logits = predict(state.dense_params, state.tables, recommender.to_devices(with_id(batches[0], -1)))
-    assert np.isnan(np.asarray(logits)).all()
+    predicted = predict(state.dense_params, state.tables, recommender.to_devices(with_id(batches[0], -1)))
+    assert np.isnan(np.asarray(predicted.logits)).all()
 
 
 def test_dense_parameters_when_a_step_is_taken_then_every_one_has_moved(model, batches):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sharding.embedding
-from sharding import Embeddings, FeatureSpec, InputError, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
+from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
 from sharding.jagged import for_devices
 from sharding.layout import Layout, make_layout
 from sharding.plan import ShardingPlan, row_wise
@@ -67,6 +67,8 @@ def test_an_id_beyond_the_table_then_counted_as_invalid(tables: ShardedTables) -
     assert tables.route(batch([FIRST + 64, FIRST + 63], [2**62])).invalid == 2
 
 
-def test_ids_of_one_word_for_such_a_table_then_refused(tables: ShardedTables) -> None:
-    with pytest.raises(InputError, match="ids are two words of uint32"):
-        tables.route(batch([5]))
+def test_ids_of_one_word_for_such_a_table_then_taken_with_their_sign(tables: ShardedTables) -> None:
+    routed = tables.route(batch([5, -1], [2**31 - 1]))
+    assert routed.invalid == 1
+    named = {tuple(words) for words in np.asarray(routed.groups[0].owned.logical_rows).tolist()}
+    assert {(5, 0), (2**31 - 1, 0)} <= named

@@ -17,7 +17,7 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.data.order import PADDING, Window
 from dlrm_jax.data.row_groups import Bags, RowGroup
-from sharding.jagged import KeyedJagged
+from sharding.jagged import KeyedJagged, words_of_ids
 
 # Room for bags beyond their mean, so that ordinary batches do not differ in capacity.
 _SPARE_ROOM = 1.25
@@ -197,10 +197,11 @@ def cut_batches(samples: WindowSamples, features: tuple[str, ...], capacity: IdC
                 for weights, (start, stop) in zip(samples.weights, spans, strict=True)
             ]
             weights = np.concatenate([*weights, np.zeros(room, np.float32)])
+        all_values = np.concatenate([*values, np.zeros(room, np.int32)])
         yield Batch(
             dense=samples.dense[step],
             ids=KeyedJagged(
-                values=np.concatenate([*values, np.zeros(room, np.int32)]),
+                values=all_values if all_values.dtype == np.int32 else words_of_ids(all_values),
                 lengths=samples.lengths[step],
                 weights=weights,
                 features=features,

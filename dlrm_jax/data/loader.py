@@ -31,7 +31,6 @@ from dlrm_jax.data.order import DataOrder, EpochOrder
 from dlrm_jax.data.row_groups import RowGroup, RowGroups
 from sharding.errors import InputError
 
-MAX_ROWS = 2**31 - 1
 _GROUPS_AHEAD_PER_THREAD = 4
 
 
@@ -219,12 +218,6 @@ def _select(card: DatasetCard, features: Sequence[str] | None) -> DatasetCard:
     repeated = [name for name in features if list(features).count(name) > 1]
     if repeated:
         raise InputError(f"feature {repeated[0]!r} is asked for twice; features of a batch must differ")
-    for name in features:
-        if card.feature(name).num_rows > MAX_ROWS:
-            raise InputError(
-                f"sparse feature {name!r} of dataset {card.name!r} has num_rows {card.feature(name).num_rows}, but "
-                f"batches hold 32-bit ids: at most {MAX_ROWS}; hash its ids into fewer rows, or leave the feature out"
-            )
     return dataclasses.replace(card, sparse=tuple(card.feature(name) for name in features))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard
 from sharding.errors import InputError
-from sharding.jagged import KeyedJagged
+from sharding.jagged import MAX_NARROW_ROWS, KeyedJagged, words_of_ids
 
 
 class RandomBatches:
@@ -21,37 +21,47 @@ class RandomBatches:
         card: The card whose features are made.
         num_samples: Samples of an epoch: the card's, for the split asked for.
         steps_per_epoch: Batches in an epoch; what does not fill a batch is left out.
-        capacity: Ids of a batch.
+        capacity: Ids of a batch of this process.
     """
 
-    def __init__(self, card: DatasetCard, split: str, *, features: Sequence[str], batch_size: int, seed: int = 0):
+    def __init__(
+        self,
+        card: DatasetCard,
+        split: str,
+        *,
+        features: Sequence[str],
+        batch_size: int,
+        seed: int = 0,
+        samples: range | None = None,
+    ):
         """Takes the sizes from the card.
 
         Args:
             card: What the features are.
             split: Split whose number of samples an epoch has.
             features: Sparse features of a batch, in order.
-            batch_size: Samples in a batch.
+            batch_size: Samples in a batch of all processes together.
             seed: Seed of all random numbers.
+            samples: Those samples of each batch that this process yields; all of them unless given.
 
         Raises:
-            InputError: The card has no such split, or a feature with weights or of more than 2**31 - 1 rows.
+            InputError: The card has no such split, or a feature with weights.
         """
         if split not in card.splits:
             raise InputError(f"the config states no split {split!r}; it states {sorted(card.splits)}")
         self.card = card
         self._columns = [card.feature(name) for name in features]
         for column in self._columns:
-            if column.weights is not None or column.num_rows >= 2**31:
-                raise InputError(
-                    f"random ids of feature {column.name!r} would have weights or 2**31 rows and more: prepare data"
-                )
+            if column.weights is not None:
+                raise InputError(f"random ids of feature {column.name!r} would have weights: prepare data")
+        self._wide = any(column.num_rows > MAX_NARROW_ROWS for column in self._columns)
         self._bag_sizes = [max(1, round(column.mean_pooling_factor)) for column in self._columns]
         self._batch_size = batch_size
         self._seed = (zlib.crc32(split.encode()) << 32) + seed
         self.num_samples = card.splits[split].num_samples
         self.steps_per_epoch = max(1, self.num_samples // batch_size)
-        self.capacity = batch_size * sum(self._bag_sizes)
+        self._samples = range(batch_size) if samples is None else samples
+        self.capacity = len(self._samples) * sum(self._bag_sizes)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Makes the batches of an epoch.
@@ -65,16 +75,23 @@ class RandomBatches:
         """
         for step in range(first_step, self.steps_per_epoch):
             random = np.random.Generator(np.random.Philox(key=[self._seed, (epoch << 32) + step]))
+            dtype = np.int64 if self._wide else np.int32
             ids = [
-                random.integers(column.num_rows, size=self._batch_size * size, dtype=np.int32)
+                random.integers(column.num_rows, size=self._batch_size * size, dtype=dtype)
                 for column, size in zip(self._columns, self._bag_sizes, strict=True)
             ]
-            lengths = np.repeat(np.array(self._bag_sizes, np.int32)[:, None], self._batch_size, axis=1)
+            dense = random.random((self._batch_size, len(self.card.dense)), np.float32)
+            label = random.integers(2, size=self._batch_size).astype(np.float32)
+            first, stop = self._samples.start, self._samples.stop
+            values = [feature[first * size : stop * size] for feature, size in zip(ids, self._bag_sizes, strict=True)]
+            lengths = np.repeat(np.array(self._bag_sizes, np.int32)[:, None], stop - first, axis=1)
             yield Batch(
-                dense=random.random((self._batch_size, len(self.card.dense)), np.float32),
+                dense=dense[first:stop],
                 ids=KeyedJagged(
-                    values=np.concatenate(ids), lengths=lengths, features=tuple(column.name for column in self._columns)
+                    values=words_of_ids(np.concatenate(values)) if self._wide else np.concatenate(values),
+                    lengths=lengths,
+                    features=tuple(column.name for column in self._columns),
                 ),
-                label=random.integers(2, size=self._batch_size).astype(np.float32),
-                weight=np.ones(self._batch_size, np.float32),
+                label=label[first:stop],
+                weight=np.ones(stop - first, np.float32),
             )

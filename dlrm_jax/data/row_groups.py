@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from dlrm_jax.data.card import CARD_FILE, DatasetCard, SparseColumn
 from dlrm_jax.data.validate import pooling_factors, validate_row_group, validate_schema
 from sharding.errors import InputError
+from sharding.jagged import MAX_NARROW_ROWS
 
 _REPAIR = "copy the file again, or prepare the dataset again with scripts/prepare.py"
 # Footers are parsed once for all row groups of a file. A large split has gigabytes of them, so only so many are kept.
@@ -203,11 +204,11 @@ def _bags(table: pa.Table, column: SparseColumn, counts: pa.Array | None) -> Bag
     ids = _where(counts, _array(table, column.name))
     if not column.bag:
         offsets = _offsets(np.asarray(ids.is_valid())) if ids.null_count else None
-        return Bags(values=_int32(ids.drop_null()), offsets=offsets, weights=None)
+        return Bags(values=_ids(ids.drop_null(), column), offsets=offsets, weights=None)
     weights = None
     if column.weights is not None:
         weights = _where(counts, _array(table, column.weights)).flatten().to_numpy().astype(np.float32, copy=False)
-    return Bags(values=_int32(ids.flatten()), offsets=_offsets(pooling_factors(ids)), weights=weights)
+    return Bags(values=_ids(ids.flatten(), column), offsets=_offsets(pooling_factors(ids)), weights=weights)
 
 
 def _where(counts: pa.Array | None, column: pa.Array) -> pa.Array:
@@ -219,5 +220,6 @@ def _offsets(lengths: np.ndarray) -> Int[np.ndarray, " rows+1"]:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _int32(ids: pa.Array) -> Int[np.ndarray, " ids"]:
-    return ids.to_numpy().astype(np.int32)
+def _ids(ids: pa.Array, column: SparseColumn) -> Int[np.ndarray, " ids"]:
+    narrow = column.num_rows <= MAX_NARROW_ROWS
+    return ids.to_numpy().astype(np.int32 if narrow else np.int64, copy=False)

@@ -1,4 +1,4 @@
-"""What one device does with routed ids: look rows up and bring vectors home; send gradients back and update.
+"""Send gradients to the owners of the rows that were looked up, and update those.
 
 Letters: W devices, b samples of one device, P vectors a sample of an owner, X vectors a sample at home, w stored width,
 D dim, N ids of an owner.
@@ -13,179 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels import Slots, pooled_lookup, row_statistics, sparse_update
+from pallas_kernels import Slots, row_statistics, sparse_update
 from sharding import returns
-from sharding.assemble import BlockSource, assemble, take_apart
-from sharding.bags import bags_of_vectors, vectors_of_bags
-from sharding.layout import Group, Layout
-from sharding.mesh import AXES, device_number
+from sharding.assemble import take_apart
+from sharding.bags import bags_at_home, bags_of_vectors
+from sharding.groups import Group
+from sharding.mesh import AXES
 from sharding.owned import OwnedIds, of_device
+from sharding.place import Place, divided
 from sharding.records import NO_ROW
 from sharding.route import HomeIds, RoutedGroup
 from sharding.state import TableState
 from sharding.trip import Trip, to_owners, to_senders
-
-
-class Place(NamedTuple):
-    """What a device has to know of the mesh and of the layout.
-
-    Attributes:
-        layout: The layout.
-        sources: Where the vectors of each block come from.
-        means: For each block, the mean that each of its vectors is, among all means; beyond them for one that is none;
-            None if none is.
-        nodes: Nodes of the mesh.
-    """
-
-    layout: Layout
-    sources: tuple[BlockSource, ...]
-    means: tuple[Int32[np.ndarray, " k"] | None, ...]
-    nodes: int
-
-    @property
-    def device(self) -> Int32[Array, ""]:
-        """Number of this device."""
-        return device_number() if self.layout.num_devices > 1 else jnp.int32(0)
-
-    def numbers(self, family: str) -> list[int]:
-        """Numbers of the groups of a family."""
-        return [number for number, group in enumerate(self.layout.groups) if group.family == family]
-
-
-def lookup_local(
-    weights: dict[str, Float[Array, "lines line"]],
-    routed: tuple[RoutedGroup, ...],
-    divisors: Float[Array, "b means"],
-    *,
-    place: Place,
-) -> tuple[Float[Array, "b k D"], ...]:
-    """Looks ids up, pools their rows and brings the vectors home.
-
-    Args:
-        weights: The device's part of each store of weights.
-        routed: Ids of each group of the layout.
-        divisors: What each mean is divided by.
-        place: Layout and mesh.
-
-    Returns:
-        The vectors of each block.
-    """
-    home: list[Array | None] = [None] * len(routed)
-    owned: dict[int, Array] = {}
-    for number, group in enumerate(place.layout.groups):
-        with jax.named_scope(f"lookup_{group.family}_{group.width}"):
-            ids = routed[number].local or routed[number].owned
-            if group.family == "rows_by_id":
-                continue
-            pooled = _pool(weights[group.store], ids, group)
-            senders = 1 if group.family == "local" else group.num_devices
-            vectors = vectors_of_bags(pooled, group, senders, place.device)
-        if group.family == "local":
-            home[number] = vectors[0]
-        else:
-            owned[number] = vectors
-    with jax.named_scope("return"):
-        for family in ("table_wise", "row_wise", "table_row_wise"):
-            numbers = place.numbers(family)
-            for number, vectors in zip(numbers, _bring_home(family, [owned[n] for n in numbers], place), strict=True):
-                home[number] = vectors
-    by_id = place.numbers("rows_by_id")
-    for number, vectors in zip(by_id, _rows_by_id(weights, routed, by_id, place), strict=True):
-        home[number] = vectors
-    arrived = [vectors for vectors in home if vectors is not None]
-    return _divided([assemble(arrived, source) for source in place.sources], divisors, place)
-
-
-def _divided(
-    blocks: Sequence[Float[Array, "b k D"]], divisors: Float[Array, "b means"], place: Place
-) -> tuple[Float[Array, "b k D"], ...]:
-    """Divides the sums of each mean, or their gradients."""
-    return tuple(
-        block
-        if means is None
-        else block / divisors.at[:, jnp.asarray(means)].get(mode="fill", fill_value=1.0)[:, :, None]
-        for block, means in zip(blocks, place.means, strict=True)
-    )
-
-
-def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group) -> Float[Array, "bags w"]:
-    return pooled_lookup(store, ids.rows, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group))
-
-
-def _even_bags(group: Group) -> int | None:
-    """The most ids in one bag, where bags are so even that reading that many from each wastes at most half; or None.
-
-    Decided by the features' limits alone, never by the room for ids, so that growing the room changes no result.
-    """
-    limits = [
-        limit
-        for lookup in group.lookups
-        for limit in ([1] * lookup.vectors if lookup.feature.pooling == "none" else [lookup.feature.max_ids])
-    ]
-    bounds = [limit for limit in limits if limit is not None]
-    if len(bounds) < len(limits) or max(bounds) * len(bounds) > 2 * sum(bounds):
-        return None
-    return max(bounds)
-
-
-def _bring_home(family: str, owned: Sequence[Array], place: Place) -> list[Array]:
-    if not owned:
-        return []
-    match family:
-        case "table_wise":
-            return returns.bring_home_table_wise(owned)
-        case "row_wise":
-            return returns.bring_home_row_wise(owned, place.nodes)
-        case _:
-            return returns.bring_home_table_row_wise(owned, place.nodes)
-
-
-def _rows_by_id(
-    weights: dict[str, Float[Array, "lines line"]], routed: Sequence[RoutedGroup], numbers: list[int], place: Place
-) -> list[Float[Array, "b X w"]]:
-    """Brings the distinct rows of a device's ids home, as they are stored, and pools them there in bag order."""
-    groups = [place.layout.groups[number] for number in numbers]
-    rows, requests = [], []
-    for number, group in zip(numbers, groups, strict=True):
-        requested, request = routed[number].requested, routed[number].request
-        assert requested is not None
-        assert request is not None
-        bags_of_one = jnp.arange(requested.shape[0] + 1, dtype=jnp.int32)
-        store = weights[group.store]
-        found = pooled_lookup(store, requested, bags_of_one, None, width=group.width, longest_bag=1)
-        rows.append(found.astype(store.dtype))
-        requests.append(request)
-    home = []
-    for number, group, request, come in zip(numbers, groups, requests, to_senders(requests, rows), strict=True):
-        ids = routed[number].home
-        assert ids is not None
-        pooled = pooled_lookup(
-            come, request.place, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group)
-        )
-        home.append(_vectors_at_home(pooled, group))
-    return home
-
-
-def _home_places(group: Group, samples: int) -> np.ndarray:
-    """For each vector of the lookups, then sample, its bag at home."""
-    places = []
-    for lookup, first in zip(group.lookups, group.vector_starts.tolist(), strict=True):
-        sample, position = np.arange(samples)[None], np.arange(lookup.vectors)[:, None]
-        places.append((first * samples + sample * lookup.vectors + position).reshape(-1))
-    return np.concatenate(places).astype(np.int32)
-
-
-def _vectors_at_home(bags: Float[Array, "bags w"], group: Group) -> Float[Array, "b X w"]:
-    samples = bags.shape[0] // group.num_vectors
-    if group.has_sequences:
-        bags = bags[_home_places(group, samples)]
-    return bags.reshape(group.num_vectors, samples, group.width).swapaxes(0, 1)
-
-
-def _bags_at_home(vectors: Float[Array, "b X w"], group: Group) -> Float[Array, "bags w"]:
-    samples = vectors.shape[0]
-    bags = vectors.swapaxes(0, 1).reshape(-1, vectors.shape[2])
-    return bags[np.argsort(_home_places(group, samples))] if group.has_sequences else bags
 
 
 def update_local(
@@ -217,7 +56,7 @@ def update_local(
         The tables after the update.
     """
     layout = place.layout
-    blocks = _divided(gradients, divisors, place)
+    blocks = divided(gradients, divisors, place)
     with jax.named_scope("send_back"):
         sent = _send_back(take_apart(blocks, place.sources, layout, _counts_at_home(place)), routed, place)
     calls = [
@@ -328,7 +167,7 @@ def _send_back(
     trips = [_trip(routed[number]) for number in by_id]
     of_records = []
     for number in by_id:
-        at_home = _bags_at_home(home[number], layout.groups[number])
+        at_home = bags_at_home(home[number], layout.groups[number])
         of_records.append(at_home.at[_home(routed[number]).bags].get(mode="fill", fill_value=0))
     for number, of_ids in zip(by_id, to_owners(trips, of_records), strict=True):
         bags[number] = of_ids

@@ -1,0 +1,161 @@
+"""ReplayedSteps: training steps that lose no id, and that the host never waits for.
+
+The room for ids on their way is static, and chosen for ordinary batches. Where a batch needs more, its step and all
+later ones change nothing but `TrainState.fault` (`OVERFLOW`). The host looks a few steps late, raises the capacities
+and does those steps again, in order, with the batches that it has kept. Fault and needs are the same on every process,
+so all of them do the same.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.stop_signal import StopSignal
+from dlrm_jax.train_state import OVERFLOW, TrainState
+from dlrm_jax.train_step import StepReport, TrainStep
+from sharding.capacities import Capacities
+from sharding.mesh import REPLICATED, sharding_on
+
+# Steps that may be under way when the host looks at one.
+STEPS_AHEAD = 2
+
+
+class Window:
+    """The metrics of the steps between two lines of the log.
+
+    Attributes:
+        metrics: Sums over its steps, on the devices.
+        steps: Number of its steps.
+        untimed: Those of them that do not count for the speed.
+    """
+
+    def __init__(self, metrics: BinnedMetrics):
+        self.metrics = metrics
+        self.steps = 0
+        self.untimed = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Unchecked:
+    """A step that the host has not looked at."""
+
+    step: int
+    batch: Batch
+    window: Window
+    report: StepReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A step that is done for good, or at which training has come to a halt.
+
+    Attributes:
+        step: Its number.
+        fault: The state's fault after it, never `OVERFLOW`.
+        stop: Whether a process had been signalled to stop.
+        window: The window that it belongs to.
+    """
+
+    step: int
+    fault: int
+    stop: bool
+    window: Window
+
+
+class ReplayedSteps:
+    """Starts training steps one after another, and checks them later.
+
+    Attributes:
+        state: The state after the last step started.
+        step: Its number.
+        capacities: Room for ids.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        train_step: TrainStep,
+        state: TrainState,
+        *,
+        step: int,
+        capacities: Capacities,
+        stop: StopSignal,
+    ):
+        """Begins after a step.
+
+        Args:
+            recommender: The model.
+            train_step: Its compiled step.
+            state: The state after that step.
+            step: Number of that step.
+            capacities: Room for ids to begin with.
+            stop: Whether this process has been signalled.
+        """
+        self.state = state
+        self.step = step
+        self.capacities = capacities
+        self._recommender = recommender
+        self._train_step = train_step
+        self._stop = stop
+        self._unchecked: deque[_Unchecked] = deque()
+        # Made where the step leaves them, so that the step is compiled once.
+        mesh: Mesh = recommender.tables.mesh
+        replicated = sharding_on(mesh, REPLICATED)
+        self._no_fault = jax.jit(lambda: jnp.int32(0), out_shardings=replicated)
+        self._no_metrics = jax.jit(BinnedMetrics.zeros, out_shardings=replicated)
+
+    def new_window(self) -> Window:
+        """A window without steps."""
+        return Window(self._no_metrics())
+
+    def start(self, batch: Batch, window: Window) -> None:
+        """Starts the next step.
+
+        Args:
+            batch: This process's part of its batch, as numpy arrays.
+            window: Where its metrics are added.
+        """
+        self.step += 1
+        window.steps += 1
+        report = self._run(batch, window)
+        self._unchecked.append(_Unchecked(step=self.step, batch=batch, window=window, report=report))
+
+    def checked(self, *, ahead: int) -> Iterator[Checked]:
+        """Looks at steps in order, and does again those that ids had no room in.
+
+        Args:
+            ahead: Steps that need not be looked at yet.
+
+        Yields:
+            The steps looked at. After one with a fault there is nothing to go on with.
+        """
+        while len(self._unchecked) > ahead:
+            first = self._unchecked[0]
+            fault = int(first.report.fault)
+            if fault == OVERFLOW:
+                self._replay()
+                continue
+            self._unchecked.popleft()
+            yield Checked(step=first.step, fault=fault, stop=bool(first.report.stop), window=first.window)
+
+    def _replay(self) -> None:
+        """Does all unchecked steps again, with room for what each of them needs."""
+        needs = [entry.report.needs for entry in self._unchecked]
+        self.capacities = self._recommender.grown_capacities(self.capacities, needs)
+        self.state = dataclasses.replace(self.state, fault=self._no_fault())
+        for entry in self._unchecked:
+            entry.report = self._run(entry.batch, entry.window)
+
+    def _run(self, batch: Batch, window: Window) -> StepReport:
+        on_devices = self._recommender.to_devices(batch, self.capacities)
+        self.state, window.metrics, report = self._train_step(
+            self.state, window.metrics, on_devices, stop=self._stop.flag, capacities=self.capacities
+        )
+        return report

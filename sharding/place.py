@@ -1,0 +1,53 @@
+"""Place: what a device has to know of the mesh and of the layout to look up and to update.
+
+Letters: b samples, k vectors of a block, D dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from sharding.assemble import BlockSource
+from sharding.layout import Layout
+from sharding.mesh import device_number
+
+
+class Place(NamedTuple):
+    """Layout and mesh.
+
+    Attributes:
+        layout: The layout.
+        sources: Where the vectors of each block come from.
+        means: For each block, the mean that each of its vectors is, among all means; beyond them for one that is none;
+            None if none is.
+        nodes: Nodes of the mesh.
+    """
+
+    layout: Layout
+    sources: tuple[BlockSource, ...]
+    means: tuple[Int32[np.ndarray, " k"] | None, ...]
+    nodes: int
+
+    @property
+    def device(self) -> Int32[Array, ""]:
+        """Number of this device."""
+        return device_number() if self.layout.num_devices > 1 else jnp.int32(0)
+
+    def numbers(self, family: str) -> list[int]:
+        """Numbers of the groups of a family."""
+        return [number for number, group in enumerate(self.layout.groups) if group.family == family]
+
+
+def divided(
+    blocks: Sequence[Float[Array, "b k D"]], divisors: Float[Array, "b means"], place: Place
+) -> tuple[Float[Array, "b k D"], ...]:
+    """Divides the sums of each mean, or their gradients."""
+    return tuple(
+        block
+        if means is None
+        else block / divisors.at[:, jnp.asarray(means)].get(mode="fill", fill_value=1.0)[:, :, None]
+        for block, means in zip(blocks, place.means, strict=True)
+    )
