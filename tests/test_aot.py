@@ -4,69 +4,38 @@ Needs the extra `aot`: libtpu for TPUs, ptxas and libdevice for GPUs. Without th
 """
 
 import dataclasses
-from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
-from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs.quickstart import quickstart
-from dlrm_jax.config import EmbeddingConfig, TableConfig
+from dlrm_jax.config import DataConfig, EmbeddingConfig, TableConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
-from dlrm_jax.metrics import BinnedMetrics
-from dlrm_jax.recommender import Recommender
-from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_train_step
-from sharding import make_mesh
-from sharding.mesh import REPLICATED, sharding_on
+from dlrm_jax.target_step import DeviceBytes, compile_for_target, device_bytes, lower_train_step
+from sharding.aot import target_mesh
+from sharding.layout import make_layout
+from sharding.plan import (
+    Placement,
+    ShardingPlan,
+    column_wise,
+    data_parallel,
+    grid,
+    one_device_plan,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from sharding.tables import TableSpec
+from sharding.topology import parse_topology
 
-# Figures of an H200 SXM as CUDA reports them; the names are those of XLA's GpuTargetConfigProto.
-H200 = """
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-gpu_device_info {
-  name: "NVIDIA H200"
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132
-  fpus_per_core: 128
-  memory_bandwidth: 4800000000000
-  device_memory_size: 151397597184
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}
-"""
 BATCH_SIZE, LONGEST_BAG = 256, 8
 NUM_ROWS = 4_000_000
 # What a step needs beside its state: for batches of 256 samples less than this, for a copy of a table far more.
 SMALL = 32 * 2**20
-CARD = DatasetCard(
-    name="stated",
-    dense=(DenseColumn(name="price"), DenseColumn(name="age")),
-    sparse=(
-        SparseColumn(name="item", num_rows=NUM_ROWS),
-        SparseColumn(name="tags", num_rows=NUM_ROWS, bag=True, max_pooling_factor=LONGEST_BAG),
-    ),
-    splits={"train": SplitSummary(num_samples=1000, positive_rate=0.5)},
-)
+
+Places = tuple[Callable[[TableSpec], Placement], Callable[[TableSpec], Placement]]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,40 +48,42 @@ def no_compilation_cache() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-@cache
-def device_of(kind: str) -> Any:
-    """One device of a kind that this machine need not have."""
-    if kind == "h200":
-        return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology="1x1x1").devices[0]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:1x1").devices[0]
-
-
-def compiled_step(kind: str, **tables: TableConfig) -> tuple[Any, int]:
-    """The compiled step of quickstart with these tables, and the bytes of their weights and state."""
+def compiled_step(
+    target: str, item: TableConfig, tags: TableConfig, places: Places | None = None, num_rows: int = NUM_ROWS
+) -> tuple[DeviceBytes, int]:
+    """Bytes of the step of quickstart with two tables, placed so; and those of a device's weights and state."""
+    card = DatasetCard(
+        name="stated",
+        dense=(DenseColumn(name="price"), DenseColumn(name="age")),
+        sparse=(
+            SparseColumn(name="item", num_rows=num_rows),
+            SparseColumn(name="tags", num_rows=num_rows, bag=True, max_pooling_factor=LONGEST_BAG),
+        ),
+        splits={"train": SplitSummary(num_samples=1000, positive_rate=0.5)},
+    )
     config = quickstart()
     config = dataclasses.replace(
         config,
-        embedding=EmbeddingConfig(tables=tables),
-        model=dataclasses.replace(config.model, bottom_mlp=(64, tables["item"].dim)),
+        data=DataConfig(batch_size=BATCH_SIZE),
+        embedding=EmbeddingConfig(tables={"item": item, "tags": tags}),
+        model=dataclasses.replace(config.model, bottom_mlp=(64, item.dim)),
     )
-    recommender = Recommender(config, CARD, mesh=make_mesh(1, 1, devices=[device_of(kind)]))
-    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
-    metrics = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(BinnedMetrics.zeros),
-    )
-    state = abstract_train_state(recommender, optimizer)
-    batch = recommender.abstract_batch(BATCH_SIZE, BATCH_SIZE * (1 + LONGEST_BAG))
-    table_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.tables))
-    return make_train_step(recommender, optimizer).lower(state, metrics, batch).compile(), table_bytes
+    topology = parse_topology(target)
+    tables, features = make_specs(config.embedding, card)
+    if places is None:
+        plan = one_device_plan(tables)
+    else:
+        placements = tuple(place(table) for place, table in zip(places, tables, strict=True))
+        plan = ShardingPlan(nodes=topology.nodes, chips=topology.chips, placements=placements)
+    lowered = lower_train_step(config, card, plan, target_mesh(topology))
+    weights = sum(store.lines_per_device * 512 for store in make_layout(tables, features, plan).stores)
+    return device_bytes(compile_for_target(lowered, topology.platform)), weights
 
 
-def assert_in_place(compiled: Any, table_bytes: int) -> None:
-    memory = compiled.memory_analysis()
+def assert_in_place(program: DeviceBytes, table_bytes: int) -> None:
     assert table_bytes > 16 * SMALL
-    assert memory.alias_size_in_bytes >= table_bytes
-    assert memory.temp_size_in_bytes < SMALL
+    assert program.reused >= table_bytes
+    assert program.temporary < SMALL
 
 
 @pytest.mark.parametrize(
@@ -128,17 +99,46 @@ def assert_in_place(compiled: Any, table_bytes: int) -> None:
     ids=["narrow", "wide"],
 )
 def test_the_step_for_an_h200_then_compiles_without_a_copy_of_a_table(item: TableConfig, tags: TableConfig) -> None:
-    assert_in_place(*compiled_step("h200", item=item, tags=tags))
+    assert_in_place(*compiled_step("h200:1x1", item, tags))
 
 
-@pytest.mark.parametrize("kind", ["v6e", pytest.param("v5e", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "places",
+    [
+        (lambda table: row_wise(table, returns="rows"), lambda table: table_row_wise(table, 1, returns="partial_sums")),
+        (lambda table: column_wise(table, [0, 1, 2, 3]), lambda table: grid(table, [0, 1], returns="partial_sums")),
+        (lambda table: table_wise(table, 5), data_parallel),
+    ],
+    ids=["by rows", "by columns", "whole"],
+)
+def test_the_step_for_two_nodes_of_h200_then_compiles_without_a_copy_of_a_table(places: Places) -> None:
+    tables = TableConfig(dim=64), TableConfig(dim=128, optimizer="lamb", dtype="float16", rounding="stochastic")
+    # A device has a part of the tables only: it is to be large enough for a copy to be seen.
+    assert_in_place(*compiled_step("h200:2x4", *tables, places, num_rows=8 * NUM_ROWS))
+
+
+@pytest.mark.parametrize("kind", ["v6e", pytest.param("v5p", marks=pytest.mark.slow)])
 def test_the_step_for_a_tpu_when_rows_are_as_wide_as_lines_then_no_copy_of_a_table(kind: str) -> None:
-    assert_in_place(*compiled_step(kind, item=TableConfig(dim=128), tags=TableConfig(dim=128)))
+    assert_in_place(*compiled_step(f"{kind}:1x1", TableConfig(dim=128), TableConfig(dim=128)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v6e:2x4", "v5p:2x4"])
+def test_the_step_for_eight_tpus_when_rows_are_as_wide_as_lines_then_no_copy_of_a_table(target: str) -> None:
+    def by_id(table: TableSpec) -> Placement:
+        return row_wise(table, returns="rows")
+
+    def on_a_node(table: TableSpec) -> Placement:
+        return table_row_wise(table, 1, returns="partial_sums")
+
+    tables = TableConfig(dim=128), TableConfig(dim=128)
+    assert_in_place(*compiled_step(target, *tables, (by_id, on_a_node), num_rows=2 * NUM_ROWS))
 
 
 @pytest.mark.slow
 def test_the_step_for_a_tpu_when_rows_are_narrow_then_compiles() -> None:
     # A TPU lays [lines, 128] and [rows, 16] out differently, so this program copies its tables: a known limit of the
     # implementation `xla`, as are wider rows and 16-bit stores.
-    compiled, table_bytes = compiled_step("v6e", item=TableConfig(dim=16), tags=TableConfig(dim=16))
-    assert compiled.memory_analysis().alias_size_in_bytes >= table_bytes
+    program, table_bytes = compiled_step("v6e:1x1", TableConfig(dim=16), TableConfig(dim=16))
+    assert program.reused >= table_bytes

@@ -59,9 +59,13 @@ samples = st.builds(
 
 
 @pytest.mark.parametrize(
-    "plan", [plan if plan == "mixed" else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS]
+    ("nodes", "chips", "plan"),
+    [
+        (*mesh, plan) if (mesh, plan) == ((2, 4), "mixed") else pytest.param(*mesh, plan, marks=pytest.mark.slow)
+        for mesh in MESHES
+        for plan in PLANS
+    ],
 )
-@pytest.mark.parametrize(("nodes", "chips"), MESHES)
 @settings(max_examples=2, deadline=None)
 @given(samples=samples, weighted=st.booleans())
 def test_three_updates_on_eight_devices_then_the_same_bits_as_on_one(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -167,14 +167,20 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def slow_unless_mixed(*layouts: tuple[int, int, str]) -> Any:
+    """A parameter that is slow unless one of the layouts has a table of each kind."""
+    mixed = any("mixed" in layout for layout in layouts)
+    return pytest.param(*layouts, id="-".join(map(str, layouts)), marks=() if mixed else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("source", "target"), [slow_unless_mixed(*pair) for pair in PAIRS])
 def test_tables_restored_on_another_plan_and_mesh_then_the_same_rows(saved, monkeypatch, source, target) -> None:
     small_buffers(monkeypatch)
     tables = tables_on(*target)
     assert_holds_truth(tables, restore_tables(tables, saved[source]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [slow_unless_mixed(layout) for layout in LAYOUTS])
 def test_tables_of_any_plan_read_from_disk_then_their_rows(saved, monkeypatch, layout) -> None:
     monkeypatch.setattr("sharding.reshard.WINDOW_BYTES", 30_000)
     rows, numbers = truth()
@@ -201,7 +207,7 @@ def stored(array: LineArray, rows: Mapping[str, np.ndarray]) -> np.ndarray:
     return by_device.reshape(-1, array.line_elements)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [slow_unless_mixed(layout) for layout in LAYOUTS])
 def test_initial_rows_on_any_plan_then_those_of_one_device(layout) -> None:
     tables, one = tables_on(*layout), tables_on(1, 1, "table_wise")
     alone = one.init()

@@ -1,0 +1,143 @@
+"""What the planner has to know of an experiment: its tables and features, how many ids they bring, its dense part.
+
+Letters: b samples of one device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dlrm_jax.config import Config, DenseOptimizerConfig, make_specs
+from dlrm_jax.data.card import DatasetCard, SparseColumn
+from dlrm_jax.layers import num_pairs
+from dlrm_jax.model import DLRM
+from sharding.cost import DenseLoad
+from sharding.errors import InputError
+from sharding.load import FeatureLoad
+from sharding.tables import FeatureSpec, TableSpec
+from sharding.vectors import blocks_of
+
+_FLOAT_BYTES = 4
+# A multiplication and an addition, in the forward pass and for both gradients.
+_FLOPS_PER_PRODUCT = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningInput:
+    """An experiment as the planner sees it. The fields are arguments of `make_plan` and `plan_cost`.
+
+    Attributes:
+        tables: Its tables.
+        features: Its features.
+        batch_size: Samples of a training step, over all devices.
+        loads: Ids of each feature.
+        dense: Its dense part.
+    """
+
+    tables: tuple[TableSpec, ...]
+    features: tuple[FeatureSpec, ...]
+    batch_size: int
+    loads: tuple[FeatureLoad, ...]
+    dense: DenseLoad
+
+
+def planning_input(config: Config, card: DatasetCard, num_devices: int) -> PlanningInput:
+    """Describes an experiment to the planner.
+
+    Args:
+        config: The experiment.
+        card: Its dataset: rows, pooling factors, and how often ids occur.
+        num_devices: Devices that share the batch.
+
+    Raises:
+        InputError: Config and card do not fit each other, or the batch does not divide.
+    """
+    tables, features = make_specs(config.embedding, card)
+    batch_size = config.data.batch_size
+    if batch_size % num_devices:
+        raise InputError(
+            f"data.batch_size is {batch_size}, which {num_devices} devices do not divide: use "
+            f"{-(-batch_size // num_devices) * num_devices}"
+        )
+    return PlanningInput(
+        tables=tables,
+        features=features,
+        batch_size=batch_size,
+        loads=tuple(feature_load(card.feature(feature.name)) for feature in features),
+        dense=dense_load(config, len(card.dense), tables, features, batch_size // num_devices),
+    )
+
+
+def feature_load(column: SparseColumn) -> FeatureLoad:
+    """The ids of a feature, as far as the card's maker has counted them."""
+    counted = column.frequencies
+    return FeatureLoad(
+        feature=column.name,
+        pooling_factor=column.mean_pooling_factor if column.bag else 1.0,
+        weighted=column.weights is not None,
+        top=tuple((row, count / counted.total) for row, count in counted.top) if counted and counted.total else (),
+        coverage=counted.coverage if counted else (),
+    )
+
+
+def dense_load(
+    config: Config, num_dense: int, tables: Sequence[TableSpec], features: Sequence[FeatureSpec], samples: int
+) -> DenseLoad:
+    """The dense part of a model: ``flops = 6 (sum of its matrices' numbers + products of the interaction)`` a sample.
+
+    Memory is that of parameters, gradients and optimizer state, and of what the backward pass keeps of the forward
+    pass, the shapes of which JAX's differentiation says.
+
+    Args:
+        config: The experiment.
+        num_dense: Dense features.
+        tables: Tables.
+        features: Features.
+        samples: b.
+    """
+    shapes = [(len(block.names), block.dim) for block in blocks_of(tables, features) if not block.sequence]
+    graph, params = nnx.split(
+        nnx.eval_shape(
+            lambda: DLRM(config.model, num_dense=num_dense, embedding_shapes=shapes, rngs=nnx.Rngs(params=0))
+        )
+    )
+
+    def kept(batch_size: int) -> int:
+        """Bytes of the arrays that the backward pass reads."""
+
+        def logits(params: nnx.State, dense: Array, embeddings: list[Array]) -> Float[Array, " B"]:
+            return nnx.merge(graph, params)(dense, embeddings)
+
+        def residuals(*arguments: object) -> object:
+            return jax.vjp(logits, *arguments)[1]
+
+        floats = jnp.float32
+        dense = jax.ShapeDtypeStruct((batch_size, num_dense), floats)
+        embeddings = [jax.ShapeDtypeStruct((batch_size, *shape), floats) for shape in shapes]
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, dense, embeddings))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    sizes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    parameters = sum(math.prod(shape) for shape in sizes)
+    products = sum(math.prod(shape) for shape in sizes if len(shape) > 1)
+    if config.model.interaction == "dot":
+        vectors = sum(count for count, _ in shapes) + bool(num_dense)
+        width = config.model.bottom_mlp[-1] if config.model.bottom_mlp else num_dense or max(dim for _, dim in shapes)
+        products += num_pairs(vectors, self_interaction=config.model.self_interaction) * width
+    copies = 2 + _state_numbers(config.dense_optimizer)
+    return DenseLoad(
+        parameters=parameters,
+        flops_per_sample=float(_FLOPS_PER_PRODUCT * products),
+        memory_bytes=copies * parameters * _FLOAT_BYTES + samples * (kept(2) - kept(1)),
+        dtype=config.model.dtype,
+    )
+
+
+def _state_numbers(optimizer: DenseOptimizerConfig) -> int:
+    """Numbers of optimizer state a parameter."""
+    return {"sgd": int(optimizer.momentum > 0), "adagrad": 1}.get(optimizer.name, 2)

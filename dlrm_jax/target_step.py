@@ -1,0 +1,101 @@
+"""The training step, compiled ahead of time for devices that this machine need not have."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dlrm_jax.config import Config
+from dlrm_jax.data.assemble import IdCapacity
+from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
+from dlrm_jax.train_step import make_train_step
+from sharding.mesh import REPLICATED, sharding_on
+from sharding.plan import ShardingPlan
+from sharding.topology import Platform
+
+# XLA has scheduled a program and placed its buffers before it makes machine code, kernel by kernel, which is most of
+# the time that GPU programs take to compile.
+_QUICK_CODE = {"xla_backend_optimization_level": "0", "xla_gpu_disable_gpuasm_optimizations": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceBytes:
+    """Bytes that XLA gives a program on one device.
+
+    Attributes:
+        arguments: Arguments: the state, metrics and the batch.
+        outputs: Results.
+        reused: Results that take the place of arguments.
+        temporary: Everything between.
+    """
+
+    arguments: int
+    outputs: int
+    reused: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.outputs - self.reused + self.temporary
+
+
+def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> jax.stages.Lowered:
+    """Lowers the step that training would run, with room for the ids of ordinary batches. Allocates nothing.
+
+    Args:
+        config: The experiment.
+        card: Its dataset.
+        plan: Where its tables live.
+        mesh: The devices, such as those of `sharding.aot.target_mesh`.
+
+    Raises:
+        InputError: They do not fit each other.
+    """
+    recommender = Recommender(config, card, mesh=mesh, plan=plan)
+    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+    replicated = sharding_on(mesh, REPLICATED)
+    metrics = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(BinnedMetrics.zeros),
+    )
+    devices = mesh.devices.size
+    samples = config.data.batch_size // devices
+    columns = recommender.card.sparse
+    capacities = recommender.tables.expected_capacities(
+        samples,
+        IdCapacity(columns, samples).value,
+        {column.name: column.mean_pooling_factor if column.bag else 1.0 for column in columns},
+    )
+    batch = recommender.abstract_batch(
+        config.data.batch_size,
+        capacities.ids * devices,
+        weighted=any(column.weights is not None for column in columns),
+    )
+    state = abstract_train_state(recommender, optimizer)
+    return make_train_step(recommender, optimizer).lower(state, metrics, batch, capacities=capacities)
+
+
+def compile_for_target(lowered: jax.stages.Lowered, platform: Platform) -> jax.stages.Compiled:
+    """Compiles a program that is to be looked at, not run: memory and schedule are those that running it would have.
+
+    Args:
+        lowered: The program.
+        platform: What it is for.
+    """
+    return lowered.compile(compiler_options=_QUICK_CODE if platform == "gpu" else None)
+
+
+def device_bytes(compiled: jax.stages.Compiled) -> DeviceBytes:
+    """Bytes of a compiled program on one device."""
+    memory: Any = compiled.memory_analysis()
+    return DeviceBytes(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        reused=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+    )

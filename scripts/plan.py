@@ -1,0 +1,226 @@
+"""Plans where the tables of a model live, and says what a training step would cost.
+
+    scripts/plan.py CONFIG [--topology h200:16x8] [--out plan.json] [--picture plan.png] [--field.subfield value ...]
+
+Prints the plan, its time by stage and its memory. --plan FILE judges that plan instead of the planner's; --compile
+compiles the training step for the target, which need not be here, and prints XLA's own bytes beside the estimate.
+
+Without --topology the plan is for this machine's devices, --mesh.nodes times --mesh.chips of them. Constraints:
+
+    --pin TABLE=KIND, TABLE=device:3, TABLE=devices:3,4, TABLE=node:1 or TABLE=nodes:0,1 (column slices, in order)
+    --forbid TABLE=KIND[,KIND...]     --returns TABLE=rows or TABLE=partial_sums     --together TABLE,TABLE[,...]
+
+TABLE may have * and ?, and stands for each table that it fits. Kinds: table_wise, column_wise, row_wise,
+table_row_wise, grid, data_parallel. These flags may be repeated.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dlrm_jax.config import Config, MeshConfig
+from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.planning import PlanningInput, planning_input
+from dlrm_jax.sources import card_of
+from dlrm_jax.target_step import DeviceBytes, compile_for_target, device_bytes, lower_train_step
+from scripts.command_line import ConfigFlags, configure_jax, parse_with_config
+from scripts.constraints import parse_constraints
+from scripts.one_line_errors import run
+from sharding.aot import target_mesh
+from sharding.cost import PlanCost, plan_cost
+from sharding.errors import InputError
+from sharding.measure import topology_of
+from sharding.mesh import make_mesh
+from sharding.plan import ShardingPlan, check_plan
+from sharding.plan_report import draw_plan, plan_report
+from sharding.planner import PartitionerName, PlanResult, make_plan
+from sharding.topology import Topology, parse_topology
+
+Constraints = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Plans where the tables of a model live."""
+
+    config: ConfigFlags
+    topology: str | None = None
+    """KIND:NxC, NODE times CHIP devices, such as h200:16x8; this machine's devices unless given."""
+    partitioner: PartitionerName = "best"
+    """How slices are dealt out to devices before the search: "best" of both, "greedy", or "ldm" (Karmarkar-Karp)."""
+    pin: Constraints = ()
+    """Where tables are to be, such as sparse_0=device:3."""
+    forbid: Constraints = ()
+    """Placements that tables may not have, such as sparse_*=data_parallel."""
+    returns: Constraints = ()
+    """How vectors of spread rows come home: sparse_0=rows or sparse_0=partial_sums."""
+    together: Constraints = ()
+    """Tables that are to be on one device, such as sparse_0,sparse_1."""
+    out: Path | None = None
+    """File for the plan, as JSON; give it to scripts/train.py with --plan."""
+    picture: Path | None = None
+    """File for a picture of each device's memory and load; its ending says the format."""
+    compile: bool = False
+    """Compile the training step for the target, and compare XLA's bytes with the estimate. Takes minutes."""
+    most_tables: int = 40
+    """Most tables that are listed, largest first."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Plans what the command line says."""
+    given = parse_with_config(Arguments, arguments, __doc__ or "")
+    topology, mesh = _target(given)
+    config = dataclasses.replace(given.config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
+    card = _card(config)
+    described = planning_input(config, card, topology.num_devices)
+    console = Console()
+    # A pipe has no width of its own, and 80 columns are too few for a table of devices.
+    console = console if console.is_terminal else Console(width=160)
+    started = time.perf_counter()
+    with _progress(f"planning {len(described.tables)} tables on {topology.num_devices} devices"):
+        result = _plan(given, described, topology)
+    seconds = time.perf_counter() - started
+    console.print(plan_report(result, described.tables, most_tables=given.most_tables))
+    console.print(f"{topology.name}: planned in {seconds:.1f} s", highlight=False)
+    if given.out is not None:
+        result.plan.save(given.out)
+    if given.picture is not None:
+        draw_plan(result, given.picture)
+    estimate = result.cost.storage.total
+    if estimate > result.memory_limit:
+        raise InputError(
+            f"the plan needs {estimate / 1e9:.2f} GB a device, but {topology.name} has {result.memory_limit / 1e9:.2f} "
+            "GB for it: leave --plan out for one that fits"
+        )
+    if given.compile:
+        mesh = target_mesh(topology) if mesh is None else mesh
+        started = time.perf_counter()
+        with _progress(f"compiling the training step for {topology.name}"):
+            lowered = lower_train_step(config, card, result.plan, mesh)
+            try:
+                compiled = compile_for_target(lowered, topology.platform)
+            except jax.errors.JaxRuntimeError as error:
+                # Compilers for TPUs refuse what does not fit.
+                raise InputError(
+                    f"XLA cannot compile the step for {topology.name}: {str(error).splitlines()[0]} (the estimate was "
+                    f"{estimate / 1e9:.2f} GB a device)"
+                ) from error
+        seconds = time.perf_counter() - started
+        console.print(_bytes_table(result.cost, device_bytes(compiled)))
+        console.print(f"compiled in {seconds:.1f} s", highlight=False)
+
+
+def _card(config: Config) -> DatasetCard:
+    """The dataset's card; where the dataset is not on this machine, the one that the config states."""
+    if config.stated is None or config.data.path is None or Path(config.data.path).exists():
+        return card_of(config)
+    print(f"{config.data.path} is not here: planning with the figures that the config states", file=sys.stderr)
+    return config.stated
+
+
+def _target(given: Arguments) -> tuple[Topology, Mesh | None]:
+    """The machine, and its devices if they are here."""
+    config = given.config
+    if given.topology is None:
+        configure_jax(config.mesh)
+        mesh = make_mesh(config.mesh.nodes, config.mesh.chips)
+        return topology_of(mesh), mesh
+    topology = parse_topology(given.topology)
+    asked = (config.mesh.nodes, config.mesh.chips)
+    if asked not in ((1, 1), (topology.nodes, topology.chips)):
+        raise InputError(
+            f"--topology {given.topology} has {topology.nodes} x {topology.chips} devices, but --mesh.nodes and "
+            f"--mesh.chips say {asked[0]} x {asked[1]}: leave them out"
+        )
+    # Compilers of accelerators that are not here would look for them. All three are read when JAX first needs a device.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What is compiled for a device that is not here can be written to the cache, but never be read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
+    return topology, None
+
+
+def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> PlanResult:
+    """The planner's plan; or the given one, beside the planner's lower bound."""
+    path = given.config.plan
+    plan = None
+    if path is not None:
+        # Before the planner takes its time.
+        plan = ShardingPlan.load(path)
+        check_plan(plan, described.tables, topology.nodes, topology.chips)
+    made = make_plan(
+        described.tables,
+        described.features,
+        topology,
+        batch_size=described.batch_size,
+        loads=described.loads,
+        dense=described.dense,
+        constraints=parse_constraints(
+            described.tables,
+            pin=given.pin,
+            forbid=given.forbid,
+            returns=given.returns,
+            together=given.together,
+        ),
+        partitioner=given.partitioner,
+    )
+    if plan is None:
+        return made
+    cost = plan_cost(
+        plan,
+        described.tables,
+        described.features,
+        topology,
+        batch_size=described.batch_size,
+        loads=described.loads,
+        dense=described.dense,
+    )
+    return dataclasses.replace(made, plan=plan, cost=cost, partitioner=f"none (plan of {path})", partitioned=())
+
+
+def _bytes_table(cost: PlanCost, found: DeviceBytes) -> Table:
+    """XLA's bytes of a device beside the estimate."""
+    storage = cost.storage
+    table = Table("memory of a device", "estimate, GB", "XLA, GB", "estimate / XLA", title="estimate and program")
+    rows = (
+        # Arguments hold the dense part's parameters and optimizer state, and the batch, which the estimate has below.
+        ("tables and their optimizer state | arguments", storage.stores, found.arguments),
+        ("buffers and dense part | temporary", storage.buffers + storage.dense, found.temporary),
+        ("results beside the state", None, found.outputs - found.reused),
+        ("all", storage.total, found.total),
+    )
+    for name, estimate, real in rows:
+        estimated = "" if estimate is None else f"{estimate / 1e9:.3f}"
+        ratio = "" if estimate is None or not real else f"{estimate / real:.3f}"
+        table.add_row(name, estimated, f"{real / 1e9:.3f}", ratio)
+    return table
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Shows that something long is under way, and for how long."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(what, highlight=False)
+        yield
+        return
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+if __name__ == "__main__":
+    run(main)

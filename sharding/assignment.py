@@ -1,0 +1,235 @@
+"""Assignment: candidates and owners of all tables, with the loads that follow, and the first one.
+
+Letters: Q of `candidates.SPREAD`, W devices, M bins (places for a slice), L devices of a bin.
+"""
+
+from collections.abc import Set
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sharding.candidates import SPREAD, Candidate, Choices, to_placement
+from sharding.cost import Step
+from sharding.layout import Family
+from sharding.partition import Partitioner
+from sharding.plan import ShardingPlan
+
+# Improvements below this share of the cost are noise.
+NOISE = 1e-9
+# A maximum that is less than this share of the cost above its mean is left alone.
+WORTH = 5e-5
+
+
+class Assignment:
+    """A candidate and its bins for each table, with the loads that follow.
+
+    A bin is what one slice needs: a device, a node, or all devices. The cost is what `candidates.Candidate` counts:
+    the sum over groups and quantities of the maximum over devices, and what is the same on every device.
+
+    Attributes:
+        candidate: Candidate of each table; None while it has no place.
+        bins: Bins of its slices.
+    """
+
+    def __init__(self, choices: Choices, step: Step, memory: float):
+        self.choices = choices
+        self.step = step
+        self.num_devices = num_devices = step.topology.num_devices
+        self.memory = memory
+        self.candidate: list[Candidate | None] = [None] * len(choices.tables)
+        self.bins: list[tuple[int, ...]] = [()] * len(choices.tables)
+        self.load = np.zeros((len(choices.groups), len(SPREAD), num_devices))
+        self.most = np.zeros((len(choices.groups), len(SPREAD)))
+        self.fixed = 0.0
+        self.bytes = np.zeros((len(choices.stores), num_devices))
+        self.members = np.zeros(len(choices.groups), np.int64)
+        self.cut_members = np.zeros(len(choices.groups), np.int64)
+        self._latencies: dict[bytes, float] = {}
+
+    @property
+    def cost(self) -> float:
+        """Seconds."""
+        return float(self.most.sum()) + self.fixed + self.latency
+
+    @property
+    def latency(self) -> float:
+        """Seconds that the exchanges of the groups with members take to start."""
+        used = (self.members > 0).tobytes() + (self.cut_members > 0).tobytes()
+        if used not in self._latencies:
+            present: list[tuple[Family, bool]] = [
+                (key.family, False) for key, count in zip(self.choices.groups, self.members, strict=True) if count
+            ]
+            self._latencies[used] = self.step.latency_seconds(present)
+        return self._latencies[used]
+
+    @property
+    def most_bytes(self) -> float:
+        """Bytes of a device, all of which have stores as large as the fullest."""
+        return float(self.bytes.max(axis=1).sum())
+
+    def room(self, store: int) -> float:
+        """Bytes that a device may have in a store, as full as the others are."""
+        return self.memory - (self.most_bytes - float(self.bytes[store].max()))
+
+    def _add(self, candidate: Candidate, bins: tuple[int, ...], sign: float) -> None:
+        load = self.load[candidate.group].reshape(len(SPREAD), -1, candidate.span)
+        places = list(bins)
+        load[:, places] += sign * candidate.profile[:, None]
+        self.bytes[candidate.store].reshape(-1, candidate.span)[places] += sign * candidate.owner_bytes
+        self.most[candidate.group] = self.load[candidate.group].max(axis=1)
+        self.fixed += sign * candidate.fixed
+        self.members[candidate.group] += int(sign)
+        self.cut_members[candidate.group] += int(sign) * candidate.has_second_pass
+
+    def place(self, candidate: Candidate, bins: tuple[int, ...]) -> None:
+        """Gives a table that has no place one."""
+        self._add(candidate, bins, 1.0)
+        self.candidate[candidate.table] = candidate
+        self.bins[candidate.table] = bins
+
+    def remove(self, table: int) -> tuple[Candidate, tuple[int, ...]]:
+        """Takes a table's place away; returns what it was."""
+        candidate, bins = self.candidate[table], self.bins[table]
+        if candidate is None:
+            raise ValueError(f"table {table} has no place")
+        self._add(candidate, bins, -1.0)
+        self.candidate[table] = None
+        return candidate, bins
+
+    def best_bins(self, candidate: Candidate) -> tuple[float, float, tuple[int, ...]] | None:
+        """Where a candidate adds least: seconds, bytes beyond the limit, bins; None if memory has no place for it.
+
+        Of bins that add the same, the least loaded.
+        """
+        before = self.most[candidate.group]
+        load = self.load[candidate.group].reshape(len(SPREAD), -1, candidate.span) + candidate.profile[:, None]
+        after = np.maximum(load.max(axis=2), before[:, None])
+        fits = self.fits(candidate)
+        if candidate.owners is not None:
+            chosen = np.array(candidate.owners)
+        else:
+            order = np.lexsort((load.sum(axis=(0, 2)), after.sum(axis=0), ~fits))
+            chosen = order[: candidate.num_slices]
+        if len(chosen) < candidate.num_slices or not fits[chosen].all():
+            return None
+        added = float((after[:, chosen].max(axis=1) - before).sum()) + candidate.fixed
+        return added, float(load[:, chosen].sum()), tuple(chosen.tolist())
+
+    def fits(self, candidate: Candidate) -> Bool[np.ndarray, " M"]:
+        """Which bins have room for a slice."""
+        held = self.bytes[candidate.store].reshape(-1, candidate.span).max(axis=1)
+        return held + candidate.owner_bytes <= self.room(candidate.store)
+
+    def to_plan(self, nodes: int, chips: int) -> ShardingPlan:
+        """The plan."""
+        placements = []
+        for table, candidate, bins in zip(self.choices.tables, self.candidate, self.bins, strict=True):
+            if candidate is None:
+                raise ValueError(f"table {table.name!r} has no place")
+            everywhere = candidate.kind in ("row_wise", "data_parallel")
+            placements.append(to_placement(candidate, table, () if everywhere else bins))
+        return ShardingPlan(nodes=nodes, chips=chips, placements=tuple(placements))
+
+
+def initial_assignment(
+    choices: Choices, chosen: list[Candidate], partitioner: Partitioner, step: Step, memory: float
+) -> Assignment | None:
+    """Deals the chosen candidates out, group by group, each group's slices by the partitioner.
+
+    What a partitioner returns are bins without names (but for those that hold pinned tables). They are named so that
+    memory is even: the bin with most bytes goes to the device that has fewest in that store.
+
+    Returns:
+        The assignment; None if memory has no place for a table.
+    """
+    assignment = Assignment(choices, step, memory)
+    num_devices = assignment.num_devices
+    of_group: dict[tuple[int, int], list[Candidate]] = {}
+    bundled = {table for tables in choices.together for table in tables}
+    for tables in choices.together:
+        if not _place_together(assignment, [chosen[table] for table in tables]):
+            return None
+    for candidate in chosen:
+        if candidate.table in bundled:
+            continue
+        if candidate.owners is not None or candidate.span == num_devices:
+            assignment.place(candidate, candidate.owners or (0,))
+        else:
+            of_group.setdefault((candidate.group, candidate.span), []).append(candidate)
+    # Groups of large slices first: small ones fill what they leave.
+    late: list[Candidate] = []
+    for (group, span), items in sorted(
+        of_group.items(), key=lambda entry: (-entry[0][1], -max(c.owner_bytes for c in entry[1]), entry[0])
+    ):
+        held = assignment.load[group].reshape(len(SPREAD), -1, span).max(axis=2).sum(axis=0)
+        weights = [float(candidate.profile.max(axis=1).sum()) for candidate in items]
+        bins = partitioner(weights, [candidate.num_slices for candidate in items], held)
+        names = np.arange(len(held)) if np.ptp(held) > 0 else _even_memory(assignment, items, bins, span)
+        for candidate, places in zip(items, bins, strict=True):
+            named = tuple(names[list(places)].tolist())
+            if assignment.fits(candidate)[list(named)].all():
+                assignment.place(candidate, named)
+            else:
+                late.append(candidate)
+    late.sort(key=lambda candidate: (-candidate.owner_bytes, candidate.table))
+    for candidate in late:
+        if not insert_best(assignment, candidate.table, first=candidate):
+            return None
+    return assignment if assignment.most_bytes <= memory else None
+
+
+def _even_memory(
+    assignment: Assignment, items: list[Candidate], bins: list[tuple[int, ...]], span: int
+) -> Int[np.ndarray, " M"]:
+    store = items[0].store
+    held = assignment.bytes[store].reshape(-1, span).max(axis=1)
+    sizes = np.zeros(len(held))
+    for candidate, places in zip(items, bins, strict=True):
+        sizes[list(places)] += candidate.owner_bytes
+    names = np.empty(len(held), np.int64)
+    names[np.argsort(-sizes, kind="stable")] = np.argsort(held, kind="stable")
+    return names
+
+
+def _place_together(assignment: Assignment, candidates: list[Candidate]) -> bool:
+    """Places table-wise candidates on one device: where the first is pinned, else the cheapest of those with room."""
+    pinned = sorted({candidate.owners[0] for candidate in candidates if candidate.owners})
+    found: list[tuple[float, float, int]] = []
+    for device in pinned[:1] or range(assignment.num_devices):
+        for candidate in candidates:
+            assignment.place(candidate, (device,))
+        if assignment.most_bytes <= assignment.memory:
+            found.append((assignment.cost, float(assignment.bytes[:, device].sum()), device))
+        for candidate in candidates:
+            assignment.remove(candidate.table)
+    if not found:
+        return False
+    for candidate in candidates:
+        assignment.place(candidate, (min(found)[2],))
+    return True
+
+
+def insert_best(
+    assignment: Assignment, table: int, *, first: Candidate | None = None, without: Set[int] = frozenset()
+) -> bool:
+    """Gives a table without a place the cheapest there is, or none.
+
+    Args:
+        assignment: The assignment; changed.
+        table: The table.
+        first: The candidate to take if it fits.
+        without: Groups that are not allowed.
+
+    Returns:
+        Whether there is a place.
+    """
+    options = [first] if first is not None and assignment.best_bins(first) else assignment.choices.of_table[table]
+    best: tuple[tuple[float, float], Candidate, tuple[int, ...]] | None = None
+    for candidate in options:
+        found = None if candidate.group in without else assignment.best_bins(candidate)
+        if found is not None and (best is None or found[:2] < best[0]):
+            best = (found[0], found[1]), candidate, found[2]
+    if best is None:
+        return False
+    assignment.place(best[1], best[2])
+    return True

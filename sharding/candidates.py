@@ -1,0 +1,371 @@
+"""Candidates: the ways in which each table could be placed, owners aside, with what each costs. And users' constraints.
+
+Letters: W devices, L devices that hold one slice (1, the chips of a node, or all), Q of `SPREAD`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import get_args
+
+import numpy as np
+from jaxtyping import Float
+
+from pallas_kernels.row_optimizers import STATISTICS_BLOCK
+from sharding.cost import CUT_IDS, DISTINCT, IDS, SENT_ROWS, STAGES, VECTORS, Step, statistics_of
+from sharding.errors import InputError
+from sharding.layout import FROZEN, Family, Shard, store_name, stored_width
+from sharding.plan import Placement, PlacementKind, Returns, Slice
+from sharding.storage import bytes_per_row
+from sharding.tables import FeatureSpec, TableSpec
+
+# The quantities that depend on the owner, so that their maximum over devices counts.
+SPREAD = (IDS, VECTORS, DISTINCT, SENT_ROWS, CUT_IDS)
+_MAX_SLICES = 8
+_TPU_LANES = 128
+# A replica of a table costs every device's memory: worth a thought for small tables only.
+_REPLICA_SHARE = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What a user wants of some tables.
+
+    Attributes:
+        tables: Names of the tables.
+        kinds: The kinds of placement that are allowed; None for all.
+        forbidden: The kinds that are not.
+        devices: The devices that hold it: one (table-wise), or one a column slice (column-wise). One table only, unless
+            it is one device.
+        nodes: The nodes that do: one (table-row-wise), or one a column slice (grid).
+        returns: The only return that is allowed for spread rows; None for both.
+        together: Whether the tables are to be on one device, whichever.
+    """
+
+    tables: tuple[str, ...]
+    kinds: tuple[PlacementKind, ...] | None = None
+    forbidden: tuple[PlacementKind, ...] = ()
+    devices: tuple[int, ...] | None = None
+    nodes: tuple[int, ...] | None = None
+    returns: Returns | None = None
+    together: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A way to place a table.
+
+    Attributes:
+        table: Number of the table.
+        kind: Kind of placement.
+        num_slices: Column slices.
+        returns: How vectors of spread rows come home.
+        group: Number of the group (store, width, family).
+        store: Number of the store.
+        span: Devices that hold one slice.
+        profile: Seconds that one slice adds to each of its devices, by quantity.
+        fixed: Seconds that it adds to every device.
+        owner_bytes: Bytes of one slice on each of its devices.
+        owners: The devices or nodes that a user pinned it to; None for any.
+        has_second_pass: Whether its rows are cut and its rule needs them whole.
+    """
+
+    table: int
+    kind: PlacementKind
+    num_slices: int
+    returns: Returns | None
+    group: int
+    store: int
+    span: int
+    profile: Float[np.ndarray, "Q L"]
+    fixed: float
+    owner_bytes: int
+    owners: tuple[int, ...] | None
+    has_second_pass: bool
+
+    @cached_property
+    def seconds(self) -> float:
+        """Seconds that it adds to all devices together, `fixed` aside."""
+        return float(self.profile.sum()) * self.num_slices
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes on all devices together."""
+        return self.owner_bytes * self.span * self.num_slices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupKey:
+    """What candidates of one group have in common."""
+
+    store: str
+    width: int
+    family: Family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Every table's candidates.
+
+    Attributes:
+        tables: The tables.
+        groups: The groups that candidates name.
+        stores: The stores that they name.
+        of_table: Candidates of each table; empty where constraints and memory leave none.
+        together: Sets of tables (numbers) that must be on one device.
+        vector_seconds: Seconds of one vector a sample, of each group.
+        exchange_seconds: Seconds that one exchange takes to start.
+    """
+
+    tables: tuple[TableSpec, ...]
+    groups: tuple[GroupKey, ...]
+    stores: tuple[str, ...]
+    of_table: tuple[tuple[Candidate, ...], ...]
+    together: tuple[tuple[int, ...], ...]
+    vector_seconds: tuple[float, ...]
+    exchange_seconds: float
+
+    def within(self, memory: float) -> "Choices":
+        """Those that need no more bytes on a device."""
+        fitting = tuple(tuple(c for c in candidates if c.owner_bytes <= memory) for candidates in self.of_table)
+        return dataclasses.replace(self, of_table=fitting)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Allowed:
+    """What the constraints on one table leave."""
+
+    kinds: set[PlacementKind] | None = None
+    forbidden: set[PlacementKind] = dataclasses.field(default_factory=set)
+    devices: tuple[int, ...] | None = None
+    nodes: tuple[int, ...] | None = None
+    returns: Returns | None = None
+
+    def allows(self, kind: PlacementKind, num_slices: int, returns: Returns | None) -> bool:
+        if (self.kinds is not None and kind not in self.kinds) or kind in self.forbidden:
+            return False
+        if self.returns is not None and returns is not None and returns != self.returns:
+            return False
+        if self.devices is not None:
+            return kind in ("table_wise", "column_wise") and num_slices == len(self.devices)
+        if self.nodes is not None:
+            return kind in ("table_row_wise", "grid") and num_slices == len(self.nodes)
+        return True
+
+
+def _allowed(tables: Sequence[TableSpec], constraints: Sequence[Constraint], step: Step) -> dict[str, _Allowed]:
+    allowed = {table.name: _Allowed() for table in tables}
+    topology = step.topology
+    for constraint in constraints:
+        for name in constraint.tables:
+            if name not in allowed:
+                raise InputError(f"a constraint names table {name!r}, which does not exist: {list(allowed)[:20]}")
+        for kind in (*(constraint.kinds or ()), *constraint.forbidden):
+            if kind not in get_args(PlacementKind):
+                raise InputError(
+                    f"a constraint on table {constraint.tables[0]!r} names kind {kind!r}; the kinds are "
+                    f"{', '.join(get_args(PlacementKind))}"
+                )
+        for word, owners, limit in (
+            ("devices", constraint.devices, topology.nodes * topology.chips),
+            ("nodes", constraint.nodes, topology.nodes),
+        ):
+            wrong = [owner for owner in owners or () if not 0 <= owner < limit]
+            if wrong:
+                raise InputError(
+                    f"table {constraint.tables[0]!r} is pinned to {word.removesuffix('s')} {wrong[0]}, but "
+                    f"{topology.nodes} x {topology.chips} has {word} 0 to {limit - 1}"
+                )
+            if owners is not None and (not owners or len(set(owners)) < len(owners)):
+                raise InputError(f"table {constraint.tables[0]!r} is pinned to {word} {owners}; name each of them once")
+        for name in constraint.tables:
+            mine = allowed[name]
+            kinds: set[PlacementKind] | None = set(constraint.kinds) if constraint.kinds is not None else None
+            if constraint.together:
+                only: set[PlacementKind] = {"table_wise"}
+                kinds = only if kinds is None else kinds & only
+            if kinds is not None:
+                mine.kinds = kinds if mine.kinds is None else mine.kinds & kinds
+            mine.forbidden |= set(constraint.forbidden)
+            mine.devices = constraint.devices or mine.devices
+            mine.nodes = constraint.nodes or mine.nodes
+            mine.returns = constraint.returns or mine.returns
+    return allowed
+
+
+def _slice_counts(table: TableSpec, most: int, multiple: int) -> list[int]:
+    return [count for count in range(2, most + 1) if table.dim % count == 0 and table.dim // count % multiple == 0]
+
+
+def _ways(
+    table: TableSpec, allowed: _Allowed, step: Step, replica_bytes: float
+) -> Iterator[tuple[PlacementKind, int, Returns | None]]:
+    nodes, chips = step.topology.nodes, step.topology.chips
+    pinned = allowed.devices or allowed.nodes or ()
+    most = max(_MAX_SLICES, len(pinned))
+    # A TPU pads rows to its lanes, so that narrow slices save nothing there.
+    narrow = step.topology.platform != "tpu" or pinned
+    multiple = STATISTICS_BLOCK if narrow else _TPU_LANES
+    ways: list[tuple[PlacementKind, int, Returns | None]] = [("table_wise", 1, None)]
+    ways.extend(("column_wise", count, None) for count in _slice_counts(table, min(most, nodes * chips), multiple))
+    returns: tuple[Returns, ...] = ("partial_sums", "rows")
+    if table.num_rows >= nodes * chips:
+        ways.extend(("row_wise", 1, back) for back in returns)
+    # On one node, row-wise is the same; with one chip a node, table-wise is.
+    asked = bool(allowed.nodes or (allowed.kinds and allowed.kinds & {"table_row_wise", "grid"}))
+    if table.num_rows >= chips and (asked or (nodes > 1 and chips > 1)):
+        ways.extend(("table_row_wise", 1, back) for back in returns)
+        ways.extend(
+            ("grid", count, back) for count in _slice_counts(table, min(most, nodes), multiple) for back in returns
+        )
+    named = allowed.kinds is not None and "data_parallel" in allowed.kinds
+    row = bytes_per_row(table.dtype, FROZEN if table.frozen else table.optimizer, stored_width(table.dim))
+    if named or table.num_rows * row <= replica_bytes:
+        ways.append(("data_parallel", 1, None))
+    return (way for way in ways if allowed.allows(*way))
+
+
+def _family(kind: PlacementKind, returns: Returns | None) -> Family:
+    if kind == "data_parallel":
+        return "local"
+    if kind in ("table_wise", "column_wise"):
+        return "table_wise"
+    if returns == "rows":
+        return "rows_by_id"
+    return "row_wise" if kind == "row_wise" else "table_row_wise"
+
+
+def make_choices(
+    tables: Sequence[TableSpec],
+    features: Sequence[FeatureSpec],
+    step: Step,
+    constraints: Sequence[Constraint],
+    memory: float,
+) -> Choices:
+    """The candidates of every table.
+
+    Table-wise; column-wise and grid in 2 to 8 equal slices of a multiple of 16 columns; row-wise, table-row-wise and
+    grid with both returns; data-parallel for tables of up to 2 % of a device's memory.
+
+    Args:
+        tables: The tables.
+        features: The features.
+        step: What a step asks of the machine.
+        constraints: What users want.
+        memory: Bytes of a device that stores may take; candidates that need more are left out.
+
+    Raises:
+        InputError: A constraint names what does not exist, or leaves a table no kind of placement.
+    """
+    topology = step.topology
+    devices = topology.nodes * topology.chips
+    allowed = _allowed(tables, constraints, step)
+    features_of: dict[str, list[FeatureSpec]] = {}
+    for feature in features:
+        features_of.setdefault(feature.table, []).append(feature)
+    weights = _stage_weights(step)
+    groups: dict[GroupKey, int] = {}
+    stores: dict[str, int] = {}
+    rates: list[np.ndarray] = []
+    of_table = []
+    for number, table in enumerate(tables):
+        mine = allowed[table.name]
+        ways = list(_ways(table, mine, step, memory * _REPLICA_SHARE))
+        if not ways:
+            raise InputError(
+                f"the constraints on table {table.name!r} ({table.num_rows} rows, {table.dim} columns) leave no "
+                "placement: allow another kind, or pin it to as many devices as its columns divide into"
+            )
+        store = stores.setdefault(store_name(table), len(stores))
+        quantities: dict[tuple[Family, int, bool], tuple[np.ndarray, np.ndarray]] = {}
+        found = []
+        for kind, num_slices, returns in ways:
+            family = _family(kind, returns)
+            columns = table.dim // num_slices
+            width = stored_width(columns)
+            key = GroupKey(store=store_name(table), width=width, family=family)
+            if key not in groups:
+                groups[key] = len(groups)
+                rates.append(weights @ step.group_rates(table, width, family))
+            span = {"table_wise": 1, "column_wise": 1, "table_row_wise": topology.chips, "grid": topology.chips}.get(
+                kind, devices
+            )
+            cut = num_slices > 1
+            if (family, span, cut) not in quantities:
+                shard = Shard(
+                    table=table,
+                    first_column=0,
+                    num_columns=columns,
+                    first_device=0,
+                    num_owners=span,
+                    replicated=kind == "data_parallel",
+                )
+                parts = [step.lookup_quantities(feature, shard, family) for feature in features_of[table.name]]
+                at_owners = np.sum([part[0] for part in parts], axis=0)
+                quantities[family, span, cut] = at_owners, np.sum([part[1] for part in parts], axis=0)
+            at_owners, at_home = quantities[family, span, cut]
+            rate = rates[groups[key]]
+            rows = table.num_rows if kind == "data_parallel" else -(-table.num_rows // span)
+            row_bytes = bytes_per_row(table.dtype, FROZEN if table.frozen else table.optimizer, width)
+            found.append(
+                Candidate(
+                    table=number,
+                    kind=kind,
+                    num_slices=num_slices,
+                    returns=returns,
+                    group=groups[key],
+                    store=store,
+                    span=span,
+                    profile=at_owners[list(SPREAD)] * rate[list(SPREAD), None],
+                    fixed=float(rate @ at_home) * num_slices,
+                    owner_bytes=rows * row_bytes,
+                    owners=mine.devices or mine.nodes,
+                    has_second_pass=cut and statistics_of(table) > 0,
+                )
+            )
+        of_table.append(tuple(candidate for candidate in found if candidate.owner_bytes <= memory))
+    by_name = {table.name: number for number, table in enumerate(tables)}
+    return Choices(
+        tables=tuple(tables),
+        groups=tuple(groups),
+        stores=tuple(stores),
+        of_table=tuple(of_table),
+        together=_joined([[by_name[name] for name in each.tables] for each in constraints if each.together]),
+        vector_seconds=tuple(float(rate[VECTORS]) for rate in rates),
+        exchange_seconds=step.exchange_latency(),
+    )
+
+
+def _stage_weights(step: Step) -> Float[np.ndarray, " T"]:
+    """What a second of each stage counts for in the search: of exchanges, the share that cannot be hidden."""
+    computing = ("lookup", "update", "dense")
+    return np.array([1.0 if stage in computing else 1.0 - step.settings.overlap for stage in STAGES])
+
+
+def at_stages(step: Step) -> float:
+    """Seconds of what is the same for every plan, as the search counts them."""
+    return float(_stage_weights(step) @ step.fixed_seconds())
+
+
+def _joined(sets: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Sets that share a member, as one."""
+    joined: list[set[int]] = []
+    for members in sets:
+        touching = [other for other in joined if other & set(members)]
+        joined = [other for other in joined if not other & set(members)]
+        joined.append(set(members).union(*touching))
+    return tuple(tuple(sorted(members)) for members in joined)
+
+
+def to_placement(candidate: Candidate, table: TableSpec, owners: Sequence[int]) -> Placement:
+    """The placement that a candidate becomes with owners: devices or nodes, one a slice; none for all devices."""
+    columns = table.dim // candidate.num_slices
+    return Placement(
+        table=table.name,
+        kind=candidate.kind,
+        slices=tuple(
+            Slice(first_column=i * columns, num_columns=columns, owner=owners[i] if owners else None)
+            for i in range(candidate.num_slices)
+        ),
+        returns=candidate.returns,
+    )

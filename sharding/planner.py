@@ -1,0 +1,243 @@
+"""Planner: a plan whose padded cost is low and that fits into memory.
+
+The relaxation of `sharding.lower_bound` says of which kind each table should be, a partitioner deals the slices of each
+group out to devices and nodes, and the local search of `sharding.search` mends what both cannot see. Nothing is random
+and nothing depends on the clock: the same input has the same plan.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from sharding.assignment import Assignment, initial_assignment
+from sharding.candidates import Candidate, Choices, Constraint, at_stages, make_choices
+from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
+from sharding.errors import InputError
+from sharding.layout import make_layout
+from sharding.load import FeatureLoad, loads_by_feature
+from sharding.lower_bound import Relaxed, relax
+from sharding.partition import PARTITIONERS
+from sharding.plan import ShardingPlan, check_plan, one_device_plan
+from sharding.search import improve
+from sharding.shortage import shortage_error
+from sharding.tables import FeatureSpec, TableSpec, check_specs
+from sharding.topology import Topology
+
+PartitionerName = Literal["best", "greedy", "ldm"]
+# Times that a plan is made again with less memory for stores, because its buffers take more than was left to them.
+_ATTEMPTS = 5
+_SEARCH_ROUNDS = 4
+_BUFFERS = 0.12
+# What the runtime keeps for itself.
+_USABLE_MEMORY = 0.92
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """A plan and what is known of it.
+
+    Attributes:
+        plan: The plan.
+        cost: Its cost.
+        lower_bound: Seconds of a step that no plan made of the candidates can beat; see `sharding.lower_bound`.
+        partitioner: The partitioner that it began from.
+        partitioned: Name and seconds of what each partitioner gave, before the local search and without what is the
+            same for every plan (the dense part).
+        memory_limit: Bytes of a device that it was made for.
+    """
+
+    plan: ShardingPlan
+    cost: PlanCost
+    lower_bound: float
+    partitioner: str
+    partitioned: tuple[tuple[str, float], ...]
+    memory_limit: int
+
+    @property
+    def gap(self) -> float:
+        """How far the cost is above the lower bound, as a share of it."""
+        return self.cost.total_seconds / self.lower_bound - 1.0 if self.lower_bound else 0.0
+
+
+def make_plan(
+    tables: Sequence[TableSpec],
+    features: Sequence[FeatureSpec],
+    topology: Topology,
+    *,
+    batch_size: int,
+    loads: Sequence[FeatureLoad] = (),
+    dense: DenseLoad | None = None,
+    constraints: Sequence[Constraint] = (),
+    partitioner: PartitionerName = "best",
+    memory_limit: int | None = None,
+    settings: CostSettings | None = None,
+) -> PlanResult:
+    """Plans where tables live.
+
+    Args:
+        tables: The tables.
+        features: The features.
+        topology: The machine.
+        batch_size: Samples of the global batch.
+        loads: What is known of the features' ids; see `sharding.load.loads_by_feature` for those left out.
+        dense: The dense part; nothing unless given.
+        constraints: What users want of single tables.
+        partitioner: "greedy", "ldm", or "best": the better of the two.
+        memory_limit: Bytes that a step may take on a device; 92 % of the topology's memory unless given.
+        settings: Terms of the cost.
+
+    Returns:
+        The plan, its cost and its lower bound.
+
+    Raises:
+        InputError: The tables do not fit (the message says how much is missing and what to do), a constraint cannot be
+            obeyed, or there is no such partitioner.
+    """
+    check_specs(tables, features)
+    if partitioner != "best" and partitioner not in PARTITIONERS:
+        raise InputError(f"partitioner {partitioner!r} does not exist; use best, {' or '.join(PARTITIONERS)}")
+    step = Step(
+        topology=topology,
+        batch_size=batch_size,
+        loads=loads_by_feature(features, loads),
+        dense=dense or DenseLoad(),
+        settings=settings or CostSettings(),
+    )
+    limit = int(topology.hbm_bytes * _USABLE_MEMORY) if memory_limit is None else memory_limit
+    names = tuple(PARTITIONERS) if partitioner == "best" else (partitioner,)
+    search = _Search(tables=tables, features=features, step=step, constraints=constraints, limit=limit, names=names)
+    return search.one_device() if topology.num_devices == 1 else search.run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Search:
+    tables: Sequence[TableSpec]
+    features: Sequence[FeatureSpec]
+    step: Step
+    constraints: Sequence[Constraint]
+    limit: int
+    names: tuple[str, ...]
+
+    def cost(self, plan: ShardingPlan) -> PlanCost:
+        check_plan(plan, self.tables, self.step.topology.nodes, self.step.topology.chips)
+        return cost_of_layout(make_layout(self.tables, self.features, plan), self.features, self.step)
+
+    def one_device(self) -> PlanResult:
+        # Names and devices of constraints are checked, though there is only one place.
+        make_choices(self.tables, self.features, self.step, self.constraints, float("inf"))
+        plan = one_device_plan(self.tables)
+        cost = self.cost(plan)
+        if cost.storage.total > self.limit:
+            raise self.shortage(cost.storage.buffers)
+        return PlanResult(
+            plan=plan,
+            cost=cost,
+            lower_bound=cost.total_seconds,
+            partitioner=self.names[0],
+            partitioned=tuple((name, cost.total_seconds) for name in self.names),
+            memory_limit=self.limit,
+        )
+
+    def shortage(self, buffers: int) -> InputError:
+        return shortage_error(self.tables, self.features, self.step, self.constraints, self.limit, buffers)
+
+    def run(self) -> PlanResult:
+        memory = float(self.limit - self.step.dense.memory_bytes)
+        buffers = 0
+        choices = make_choices(self.tables, self.features, self.step, self.constraints, max(memory, 0.0))
+        relaxed = self.relaxed(choices, memory)
+        if relaxed is None:
+            raise self.shortage(buffers)
+        # Of the relaxation that leaves the stores all memory: others have fewer candidates.
+        lower_bound = relaxed.seconds + at_stages(self.step) + self.step.latency_seconds([])
+        for attempt in range(_ATTEMPTS):
+            # Buffers are known only once there is a plan. At first they get a share that is enough for most.
+            room = memory * (1.0 - _BUFFERS) if attempt == 0 else memory
+            starts = self.starts(choices, relaxed, room) if relaxed else []
+            if starts:
+                partitioned = tuple((name, start.cost) for start, name in starts)
+                for start, _ in starts:
+                    improve(start, 0)
+                best, name = min(starts, key=lambda entry: entry[0].cost)
+                storage = self.cost(best.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
+                buffers = storage.buffers
+                if storage.total <= self.limit:
+                    best.memory = min(room, float(self.limit - storage.dense - buffers))
+                    improve(best, _SEARCH_ROUNDS)
+                    plan = best.to_plan(self.step.topology.nodes, self.step.topology.chips)
+                    cost = self.cost(plan)
+                    if cost.storage.total <= self.limit:
+                        return PlanResult(
+                            plan=plan,
+                            cost=cost,
+                            lower_bound=lower_bound,
+                            partitioner=name,
+                            partitioned=partitioned,
+                            memory_limit=self.limit,
+                        )
+                    storage = cost.storage
+                # Stores are rounded up to whole lines and buffers change with the plan: a little less than is left.
+                memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
+            elif attempt > 0:
+                # That memory is even is more than a partitioner promises: leave it some to be uneven with.
+                memory *= 0.95
+            if memory <= 0:
+                break
+            if starts or attempt > 0:
+                choices = choices.within(memory)
+                relaxed = self.relaxed(choices, memory)
+        raise self.shortage(buffers)
+
+    def relaxed(self, choices: Choices, memory: float) -> Relaxed | None:
+        if not all(choices.of_table):
+            return None
+        topology = self.step.topology
+        return relax(choices, topology.num_devices, topology.chips, memory)
+
+    def starts(self, choices: Choices, relaxed: Relaxed, memory: float) -> list[tuple[Assignment, str]]:
+        """What each partitioner makes of the kinds that the relaxation chose; without those that do not fit."""
+        chosen = [
+            candidates[int(shares.argmax())]
+            for candidates, shares in zip(choices.of_table, relaxed.shares, strict=True)
+        ]
+        found = []
+        for name in self.names:
+            start = initial_assignment(choices, _fixed(chosen, choices), PARTITIONERS[name], self.step, memory)
+            if start is not None:
+                found.append((start, name))
+        return found
+
+
+def _fixed(chosen: list[Candidate], choices: Choices) -> list[Candidate]:
+    """The chosen candidates; tables that must be together on one device are table-wise, whatever else was chosen."""
+    bundled = {table for tables in choices.together for table in tables}
+    return [
+        next(c for c in choices.of_table[table] if c.kind == "table_wise") if table in bundled else candidate
+        for table, candidate in enumerate(chosen)
+    ]
+
+
+def default_plan(
+    tables: Sequence[TableSpec],
+    features: Sequence[FeatureSpec],
+    topology: Topology,
+    *,
+    batch_size: int,
+    loads: Sequence[FeatureLoad] = (),
+    dense: DenseLoad | None = None,
+) -> ShardingPlan:
+    """The plan of a training run that names none.
+
+    Args:
+        tables: The tables.
+        features: The features.
+        topology: The machine at hand.
+        batch_size: Samples of the global batch.
+        loads: What is known of the features' ids.
+        dense: The dense part.
+
+    Raises:
+        InputError: The tables do not fit.
+    """
+    result = make_plan(tables, features, topology, batch_size=batch_size, loads=loads, dense=dense)
+    return result.plan

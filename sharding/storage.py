@@ -1,0 +1,139 @@
+"""Storage: bytes of one device under a plan. All devices have arrays of the same shapes, so it is the same on each."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from pallas_kernels.row_optimizers import ROW_OPTIMIZERS
+from sharding.layout import FROZEN, LINE_BYTES, Layout, StoreLayout
+
+_WORD_BYTES = 4
+# Capacities have room beyond the mean (`sharding.capacities`).
+_SPARE = 1.25
+# Arrays of one vector an id that an update holds at a time (`pallas_kernels.xla`).
+_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+    """Bytes of one device.
+
+    Attributes:
+        weights: Line stores.
+        element_state: Optimizer state of one number an element.
+        row_state: Optimizer state of one number a row.
+        ids: The batch's ids, on their way and as the kernels want them.
+        vectors: Pooled vectors and their gradients: of the owner, of the exchange, at home.
+        rows: Gradients of single ids, and rows that travel by id.
+        dense: The dense part.
+        weights_alone: Weights and state that each device has of its own, without the padding to the fullest.
+    """
+
+    weights: int
+    element_state: int
+    row_state: int
+    ids: int
+    vectors: int
+    rows: int
+    dense: int
+    weights_alone: tuple[int, ...]
+
+    @property
+    def stores(self) -> int:
+        """Weights and optimizer state: what stays from step to step."""
+        return self.weights + self.element_state + self.row_state
+
+    @property
+    def buffers(self) -> int:
+        """What a step needs beside them."""
+        return self.ids + self.vectors + self.rows
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.stores + self.buffers + self.dense
+
+
+def state_sizes(rule_name: str) -> tuple[int, int]:
+    """Numbers of state that a rule, or FROZEN, keeps an element and a row."""
+    if rule_name == FROZEN:
+        return 0, 0
+    rule = ROW_OPTIMIZERS[rule_name]
+    return len(rule.element_state), len(rule.row_state)
+
+
+def bytes_per_row(dtype: str, rule_name: str, width: int) -> int:
+    """Bytes of one stored row with its optimizer state."""
+    per_element, per_row = state_sizes(rule_name)
+    return width * (jnp.dtype(dtype).itemsize + per_element * _WORD_BYTES) + per_row * _WORD_BYTES
+
+
+def _alone(store: StoreLayout) -> Float[np.ndarray, " W"]:
+    used = np.zeros(store.num_devices)
+    for shard in store.shards:
+        used[shard.owners] += shard.rows_per_owner * bytes_per_row(store.dtype, store.rule_name, shard.width)
+    return used
+
+
+def storage_of(
+    layout: Layout,
+    quantities: Sequence[Mapping[str, float]],
+    *,
+    samples_per_device: int,
+    ids_per_sample: float,
+    weighted: bool,
+    dense_bytes: int,
+) -> Storage:
+    """Counts bytes.
+
+    Stores are exact. Buffers are those of one direction, forward or backward: of each group, what the owner pools for
+    all devices and the exchange's buffer of the same size. Groups are updated one after the other: of the largest, one
+    vector an id three times over (each id's gradient, sums of blocks of equal rows, sums of rows); rows that travel by
+    id bring the gradients of all groups first.
+
+    Args:
+        layout: The layout.
+        quantities: `sharding.cost.QUANTITIES` of the fullest device, for each group.
+        samples_per_device: Samples of one device.
+        ids_per_sample: Mean ids of all features in a sample.
+        weighted: Whether ids have weights.
+        dense_bytes: Bytes of the dense part.
+    """
+    weights = element_state = row_state = 0
+    alone = np.zeros(layout.num_devices)
+    for store in layout.stores:
+        per_element, per_row = state_sizes(store.rule_name)
+        weights += store.lines_per_device * LINE_BYTES
+        element_state += store.elements_per_device * _WORD_BYTES * per_element
+        row_state += store.scalar_lines_per_device * LINE_BYTES * per_row
+        alone += _alone(store)
+    batch = samples_per_device * layout.num_devices
+    words = 1 + weighted
+    ids = samples_per_device * ids_per_sample * words
+    vectors = rows = sent_back = 0.0
+    for group, most in zip(layout.groups, quantities, strict=True):
+        # Out, in, and as the kernels want them: row, slot, logical row; offsets of bags.
+        travelling = 2 * most["ids"] * (1 + words) if layout.num_devices > 1 else 0.0
+        held = most["ids"] if group.family != "local" else most["home_ids"] * layout.num_devices
+        ids += travelling + held * (2 + words) + batch * most["vectors"]
+        pooled = batch * most["vectors"] * group.width
+        vectors += pooled * (1 if group.family == "local" else 2)
+        rows_sent = 2 * most["sent_rows"] * jnp.dtype(group.dtype).itemsize / _WORD_BYTES
+        sent_back += (most["ids"] if group.family == "rows_by_id" else 0.0) * group.width
+        rows = max(rows, max(_COPIES * held, rows_sent) * group.width)
+        # At home: the vectors, and their gradients.
+        home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
+        vectors += 2 * samples_per_device * home
+    return Storage(
+        weights=weights,
+        element_state=element_state,
+        row_state=row_state,
+        ids=int(_SPARE * ids * _WORD_BYTES),
+        vectors=int(vectors * _WORD_BYTES),
+        rows=int(_SPARE * (rows + sent_back) * _WORD_BYTES),
+        dense=dense_bytes,
+        weights_alone=tuple(alone.astype(np.int64).tolist()),
+    )

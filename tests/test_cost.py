@@ -1,0 +1,197 @@
+"""The cost model's terms, computed by hand for small cases."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sharding.cost import STAGES, CostSettings, DenseLoad, PlanCost, plan_cost
+from sharding.errors import InputError
+from sharding.load import FeatureLoad
+from sharding.plan import (
+    Placement,
+    ShardingPlan,
+    column_wise,
+    data_parallel,
+    one_device_plan,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from sharding.tables import FeatureSpec, TableSpec
+from sharding.topology import Topology, parse_topology
+
+# Four devices; a byte takes a nanosecond in memory, ten inside a node and a hundred between nodes.
+MACHINE: Topology = dataclasses.replace(
+    parse_topology("h200:2x2"),
+    hbm_bandwidth=1e9,
+    inside_bandwidth=1e8,
+    between_bandwidth=1e7,
+    inside_latency=0.0,
+    between_latency=0.0,
+)
+SETTINGS = CostSettings(bandwidth_efficiency=1.0, dense_efficiency=1.0)
+TABLE = TableSpec(name="t", num_rows=1000, dim=32, optimizer="sgd")
+FEATURE = FeatureSpec(name="f", table="t")
+BATCH = 64
+IDS = 3.0
+HBM, INSIDE, BETWEEN = 1e-9, 1e-8, 1e-7
+
+
+def cost_of(
+    placement: Placement, table: TableSpec = TABLE, settings: CostSettings = SETTINGS, **load: object
+) -> PlanCost:
+    plan = ShardingPlan(nodes=2, chips=2, placements=(placement,))
+    known = FeatureLoad(feature="f", **{"pooling_factor": IDS, **load})  # pyright: ignore[reportArgumentType]  keywords
+    return plan_cost(plan, [table], [FEATURE], MACHINE, batch_size=BATCH, loads=[known], settings=settings)
+
+
+def stage(cost: PlanCost, name: str) -> float:
+    return cost.seconds[STAGES.index(name)]
+
+
+def test_table_wise_when_costed_then_ids_and_vectors_cross_each_link_by_their_share():
+    cost = cost_of(table_wise(TABLE, 0))
+    # 192 ids of 8 bytes come to one owner: a quarter from its neighbour, half from the other node.
+    assert stage(cost, "ids inside") == pytest.approx(192 * 8 / 4 * INSIDE)
+    assert stage(cost, "ids between") == pytest.approx(192 * 8 / 2 * BETWEEN)
+    assert stage(cost, "forward inside") == pytest.approx(64 * 32 * 4 / 4 * INSIDE)
+    assert stage(cost, "forward between") == pytest.approx(64 * 32 * 4 / 2 * BETWEEN)
+    assert stage(cost, "backward between") == pytest.approx(stage(cost, "forward between"))
+    assert stage(cost, "lookup") == pytest.approx((192 * 32 * 4 + 64 * 32 * 4) * HBM)
+
+
+def test_row_wise_when_costed_then_a_nodes_share_of_the_partial_sums_crosses_between_nodes():
+    cost = cost_of(row_wise(TABLE, returns="partial_sums"))
+    vectors = 64 * 32 * 4
+    assert stage(cost, "forward inside") == pytest.approx(vectors / 2 * INSIDE)
+    assert stage(cost, "forward between") == pytest.approx(vectors / 2 / 2 * BETWEEN)
+    # Each owner gets a quarter of the ids.
+    assert stage(cost, "ids between") == pytest.approx(192 / 4 * 8 / 2 * BETWEEN)
+
+
+def test_table_row_wise_when_costed_then_it_holds_half_of_the_ids_on_each_chip():
+    cost = cost_of(table_row_wise(TABLE, 1, returns="partial_sums"))
+    assert stage(cost, "ids between") == pytest.approx(192 / 2 * 8 / 2 * BETWEEN)
+    lookups = cost.device_seconds[STAGES.index("lookup")]
+    assert lookups[0] == lookups[1] == 0.0
+    assert lookups[2] == lookups[3] == pytest.approx(stage(cost, "lookup"))
+
+
+def test_rows_return_when_bags_repeat_rows_then_each_row_travels_once_to_each_sender():
+    small = dataclasses.replace(TABLE, num_rows=4)
+    cost = cost_of(row_wise(small, returns="rows"), small)
+    # 48 ids of one sender hit all 4 rows, so each owner sends its one row to 4 senders.
+    assert stage(cost, "forward between") == pytest.approx(4 * 32 * 4 / 2 * BETWEEN, rel=1e-3)
+    assert stage(cost, "backward between") == pytest.approx(48 * 32 * 4 / 2 * BETWEEN)
+
+
+def test_data_parallel_when_costed_then_no_vectors_travel_forward_and_every_device_updates_every_id():
+    cost = cost_of(data_parallel(TABLE))
+    assert stage(cost, "forward inside") == stage(cost, "forward between") == 0.0
+    assert stage(cost, "ids between") == pytest.approx(48 * 8 * 1 * BETWEEN)
+    assert stage(cost, "backward inside") == pytest.approx(16 * 32 * 4 * 2 * INSIDE)
+    assert stage(cost, "lookup") == pytest.approx((48 + 16) * 32 * 4 * HBM)
+
+
+def test_update_when_costed_then_each_id_is_sorted_and_each_distinct_row_read_and_written():
+    rows = 1000 * (1 - (1 - 1 / 1000) ** 192)
+    expected = 192 * (64 + 32 * 4) + rows * 2 * 32 * 4
+    assert stage(cost_of(table_wise(TABLE, 0)), "update") == pytest.approx(expected * HBM)
+    frozen = dataclasses.replace(TABLE, frozen=True)
+    cost = cost_of(table_wise(frozen, 0), frozen)
+    assert stage(cost, "update") == stage(cost, "backward between") == 0.0
+
+
+def test_column_wise_when_the_rule_needs_whole_rows_then_statistics_travel_both_ways():
+    rowwise = dataclasses.replace(TABLE, optimizer="rowwise_adagrad")
+    cost = cost_of(column_wise(rowwise, [0, 1]), rowwise)
+    # One number a block of 16 columns out, one back.
+    assert stage(cost, "statistics between") == pytest.approx(192 * (1 + 1) * 4 / 2 * BETWEEN)
+    assert stage(cost_of(column_wise(TABLE, [0, 1])), "statistics between") == 0.0
+    lamb = dataclasses.replace(TABLE, optimizer="lamb")
+    assert stage(cost_of(column_wise(lamb, [0, 1]), lamb), "statistics between") == pytest.approx(
+        2 * stage(cost, "statistics between")
+    )
+
+
+@pytest.mark.parametrize("term", ["ids", "lookup", "forward", "backward", "update"])
+def test_term_when_switched_off_then_only_its_stages_vanish(term: str):
+    whole = cost_of(table_wise(TABLE, 0))
+    without = cost_of(table_wise(TABLE, 0), settings=dataclasses.replace(SETTINGS, **{term: 0.0}))
+    for name, before, after in zip(STAGES, whole.seconds, without.seconds, strict=True):
+        assert after == (0.0 if name.split()[0] == term else before)
+
+
+def test_hot_row_when_spread_by_rows_then_its_owner_decides_the_padded_cost():
+    even = cost_of(row_wise(TABLE, returns="partial_sums"))
+    skewed = cost_of(row_wise(TABLE, returns="partial_sums"), top=((6, 0.5),), coverage=((1, 0.5), (1000, 1.0)))
+    # Row 6 is on device 2, which gets half of all ids and a quarter of the rest.
+    assert stage(skewed, "ids between") == pytest.approx(stage(even, "ids between") * (0.5 + 0.5 / 4) * 4)
+    assert int(np.argmax(skewed.device_seconds[STAGES.index("ids between")])) == 2
+    # Fewer distinct rows are touched.
+    assert stage(skewed, "update") < 2.5 * stage(even, "update")
+    assert skewed.padding > even.padding == pytest.approx(0.0)
+
+
+def test_distinct_rows_when_coverage_is_known_then_hot_rows_count_once():
+    load = FeatureLoad(feature="f", coverage=((1, 0.9), (1001, 1.0)))
+    assert load.distinct(10_000, 1000.0) == pytest.approx(1 + 1000 * (1 - np.exp(-0.1)), rel=1e-3)
+    assert FeatureLoad(feature="f").distinct(10, 1e6) == pytest.approx(10)
+    assert FeatureLoad(feature="f").distinct(10**9, 5.0) == pytest.approx(5.0)
+
+
+def test_dense_part_when_given_then_its_all_reduce_and_arithmetic_are_counted_and_hide_exchanges():
+    plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(TABLE, 0),))
+    machine = dataclasses.replace(MACHINE, float32_flops=1e9)
+    dense = DenseLoad(parameters=1000, flops_per_sample=100.0)
+    cost = plan_cost(plan, [TABLE], [FEATURE], machine, batch_size=BATCH, dense=dense, settings=SETTINGS)
+    assert stage(cost, "all-reduce inside") == pytest.approx(2 * 4000 / 2 * INSIDE)
+    assert stage(cost, "all-reduce between") == pytest.approx(2 * 4000 / 2 / 2 * BETWEEN)
+    assert stage(cost, "dense") == pytest.approx(16 * 100 / 1e9)
+    overlapping = dataclasses.replace(SETTINGS, overlap=1.0)
+    hidden = plan_cost(plan, [TABLE], [FEATURE], machine, batch_size=BATCH, dense=dense, settings=overlapping)
+    assert hidden.total_seconds == pytest.approx(cost.total_seconds - stage(cost, "dense"))
+
+
+def test_padding_when_one_device_has_everything_then_the_others_wait():
+    cost = cost_of(table_wise(TABLE, 0))
+    assert cost.padding == pytest.approx(0.75)
+    assert cost.share_of_slowest == (1.0, 0.0, 0.0, 0.0)
+
+
+def test_stores_when_counted_then_they_are_the_layouts():
+    table = dataclasses.replace(TABLE, optimizer="adam", dtype="bfloat16", num_rows=10)
+    storage = cost_of(table_wise(table, 3), table).storage
+    # 10 rows of 64 bytes are two lines of 512.
+    assert storage.weights == 1024
+    assert storage.element_state == 2 * 2 * 1024
+    assert storage.row_state == 0
+    assert storage.weights_alone == (0, 0, 0, 10 * 32 * (2 + 8))
+    rowwise = dataclasses.replace(table, optimizer="rowwise_adagrad")
+    assert cost_of(table_wise(rowwise, 3), rowwise).storage.row_state == 512
+
+
+def test_one_device_when_costed_then_nothing_travels():
+    machine = dataclasses.replace(MACHINE, nodes=1, chips=1)
+    cost = plan_cost(one_device_plan([TABLE]), [TABLE], [FEATURE], machine, batch_size=BATCH, settings=SETTINGS)
+    travelling = [
+        seconds for name, seconds in zip(STAGES, cost.seconds, strict=True) if "inside" in name or "between" in name
+    ]
+    assert travelling == [0.0] * len(travelling)
+    assert cost.total_seconds > 0
+
+
+def test_load_when_its_feature_does_not_exist_then_an_error_names_those_there_are():
+    plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(TABLE, 0),))
+    with pytest.raises(InputError, match="is given for feature 'g'; the features are"):
+        plan_cost(plan, [TABLE], [FEATURE], MACHINE, batch_size=BATCH, loads=[FeatureLoad(feature="g")])
+
+
+def test_load_when_impossible_then_an_error_says_what_is_allowed():
+    with pytest.raises(InputError, match="pooling_factor is -1"):
+        FeatureLoad(feature="f", pooling_factor=-1)
+    with pytest.raises(InputError, match="must rise"):
+        FeatureLoad(feature="f", coverage=((10, 0.9), (1, 1.0)))
+    with pytest.raises(InputError, match="at most 1"):
+        FeatureLoad(feature="f", top=((0, 0.9), (1, 0.9)))

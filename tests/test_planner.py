@@ -1,0 +1,209 @@
+"""The planner: what it promises of every plan, what users may ask of it, and what it says when nothing fits."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding.candidates import Constraint
+from sharding.errors import InputError
+from sharding.load import FeatureLoad
+from sharding.plan import ShardingPlan, check_plan
+from sharding.plan_report import draw_plan, plan_text
+from sharding.planner import PlanResult, default_plan, make_plan
+from sharding.tables import FeatureSpec, TableSpec
+from sharding.topology import parse_topology
+
+NODES, CHIPS = 2, 4
+MACHINE = parse_topology(f"h200:{NODES}x{CHIPS}")
+BATCH = 1024
+
+random_tables = st.lists(
+    st.builds(
+        TableSpec,
+        name=st.just("t"),
+        num_rows=st.integers(1, 300_000),
+        dim=st.sampled_from([4, 16, 48, 64, 128]),
+        dtype=st.sampled_from(["float32", "float16"]),
+        optimizer=st.sampled_from(["sgd", "rowwise_adagrad", "adam"]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+pooling_factors = st.lists(st.floats(0.5, 50), min_size=12, max_size=12)
+
+
+def model_of(
+    tables: list[TableSpec], factors: list[float]
+) -> tuple[list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+    named = [dataclasses.replace(table, name=f"t{number}") for number, table in enumerate(tables)]
+    features = [FeatureSpec(name=f"f{number}", table=table.name) for number, table in enumerate(named)]
+    loads = [
+        FeatureLoad(feature=feature.name, pooling_factor=factor)
+        for feature, factor in zip(features, factors, strict=False)
+    ]
+    return named, features, loads
+
+
+def skewed_model(num_tables: int, seed: int) -> tuple[list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+    rng = np.random.default_rng(seed)
+    tables = [
+        TableSpec(name="t", num_rows=int(rng.lognormal(10, 2)) + 10, dim=int(rng.choice([16, 32, 64, 128])))
+        for _ in range(num_tables)
+    ]
+    return model_of(tables, rng.lognormal(2, 1, num_tables).tolist())
+
+
+def plan_of(num_tables: int = 20, seed: int = 0, **arguments) -> PlanResult:
+    tables, features, loads = skewed_model(num_tables, seed)
+    return make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, **arguments)
+
+
+@settings(max_examples=10, deadline=None)
+@given(tables=random_tables, factors=pooling_factors)
+def test_plan_when_made_for_any_tables_then_it_is_complete_fits_and_costs_at_least_the_bound(
+    tables: list[TableSpec], factors: list[float]
+):
+    named, features, loads = model_of(tables, factors)
+    result = make_plan(named, features, MACHINE, batch_size=BATCH, loads=loads)
+    check_plan(result.plan, named, NODES, CHIPS)
+    assert result.cost.storage.total <= result.memory_limit
+    assert 0 < result.lower_bound <= result.cost.total_seconds * (1 + 1e-9)
+    assert ShardingPlan.from_json(result.plan.to_json()) == result.plan
+
+
+@settings(max_examples=6, deadline=None)
+@given(tables=random_tables, factors=pooling_factors, share=st.floats(0.2, 1.0))
+def test_plan_when_memory_is_short_then_it_fits_or_an_error_says_how_much_is_missing(
+    tables: list[TableSpec], factors: list[float], share: float
+):
+    named, features, loads = model_of(tables, factors)
+    roomy = make_plan(named, features, MACHINE, batch_size=BATCH, loads=loads)
+    limit = int(share * roomy.cost.storage.total)
+    try:
+        result = make_plan(named, features, MACHINE, batch_size=BATCH, loads=loads, memory_limit=limit)
+    except InputError as error:
+        message, total = str(error), 0
+    else:
+        message, total = "ways out", result.cost.storage.total
+    assert total <= limit
+    assert "ways out" in message
+    assert "\n" not in message
+
+
+def test_plan_when_made_twice_then_it_is_the_same():
+    assert plan_of().plan == plan_of().plan
+
+
+def test_plan_when_of_either_partitioner_then_best_is_no_worse():
+    costs = {name: plan_of(12, 1, partitioner=name).cost.total_seconds for name in ("greedy", "ldm", "best")}
+    # Both search on from the better start, which need not end better: within the search's own precision.
+    assert costs["best"] <= 1.02 * min(costs["greedy"], costs["ldm"])
+
+
+def test_table_when_pinned_then_it_is_where_the_user_wants_it():
+    constraints = [
+        Constraint(tables=("t0",), devices=(5,)),
+        Constraint(tables=("t1",), nodes=(1,), returns="rows"),
+        Constraint(tables=("t2",), kinds=("data_parallel",)),
+        Constraint(tables=("t3", "t4"), forbidden=("table_wise", "column_wise")),
+    ]
+    plan = plan_of(constraints=constraints).plan
+    first, second = plan.placement("t0"), plan.placement("t1")
+    assert (first.kind, first.slices[0].owner) == ("table_wise", 5)
+    assert (second.kind, second.slices[0].owner, second.returns) == ("table_row_wise", 1, "rows")
+    assert plan.placement("t2").kind == "data_parallel"
+    assert {plan.placement(name).kind for name in ("t3", "t4")}.isdisjoint({"table_wise", "column_wise"})
+
+
+def test_columns_when_pinned_then_each_slice_is_on_its_device():
+    table = TableSpec(name="wide", num_rows=1000, dim=64)
+    features = [FeatureSpec(name="f", table="wide")]
+    pinned = Constraint(tables=("wide",), devices=(7, 2))
+    result = make_plan([table], features, MACHINE, batch_size=BATCH, constraints=[pinned])
+    placement = result.plan.placement("wide")
+    assert placement.kind == "column_wise"
+    assert [piece.owner for piece in placement.slices] == [7, 2]
+
+
+def test_tables_when_kept_together_then_they_share_a_device():
+    together = Constraint(tables=("t0", "t3", "t7"), together=True)
+    plan = plan_of(constraints=[together, Constraint(tables=("t7", "t9"), together=True)]).plan
+    placements = [plan.placement(name) for name in ("t0", "t3", "t7", "t9")]
+    assert {placement.kind for placement in placements} == {"table_wise"}
+    assert len({placement.slices[0].owner for placement in placements}) == 1
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Constraint(tables=("nobody",), devices=(0,)), "'nobody', which does not exist"),
+        (Constraint(tables=("t0",), devices=(8,)), "pinned to device 8, but 2 x 4 has devices 0 to 7"),
+        (Constraint(tables=("t0",), nodes=(2,)), "pinned to node 2, but 2 x 4 has nodes 0 to 1"),
+        (Constraint(tables=("t0",), devices=(1, 1)), "name each of them once"),
+        (Constraint(tables=("t0",), kinds=()), "leave no placement"),
+        (Constraint(tables=("t0",), forbidden=("nowhere",)), "names kind 'nowhere'"),  # pyright: ignore  a bad kind
+    ],
+)
+def test_constraint_when_impossible_then_an_error_says_why(constraint: Constraint, message: str):
+    with pytest.raises(InputError, match=message):
+        plan_of(constraints=[constraint])
+
+
+def test_tables_when_they_do_not_fit_then_the_error_has_figures_and_three_ways_out():
+    table = TableSpec(name="huge", num_rows=1_000_000_000, dim=128, optimizer="adam")
+    features = [FeatureSpec(name="f", table="huge")]
+    with pytest.raises(InputError) as caught:
+        make_plan([table], features, MACHINE, batch_size=BATCH, memory_limit=100_000_000_000)
+    message = str(caught.value)
+    # 10^9 rows of 128 floats with two moments are 1536 GB: 192 GB a device.
+    assert "192.00 GB a device" in message
+    assert "92.00 GB a device (736.00 GB in all) are missing" in message
+    assert "optimizer rowwise_adagrad, one number of state a row (64.50 GB a device, fits)" in message
+    # 16 devices would do, 12 would not.
+    assert "16 devices instead of 8 (96.00 GB a device, fits)" in message
+    assert "(3)" in message
+    assert "(4)" not in message
+
+
+def test_partitioner_when_unknown_then_an_error_names_those_there_are():
+    with pytest.raises(InputError, match="partitioner 'luck' does not exist; use best, greedy or ldm"):
+        plan_of(partitioner="luck")
+
+
+def test_mesh_when_of_one_device_then_everything_is_on_it():
+    tables, features, _ = skewed_model(5, 0)
+    plan = default_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH)
+    assert {placement.kind for placement in plan.placements} == {"table_wise"}
+    with pytest.raises(InputError, match="do not fit"):
+        make_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH, memory_limit=1000)
+
+
+def test_large_table_when_one_device_cannot_hold_it_then_it_is_split():
+    tables = [TableSpec(name="large", num_rows=1_000_000, dim=128), TableSpec(name="small", num_rows=1000, dim=128)]
+    features = [FeatureSpec(name=table.name, table=table.name) for table in tables]
+    result = make_plan(tables, features, MACHINE, batch_size=BATCH, memory_limit=200_000_000)
+    assert result.plan.placement("large").kind != "table_wise"
+
+
+def test_report_when_printed_then_it_has_every_table_and_every_device(tmp_path: Path):
+    tables, features, loads = skewed_model(20, 0)
+    result = make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads)
+    text = plan_text(result, tables, most_tables=None)
+    assert all(f" {table.name} " in text for table in tables)
+    assert all(f" {device} ({device // CHIPS}, {device % CHIPS}) " in text for device in range(MACHINE.num_devices))
+    assert "above the lower bound" in text
+    assert "and 17 smaller tables" in plan_text(result, tables, most_tables=3)
+    draw_plan(result, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_when_devices_are_many_then_it_sums_them_up():
+    tables, features, loads = skewed_model(20, 0)
+    result = make_plan(tables, features, parse_topology("h200:4x8"), batch_size=4096, loads=loads)
+    text = plan_text(result, tables)
+    assert "median" in text
+    assert "32 devices: each column's quantiles" in text
