@@ -57,7 +57,11 @@ class Assignment:
         used = (self.members > 0).tobytes() + (self.cut_members > 0).tobytes()
         if used not in self._latencies:
             present: list[tuple[Family, bool]] = [
-                (key.family, False) for key, count in zip(self.choices.groups, self.members, strict=True) if count
+                (key.family, cut > 0)
+                for key, count, cut in zip(
+                    self.choices.groups, self.members.tolist(), self.cut_members.tolist(), strict=True
+                )
+                if count
             ]
             self._latencies[used] = self.step.latency_seconds(present)
         return self._latencies[used]

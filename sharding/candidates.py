@@ -130,6 +130,14 @@ class Choices:
         fitting = tuple(tuple(c for c in candidates if c.owner_bytes <= memory) for candidates in self.of_table)
         return dataclasses.replace(self, of_table=fitting)
 
+    def up_to_width(self, width: int) -> "Choices":
+        """Those of stored widths up to a limit; all of a table that has no such."""
+        narrow = tuple(
+            tuple(c for c in candidates if self.groups[c.group].width <= width) or candidates
+            for candidates in self.of_table
+        )
+        return dataclasses.replace(self, of_table=narrow)
+
 
 @dataclasses.dataclass(kw_only=True)
 class _Allowed:

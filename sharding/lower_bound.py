@@ -221,7 +221,7 @@ class _Programme:
         return len(self._entries) > found
 
 
-def relax(choices: Choices, num_devices: int, chips: int, memory: float) -> Relaxed | None:
+def relax(choices: Choices, num_devices: int, chips: int, memory: float, *, quick: bool = False) -> Relaxed | None:
     """Solves the relaxation.
 
     Args:
@@ -229,6 +229,7 @@ def relax(choices: Choices, num_devices: int, chips: int, memory: float) -> Rela
         num_devices: W.
         chips: C.
         memory: Bytes of a device that stores may take.
+        quick: Whether any number of vectors will do, whole or not: a looser bound, sooner.
 
     Returns:
         The optimum; None if all devices together have too little memory.
@@ -242,7 +243,7 @@ def relax(choices: Choices, num_devices: int, chips: int, memory: float) -> Rela
     if solved is None:
         return None
     seconds, solution = solved
-    if programme.num_x <= _SMALL:
+    if programme.num_x <= _SMALL and not quick:
         whole = programme.solve(whole_vectors=True)
         if whole is not None:
             seconds, solution = max(seconds, whole[0]), whole[1]

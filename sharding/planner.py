@@ -28,6 +28,10 @@ PartitionerName = Literal["best", "greedy", "ldm"]
 _ATTEMPTS = 5
 _SEARCH_ROUNDS = 4
 _BUFFERS = 0.12
+# Widths that further starts cut all tables to: fewer groups, which round up less.
+_WIDTHS = (128, 64, 32)
+# Up to how many tables there is time for such.
+_FEW_TABLES = 300
 # What the runtime keeps for itself.
 _USABLE_MEMORY = 0.92
 
@@ -156,9 +160,7 @@ class _Search:
             starts = self.starts(choices, relaxed, room) if relaxed else []
             if starts:
                 partitioned = tuple((name, start.cost) for start, name in starts)
-                for start, _ in starts:
-                    improve(start, 0)
-                best, name = min(starts, key=lambda entry: entry[0].cost)
+                best, name = self.best_start(choices, starts, room)
                 storage = self.cost(best.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
                 buffers = storage.buffers
                 if storage.total <= self.limit:
@@ -188,11 +190,39 @@ class _Search:
                 relaxed = self.relaxed(choices, memory)
         raise self.shortage(buffers)
 
-    def relaxed(self, choices: Choices, memory: float) -> Relaxed | None:
+    def relaxed(self, choices: Choices, memory: float, *, quick: bool = False) -> Relaxed | None:
         if not all(choices.of_table):
             return None
         topology = self.step.topology
-        return relax(choices, topology.num_devices, topology.chips, memory)
+        return relax(choices, topology.num_devices, topology.chips, memory, quick=quick)
+
+    def best_start(
+        self, choices: Choices, starts: list[tuple[Assignment, str]], memory: float
+    ) -> tuple[Assignment, str]:
+        """The cheapest of the starts, and of those whose tables are cut to narrower widths, once searched on from.
+
+        A group's vectors a sample are whole numbers and its ids are as many as its fullest device has, so that many
+        groups of few tables are dearer than the relaxation says. Tables cut to one width share a group.
+        """
+        for start, _ in starts:
+            improve(start, 0)
+        found = [min(starts, key=lambda entry: entry[0].cost)]
+        narrow: list[tuple[Assignment, str]] = []
+        for width in _WIDTHS if len(self.tables) <= _FEW_TABLES else ():
+            cut = choices.up_to_width(width)
+            relaxed = self.relaxed(cut, memory, quick=True) if cut.of_table != choices.of_table else None
+            if relaxed is None or relaxed.seconds >= min(start.cost for start, _ in found + narrow):
+                continue
+            for start, name in self.starts(cut, relaxed, memory):
+                start.choices = choices
+                improve(start, 0)
+                narrow.append((start, name))
+        if not narrow:
+            return found[0]
+        found.append(min(narrow, key=lambda entry: entry[0].cost))
+        for start, _ in found:
+            improve(start, 1)
+        return min(found, key=lambda entry: entry[0].cost)
 
     def starts(self, choices: Choices, relaxed: Relaxed, memory: float) -> list[tuple[Assignment, str]]:
         """What each partitioner makes of the kinds that the relaxation chose; without those that do not fit."""

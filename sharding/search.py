@@ -19,7 +19,7 @@ _MOST_TAKEN = 60
 _MOST_RUINED = 16
 _WORSE = 0.01
 # Times that ruins put each table back; and up to how many tables that finds anything in the time there is.
-_INSERTS = 30
+_INSERTS = 15
 _FEW_TABLES = 200
 
 # A candidate and its bins.
