@@ -50,7 +50,7 @@ class RoutedGroup:
     """The ids of one group.
 
     Attributes:
-        owned: The ids whose rows this device updates and, but for the last three families of attributes, looks up.
+        owned: The ids whose rows this device updates. It looks the same up, but where `requested` or `local` is given.
         trip: How they travelled; None where they did not.
         home: The same ids at home; None where nobody needs them there.
         requested: Family "rows_by_id": the rows that others ask this device for.
