@@ -97,7 +97,7 @@ _COMPILERS = {"gpu": ("jax_plugins.xla_cuda13", "nvidia.cu13"), "tpu": ("libtpu"
 def target_mesh(topology: Topology) -> Mesh:
     """A mesh of devices that this machine does not have, to lower and compile programs for.
 
-    Nothing can be put on it: give programs `jax.ShapeDtypeStruct`s with shardings on the mesh.
+    Nothing can be put on it: give programs shapes (`jax.ShapeDtypeStruct`) with shardings on the mesh.
 
     Args:
         topology: A preset, from `parse_topology`.

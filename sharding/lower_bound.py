@@ -2,7 +2,7 @@
 
 A plan gives each table t one candidate c and each slice an owner. In group g and quantity q (ids, vectors, distinct
 rows, ...) device d then has the load ``X_gq(d)``, in seconds, and a step costs ``sum_gq max_d X_gq(d)`` plus what is
-the same on every device. The bound is the optimum of a mixed integer programme with less in it, so it is at most that:
+the same on every device. The bound is the optimum of a mixed integer programme with less in it, so it is at most that::
 
     minimise    sum_gq Z_gq + sum_tc x_tc fixed_tc
     subject to  sum_c x_tc = 1 for each table, 0 <= x <= 1                              (a table may be in two halves)
