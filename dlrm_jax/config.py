@@ -6,6 +6,7 @@ from typing import Any, Literal
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.schedules import ScheduleConfig
+from pallas_kernels.implementations import Implementation
 from pallas_kernels.rounding import Rounding
 from sharding.errors import InputError
 from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
@@ -73,7 +74,7 @@ class TableConfig:
     dtype: StorageDtype = "float32"
     """How weights are stored; optimizer state is float32."""
     rounding: Rounding = "nearest"
-    """How an update is rounded to a bfloat16 or float16 table."""
+    """How an update is rounded to a bfloat16 or float16 table; or, for bfloat16, "split": its low half is kept, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,12 @@ class TrainConfig:
     """Steps between checkpoints. None: only where evaluation finds the best so far, and at the end."""
     keep_checkpoints: int = 2
     """Latest checkpoints that are kept beside the best."""
+    pipeline: Literal["none", "route", "stale"] = "route"
+    """What of the next batch is done while a batch computes. route: its ids travel to their rows, which changes no bit
+    of the results. stale: its rows are looked up, too, before the batch's update, which changes them: every step
+    trains on embeddings that lack one update. none: nothing. A run cannot change to stale or back when it is resumed."""
+    profile: int | None = None
+    """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     plan: str | None = None
     """File of a sharding plan (scripts/plan.py makes one). None: the planner's. May change when a run is resumed."""
+    kernels: Implementation | None = None
+    """Implementation of lookups and updates. None: the best for the device. May change when a run is resumed."""
     data: DataConfig = DataConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     model: ModelConfig
@@ -181,6 +190,7 @@ class Config:
             ("train.log_every", self.train.log_every),
             ("train.checkpoint_every", self.train.checkpoint_every),
             ("train.keep_checkpoints", self.train.keep_checkpoints),
+            ("train.profile", self.train.profile),
         ):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, but must be at least 1: raise it")
@@ -202,18 +212,21 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is resumed, by dotted name.
 
-        Folder names, devices and plan, what is read ahead, and everything of `train` but what scores are compared by
-        may change; the dataset itself is compared by its card, not by where it lies.
+        Folder names, devices, plan and kernels, what is read ahead, and everything of `train` but what scores are
+        compared by and whether embeddings are stale may change; the dataset itself is compared by its card, not by
+        where it lies.
         """
         free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
-        free |= {"mesh.nodes", "mesh.chips", "plan"}
+        free |= {"mesh.nodes", "mesh.chips", "plan", "kernels"}
         fixed = {"train.eval_split", "train.best_by"}
         flat = _flatten(dataclasses.asdict(self))
-        return {
+        identity = {
             name: value
             for name, value in flat.items()
             if name in fixed or (name not in free and not name.startswith("train."))
         }
+        # The other ways have the same results.
+        return identity | ({"train.pipeline": "stale"} if self.train.pipeline == "stale" else {})
 
     def facts(self) -> dict[str, Any]:
         """The settings that all processes of a job must share, by dotted name: all but those of a machine."""

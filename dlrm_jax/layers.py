@@ -1,22 +1,20 @@
-"""Dense layers: linear maps, multi-layer perceptrons, the dot interaction and the low-rank cross network.
+"""Dense layers: linear maps, multi-layer perceptrons and the low-rank cross network.
 
-Letters: B samples, n inputs, m outputs, F vectors that interact, D their dimension, P pairs of them, k features.
+Letters: B samples, n inputs, m outputs, k features.
 
 Every layer has float32 parameters and computes in `compute_dtype`. In bfloat16 the operands of a matrix product are
 rounded, its sums and its result are float32, and so are the gradients of the parameters; the backward products round
 their operands in the same way. Products use JAX's default precision.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 @jax.custom_vjp
@@ -49,71 +47,6 @@ def _matmul_backward(residuals, cotangent):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
-    """Number of values that `dot_interaction` gives for each sample.
-
-    Args:
-        num_vectors: F.
-        self_interaction: Whether a vector is also paired with itself.
-
-    Returns:
-        F (F - 1) / 2, and F more with self-interaction.
-    """
-    return num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def dot_interaction(x: Float[Array, "B F D"], self_interaction: bool) -> Float[Array, "B P"]:
-    """Computes the dot products of all pairs of vectors of each sample.
-
-    The products are `Z[b] = X[b] X[b]^T`, of which the strict lower triangle (with self-interaction: the lower
-    triangle) is taken row by row: (1, 0), (2, 0), (2, 1), (3, 0), ... Source: Naumov et al. 2019, section 2.1, in the
-    order of facebookresearch/dlrm.
-
-    The derivative is written out: one gather puts the cotangents of the pairs on both triangles of a symmetric
-    matrix, and one product gives `dX = (dZ + dZ^T) X`. Automatic differentiation makes a scatter, which XLA runs
-    on one thread of a CPU, and two products: forward and backward then take about twice as long.
-
-    Args:
-        x: The vectors, in the dtype to compute in.
-        self_interaction: Whether a vector is also paired with itself.
-
-    Returns:
-        The dot products in float32.
-    """
-    num_vectors = x.shape[1]
-    z = jnp.einsum("bid,bjd->bij", x, x, preferred_element_type=jnp.float32)
-    rows, columns = _pairs(num_vectors, self_interaction)
-    return jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
-
-
-def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
-    rows, columns = np.tril_indices(num_vectors, 0 if self_interaction else -1)
-    return rows.astype(np.int32), columns.astype(np.int32)
-
-
-def _dot_interaction_forward(x, self_interaction):
-    return dot_interaction(x, self_interaction), x
-
-
-def _dot_interaction_backward(self_interaction, x, cotangent):
-    batch_size, num_vectors, _ = x.shape
-    if cotangent.shape[1] == 0:
-        return (jnp.zeros_like(x),)
-    rows, columns = _pairs(num_vectors, self_interaction)
-    pair_of = np.zeros((num_vectors, num_vectors), np.int32)
-    pair_of[rows, columns] = pair_of[columns, rows] = np.arange(len(rows), dtype=np.int32)
-    # dZ + dZ^T: an element of the diagonal is there twice, or not at all without self-interaction.
-    factor = np.where(np.eye(num_vectors, dtype=bool), 2.0 if self_interaction else 0.0, 1.0).astype(x.dtype)
-    symmetric = jnp.take(cotangent.astype(x.dtype), pair_of.reshape(-1), axis=1, mode="clip")
-    symmetric = symmetric.reshape(batch_size, num_vectors, num_vectors) * factor[None]
-    x_grad = jnp.einsum("bij,bjd->bid", symmetric, x, preferred_element_type=jnp.float32)
-    return (x_grad.astype(x.dtype),)
-
-
-dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
 
 
 class Linear(nnx.Module):

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from dlrm_jax.config import Config, DenseOptimizerConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, SparseColumn
-from dlrm_jax.layers import num_pairs
 from dlrm_jax.model import DLRM
+from pallas_kernels.interaction import num_pairs
 from sharding.cost import DenseLoad
 from sharding.errors import InputError
 from sharding.load import FeatureLoad

@@ -61,7 +61,9 @@ class Recommender:
         self.config = config
         mesh = make_mesh(config.mesh.nodes, config.mesh.chips) if mesh is None else mesh
         plan = choose_plan(config, card, mesh) if plan is None else plan
-        self.tables = ShardedTables(table_specs, feature_specs, plan=plan, mesh=mesh, seed=config.seed)
+        self.tables = ShardedTables(
+            table_specs, feature_specs, plan=plan, mesh=mesh, seed=config.seed, kernels=config.kernels
+        )
         self.features = self.tables.feature_order
         self.card = dataclasses.replace(card, sparse=tuple(card.feature(name) for name in self.features))
         self._graph, self._abstract_params = nnx.split(nnx.eval_shape(self._build))
@@ -72,6 +74,7 @@ class Recommender:
             num_dense=len(self.card.dense),
             embedding_shapes=[(len(block.names), block.dim) for block in self.tables.blocks],
             rngs=nnx.Rngs(params=self.config.seed),
+            mesh=self.tables.mesh,
         )
 
     @property

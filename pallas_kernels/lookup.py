@@ -1,14 +1,11 @@
 """pooled_lookup: the rows of each bag, weighted and summed, over all tables of a width in one call."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import xla
+from pallas_kernels.implementations import Implementation, implementation_of
 
-Implementation = Literal["xla"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
+LINE_BYTES = 512
 
 
 def pooled_lookup(
@@ -27,7 +24,8 @@ def pooled_lookup(
     with bags of at most one id.
 
     Args:
-        store: Line store, 512 bytes a line, seen as ``[-1, width]``.
+        store: Line store, 512 bytes a line, seen as ``[-1, width]``. Lines of another length will do, but fewer
+            implementations can serve them.
         rows: Row of each id in that view, bag after bag. A row outside the store contributes nothing.
         offsets: Ids of bag g are those from ``offsets[g]`` up to ``offsets[g + 1]``; ids from ``offsets[-1]`` on are
             padding. Non-decreasing, ``offsets[0] = 0``.
@@ -41,19 +39,21 @@ def pooled_lookup(
         One pooled row for each bag, float32.
 
     Raises:
-        ValueError: A width that the store cannot hold, or an implementation that does not exist.
+        ValueError: A width that the store cannot hold, or an implementation that does not exist or cannot serve.
     """
-    check_call(store, width, implementation)
-    return xla.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
+    check_store(store, width)
+    chosen = implementation_of(
+        implementation, dtype=store.dtype, width=width, in_lines=store.shape[1] * store.dtype.itemsize == LINE_BYTES
+    )
+    return chosen.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
 
 
-def check_call(store: Float[Array, "lines line"], width: int, implementation: str | None) -> None:
-    """Raises ValueError unless rows of this width lie in the store and the implementation exists.
+def check_store(store: Float[Array, "lines line"], width: int) -> None:
+    """Raises ValueError unless rows of this width lie in the store.
 
     Args:
         store: Line store.
         width: Stored width of a row.
-        implementation: Name given by the caller, or None.
     """
     if width not in (8, 16, 32, 64) and (width < 128 or width % 128):
         raise ValueError(f"width {width} is not stored: rows are padded to 8, 16, 32, 64, 128 or a multiple of 128")
@@ -61,5 +61,3 @@ def check_call(store: Float[Array, "lines line"], width: int, implementation: st
         raise ValueError(f"a store of {store.size} elements is no whole number of rows of width {width}")
     if store.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"a store of {store.dtype} is not supported; use float32, bfloat16 or float16")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r} does not exist; there are {IMPLEMENTATIONS}, or None")

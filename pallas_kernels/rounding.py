@@ -10,9 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, BFloat16, Float, Float32, UInt16, UInt32
 
-Rounding = Literal["nearest", "stochastic"]
+# How float32 becomes a 16-bit weight: the nearest; one of the two neighbours, by chance; or its high half, a bfloat16,
+# with the low half kept beside it.
+Rounding = Literal["nearest", "stochastic", "split"]
 
 # The golden ratio in 32 bits, and the two multipliers of `lowbias32` (C. Wellons, "Hash Function Prospector", 2018:
 # exact bias 0.17 of the best 32-bit mixers with two multiplications).
@@ -68,6 +70,19 @@ def column_bits(keys: UInt32[Array, "R 1"], columns: UInt32[Array, "#R w"]) -> U
 def uniform(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """Maps random bits to [0, 1) in steps of 2**-24, which float32 holds exactly."""
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def joined(high: BFloat16[Array, "..."], low: UInt16[Array, "..."]) -> Float32[Array, "..."]:
+    """The float32 whose bits are ``high * 2**16 + low``: a weight that is stored in two halves."""
+    words = jax.lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32) << 16
+    return jax.lax.bitcast_convert_type(words | low.astype(jnp.uint32), jnp.float32)
+
+
+def halves(x: Float32[Array, "..."]) -> tuple[BFloat16[Array, "..."], UInt16[Array, "..."]]:
+    """The two halves of a float32: a bfloat16, which is x rounded towards 0, and what it lacks. See `joined`."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return high, (words & jnp.uint32(0xFFFF)).astype(jnp.uint16)
 
 
 def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: jnp.dtype) -> Float[Array, "R w"]:

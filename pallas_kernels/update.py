@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from pallas_kernels import xla
-from pallas_kernels.lookup import Implementation, check_call
+from pallas_kernels.implementations import Implementation, implementation_of
+from pallas_kernels.lookup import check_store
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.slots import Slots
@@ -44,7 +44,7 @@ def sparse_update(
     Args:
         store: Line store of weights, seen as ``[-1, width]``.
         element_state: One store of float32 for each of the optimizer's elementwise states, with as many elements as
-            ``store``.
+            ``store``. With split weights, after them, one of uint16: the low halves.
         row_state: One store of float32 for each of its row-wise states, see `Slots.first_scalar`.
         rows: Row of each id, in canonical order (feature, sample, position in the bag). A row outside the store is
             ignored.
@@ -59,7 +59,9 @@ def sparse_update(
         seed: Seed of the run.
         optimizer: The rule.
         width: Stored width of a row, in elements.
-        storage_rounding: How weights are rounded to a bfloat16 or float16 store.
+        storage_rounding: How weights are rounded to a bfloat16 or float16 store: to the nearest, or stochastically by
+            `rounding.stochastic_round`. "split" rounds nothing: the bfloat16 store has the high 16 bits of each float32
+            weight, and the update is that of float32 (Split-SGD-BF16, Kalamkar et al. 2020); see `rounding.joined`.
         statistics: For column shards: the rule's sums over the whole row, for each id, from `row_statistics` of all
             shards. None where the store holds whole rows.
         implementation: Which one to use; None picks by platform and shape.
@@ -70,9 +72,12 @@ def sparse_update(
     Raises:
         ValueError: A width or state that does not fit store and rule, or an implementation that does not exist.
     """
-    check_call(store, width, implementation)
-    _check_state(store, element_state, row_state, optimizer)
-    return xla.sparse_update(
+    check_store(store, width)
+    _check_state(store, element_state, row_state, optimizer, storage_rounding)
+    chosen = implementation_of(
+        implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
+    )
+    return chosen.sparse_update(
         store,
         element_state,
         row_state,
@@ -106,6 +111,7 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
+    storage_rounding: Rounding = "nearest",
     implementation: Implementation | None = None,
 ) -> Float[Array, "n blocks k"]:
     """First pass of an update of column shards: what this shard adds to each row's statistics.
@@ -127,6 +133,7 @@ def row_statistics(
         step: As there.
         optimizer: A rule that declares statistics.
         width: As there.
+        storage_rounding: As there.
         implementation: As there.
 
     Returns:
@@ -135,9 +142,12 @@ def row_statistics(
     Raises:
         ValueError: As in `sparse_update`.
     """
-    check_call(store, width, implementation)
-    _check_state(store, element_state, row_state, optimizer)
-    return xla.row_statistics(
+    check_store(store, width)
+    _check_state(store, element_state, row_state, optimizer, storage_rounding)
+    chosen = implementation_of(
+        implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
+    )
+    return chosen.row_statistics(
         store,
         element_state,
         row_state,
@@ -150,6 +160,7 @@ def row_statistics(
         step=step,
         optimizer=optimizer,
         width=width,
+        storage_rounding=storage_rounding,
     )
 
 
@@ -158,7 +169,14 @@ def _check_state(
     element_state: tuple[Float[Array, "state_lines line"], ...],
     row_state: tuple[Float[Array, "scalar_lines line"], ...],
     optimizer: RowOptimizer,
+    storage_rounding: Rounding,
 ) -> None:
+    if storage_rounding == "split":
+        if store.dtype != jnp.bfloat16:
+            raise ValueError(f"split weights have their high halves in bfloat16, but the store is {store.dtype}")
+        if not element_state or (element_state[-1].dtype, element_state[-1].shape) != (jnp.uint16, store.shape):
+            raise ValueError("split weights need a store of uint16, shaped like the weights, as the last element_state")
+        element_state = element_state[:-1]
     given = (len(element_state), len(row_state))
     needed = (len(optimizer.element_state), len(optimizer.row_state))
     if given != needed:

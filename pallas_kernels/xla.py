@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
+from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
@@ -20,10 +21,9 @@ RUN_BLOCK = 128
 MAX_UNROLL = 8
 
 
-def bags_of_ids(offsets: Int32[Array, " G+1"], num_ids: int) -> Int32[Array, " n"]:
-    """Bag of each id; G for the ids beyond the last bag (padding)."""
-    starts = jnp.zeros(num_ids + 1, jnp.int32).at[offsets[1:]].add(1, indices_are_sorted=True, mode="drop")
-    return jnp.cumsum(starts[:num_ids])
+def unable(**call: object) -> None:
+    """Why a call cannot be served: every call can."""
+    del call
 
 
 def _get(table: Float[Array, "R w"], rows: Int32[Array, " n"]) -> Float[Array, "n w"]:
@@ -101,21 +101,20 @@ def _touched_rows(
     valid = (rows >= 0) & (rows < num_rows) & (bags < gradients.shape[0])
     sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), ids), num_keys=1, is_stable=True)
     starts = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), sorted_rows[1:] != sorted_rows[:-1]])
-    runs = jnp.cumsum(starts, dtype=jnp.int32) - 1
-    first_places = jnp.nonzero(starts, size=num_ids, fill_value=num_ids)[0].astype(jnp.int32)
+    first_places, upto = places_of(starts)
+    runs = upto - 1
 
     contributions = gradients.at[bags[order]].get(mode="fill", fill_value=0)
     if weights is not None:
         contributions = contributions * weights[order][:, None]
     place_in_run = ids - first_places[runs]
     cut = starts | (place_in_run % RUN_BLOCK == 0)
-    blocks = jnp.cumsum(cut, dtype=jnp.int32) - 1
     # The rows of padding form the last run; how they are added is nobody's business.
     long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
 
     def add_blocks() -> Float[Array, "n w"]:
-        sums = jax.ops.segment_sum(contributions, blocks, num_ids, indices_are_sorted=True)
-        block_places = jnp.nonzero(cut, size=num_ids, fill_value=num_ids)[0]
+        block_places, upto_block = places_of(cut)
+        sums = jax.ops.segment_sum(contributions, upto_block - 1, num_ids, indices_are_sorted=True)
         runs_of_blocks = runs.at[block_places].get(mode="fill", fill_value=num_ids)
         return jax.ops.segment_sum(sums, runs_of_blocks, num_ids, indices_are_sorted=True)
 
@@ -147,22 +146,28 @@ def _hyperparameters(slots: Slots, slot: Int32[Array, " n"], step: Int32[Array, 
 
 def _read(
     store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
+    element_state: tuple[Array, ...],
     row_state: tuple[Float[Array, "scalar_lines line"], ...],
     touched: _TouchedRows,
     slots: Slots,
     width: int,
+    storage_rounding: rounding.Rounding,
 ) -> tuple[RowValues, Int32[Array, " n"]]:
     """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
     slot = touched.slots
     scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
     scalars = jnp.where(touched.rows < _num_rows(store, width), scalars, jnp.iinfo(jnp.int32).max)
 
-    def rows_of(array: Float[Array, "lines line"]) -> Float[Array, "n w"]:
-        return _get(array.reshape(-1, width), touched.rows).astype(jnp.float32)
+    def rows_of(array: Array) -> Array:
+        return _get(array.reshape(-1, width), touched.rows)
 
+    if storage_rounding == "split":
+        weights = rounding.joined(rows_of(store), rows_of(element_state[-1]))
+        element_state = element_state[:-1]
+    else:
+        weights = rows_of(store).astype(jnp.float32)
     values = RowValues(
-        weights=rows_of(store),
+        weights=weights,
         element_state=tuple(rows_of(state) for state in element_state),
         row_state=tuple(_get(state.reshape(-1, 1), scalars) for state in row_state),
     )
@@ -193,10 +198,11 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
+    storage_rounding: rounding.Rounding = "nearest",
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
     touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
-    values, _ = _read(store, element_state, row_state, touched, slots, width)
+    values, _ = _read(store, element_state, row_state, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     sums = jnp.stack(_sums_of_blocks(values, touched.gradients, hyper, optimizer), axis=-1)
     return sums[touched.run_of_id]
@@ -229,7 +235,7 @@ def sparse_update(
     if rows.shape[0] == 0:
         return store, element_state, row_state
     touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
-    old, scalars = _read(store, element_state, row_state, touched, slots, width)
+    old, scalars = _read(store, element_state, row_state, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     if statistics is None:
         sums = tuple(sum_blocks(blocks) for blocks in _sums_of_blocks(old, touched.gradients, hyper, optimizer))
@@ -238,8 +244,11 @@ def sparse_update(
         sums = tuple(given[:, k : k + 1] for k in range(given.shape[1]))
     new = optimizer.apply(old, touched.gradients, hyper, jax.lax.optimization_barrier(sums))
 
-    new_weights = new.weights
-    if storage_rounding == "stochastic" and store.dtype != jnp.float32:
+    new_weights, new_state = new.weights, new.element_state
+    if storage_rounding == "split":
+        new_weights, low = rounding.halves(new_weights)
+        new_state = (*new_state, low)
+    elif storage_rounding == "stochastic" and store.dtype != jnp.float32:
         keys = rounding.row_key(
             seed, step.astype(jnp.uint32), slots.table[touched.slots], logical_rows[touched.first_ids]
         )
@@ -248,7 +257,9 @@ def sparse_update(
         new_weights = rounding.stochastic_round(new_weights, bits, store.dtype)
 
     # Reading must be over before writing begins: else XLA for GPUs fuses the two and copies each store to part them.
-    new, new_weights, places, scalars = jax.lax.optimization_barrier((new, new_weights, touched.rows, scalars))
+    new_weights, new_state, new_scalars, places, scalars = jax.lax.optimization_barrier(
+        (new_weights, new_state, new.row_state, touched.rows, scalars)
+    )
 
     def write(array: Array, places: Int32[Array, " n"], values: Array) -> Array:
         flat = array.reshape(-1, values.shape[1])
@@ -258,6 +269,6 @@ def sparse_update(
 
     return (
         write(store, places, new_weights),
-        tuple(write(a, places, v) for a, v in zip(element_state, new.element_state, strict=True)),
-        tuple(write(a, scalars, v) for a, v in zip(row_state, new.row_state, strict=True)),
+        tuple(write(a, places, v) for a, v in zip(element_state, new_state, strict=True)),
+        tuple(write(a, scalars, v) for a, v in zip(row_state, new_scalars, strict=True)),
     )

@@ -3,10 +3,11 @@
 Letters: Q of `candidates.SPREAD`, W devices, M bins (places for a slice), L devices of a bin.
 """
 
+import dataclasses
 from collections.abc import Set
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sharding.candidates import SPREAD, Candidate, Choices, to_placement
 from sharding.cost import Step
@@ -18,6 +19,40 @@ from sharding.plan import ShardingPlan
 NOISE = 1e-9
 # A maximum that is less than this share of the cost above its mean is left alone.
 WORTH = 5e-5
+# What the load of a bin counts for where its maximum stays: little, so that it decides between equals.
+_TIE = 1e-6
+
+# Seconds, tie, bins, candidate.
+Found = tuple[float, float, tuple[int, ...], Candidate]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Menu:
+    """A table's candidates of one span, as arrays: one row each."""
+
+    candidates: tuple[Candidate, ...]
+    groups: Int[np.ndarray, " k"]
+    profiles: Float[np.ndarray, "k Q 1 L"]
+    fixed: Float[np.ndarray, " k"]
+    owner_bytes: Float[np.ndarray, "k 1"]
+    cut: tuple[int, ...]
+
+
+def _menus(candidates: tuple[Candidate, ...]) -> tuple[_Menu, ...]:
+    by_span: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        by_span.setdefault(candidate.span, []).append(candidate)
+    return tuple(
+        _Menu(
+            candidates=tuple(members),
+            groups=np.array([c.group for c in members]),
+            profiles=np.stack([c.profile for c in members])[:, :, None],
+            fixed=np.array([c.fixed for c in members]),
+            owner_bytes=np.array([[float(c.owner_bytes)] for c in members]),
+            cut=tuple(row for row, c in enumerate(members) if c.num_slices > 1),
+        )
+        for members in by_span.values()
+    )
 
 
 class Assignment:
@@ -45,6 +80,7 @@ class Assignment:
         self.members = np.zeros(len(choices.groups), np.int64)
         self.cut_members = np.zeros(len(choices.groups), np.int64)
         self._latencies: dict[bytes, float] = {}
+        self._menus: dict[int, tuple[_Menu, ...]] = {}
 
     @property
     def cost(self) -> float:
@@ -118,6 +154,56 @@ class Assignment:
             return None
         added = float((after[:, chosen].max(axis=1) - before).sum()) + candidate.fixed
         return added, float(load[:, chosen].sum()), tuple(chosen.tolist())
+
+    def cheapest(self, table: int, without: Set[int] = frozenset()) -> Found | None:
+        """The cheapest place of a table; see `best_bins`."""
+        options = self.choices.of_table[table]
+        if options and options[0].owners is not None:
+            found = [
+                (*place, candidate)
+                for candidate in options
+                if candidate.group not in without and (place := self.best_bins(candidate)) is not None
+            ]
+            return min(found, key=lambda entry: entry[:2]) if found else None
+        if table not in self._menus:
+            self._menus[table] = _menus(options)
+        best: Found | None = None
+        room = self.room(options[0].store) if options else 0.0
+        for menu in self._menus[table]:
+            span = menu.candidates[0].span
+            load = self.load[menu.groups].reshape(len(menu.groups), len(SPREAD), -1, span)
+            most = self.most[menu.groups][:, :, None]
+            added = (
+                np.maximum((load + menu.profiles).max(axis=3) - most, 0.0)
+                if span > 1
+                else np.maximum(load[..., 0] + menu.profiles[..., 0] - most, 0.0)
+            )
+            tie = load.sum(axis=(1, 3))
+            seconds = added.sum(axis=1)
+            rank = seconds + tie * _TIE
+            held = self.bytes[options[0].store].reshape(-1, span).max(axis=1)
+            if held.max() + menu.owner_bytes.max() > room:
+                rank[held + menu.owner_bytes > room] = np.inf
+            chosen = rank.argmin(axis=1)
+            every = np.arange(len(chosen))
+            total = rank[every, chosen] + menu.fixed
+            places: dict[int, np.ndarray] = {}
+            for row in menu.cut:
+                count = menu.candidates[row].num_slices
+                if count > rank.shape[1]:
+                    total[row] = np.inf
+                    continue
+                order = rank[row].argsort(kind="stable")[:count]
+                places[row] = order
+                more = float(added[row][:, order].max(axis=1).sum()) + float(tie[row, order].sum()) * _TIE
+                total[row] = more + menu.fixed[row] if np.isfinite(rank[row, order[-1]]) else np.inf
+            if without:
+                total[[candidate.group in without for candidate in menu.candidates]] = np.inf
+            row = int(total.argmin())
+            if np.isfinite(total[row]) and (best is None or total[row] < best[0]):
+                bins = tuple(places[row].tolist()) if row in places else (int(chosen[row]),)
+                best = float(total[row]), 0.0, bins, menu.candidates[row]
+        return best
 
     def fits(self, candidate: Candidate) -> Bool[np.ndarray, " M"]:
         """Which bins have room for a slice."""
@@ -227,13 +313,11 @@ def insert_best(
     Returns:
         Whether there is a place.
     """
-    options = [first] if first is not None and assignment.best_bins(first) else assignment.choices.of_table[table]
-    best: tuple[tuple[float, float], Candidate, tuple[int, ...]] | None = None
-    for candidate in options:
-        found = None if candidate.group in without else assignment.best_bins(candidate)
-        if found is not None and (best is None or found[:2] < best[0]):
-            best = (found[0], found[1]), candidate, found[2]
-    if best is None:
+    if first is not None and (place := assignment.best_bins(first)) is not None:
+        assignment.place(first, place[2])
+        return True
+    found = assignment.cheapest(table, without)
+    if found is None:
         return False
-    assignment.place(best[1], best[2])
+    assignment.place(found[3], found[2])
     return True

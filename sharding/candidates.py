@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
 from sharding.cost import CUT_IDS, DISTINCT, IDS, SENT_ROWS, STAGES, VECTORS, Step, statistics_of
 from sharding.errors import InputError
-from sharding.layout import FROZEN, Family, Shard, store_name, stored_width
+from sharding.layout import Family, Shard, store_name, stored_width
 from sharding.plan import Placement, PlacementKind, Returns, Slice
 from sharding.storage import bytes_per_row
 from sharding.tables import FeatureSpec, TableSpec
@@ -138,6 +138,14 @@ class Choices:
         )
         return dataclasses.replace(self, of_table=narrow)
 
+    def without_family(self, family: Family) -> "Choices":
+        """Those whose vectors come home in another way; all of a table that has no such."""
+        others = tuple(
+            tuple(c for c in candidates if self.groups[c.group].family != family) or candidates
+            for candidates in self.of_table
+        )
+        return dataclasses.replace(self, of_table=others)
+
 
 @dataclasses.dataclass(kw_only=True)
 class _Allowed:
@@ -227,7 +235,7 @@ def _ways(
             ("grid", count, back) for count in _slice_counts(table, min(most, nodes), multiple) for back in returns
         )
     named = allowed.kinds is not None and "data_parallel" in allowed.kinds
-    row = bytes_per_row(table.dtype, FROZEN if table.frozen else table.optimizer, stored_width(table.dim))
+    row = bytes_per_row(table, stored_width(table.dim))
     if named or table.num_rows * row <= replica_bytes:
         ways.append(("data_parallel", 1, None))
     return (way for way in ways if allowed.allows(*way))
@@ -314,7 +322,7 @@ def make_choices(
             at_owners, at_home = quantities[family, span, cut]
             rate = rates[groups[key]]
             rows = table.num_rows if kind == "data_parallel" else -(-table.num_rows // span)
-            row_bytes = bytes_per_row(table.dtype, FROZEN if table.frozen else table.optimizer, width)
+            row_bytes = bytes_per_row(table, width)
             found.append(
                 Candidate(
                     table=number,

@@ -23,11 +23,12 @@ from jaxtyping import Array, Float, Int32, Int64, Shaped
 from sharding import line_files
 from sharding.embedding import ShardedTables
 from sharding.errors import InputError
-from sharding.layout import LINE_BYTES
+from sharding.layout import LINE_BYTES, LOW_HALVES
 from sharding.line_files import LineArray, LineFiles, create_files, line_arrays
 from sharding.manifest import difference, manifest_of, read_manifest, write_manifest
 from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 from sharding.reshard import SavedArray, copy_lines, fill_lines, read_saved_rows
+from sharding.rows import joined_halves
 from sharding.state import TableState
 
 CACHE_BYTES = 64 * 2**20
@@ -107,7 +108,7 @@ def read_table(
         rows: Which rows; all unless given.
 
     Returns:
-        The rows, in the table's dtype.
+        The rows, in the table's dtype; float32 where weights are split.
 
     Raises:
         InputError: The folder is not complete or damaged, has no such table, or the table no such row.
@@ -143,17 +144,18 @@ def _read_logical(
     except KeyError:
         held = sorted(shard.table.name for store in layout.stores for shard in store.shards if not shard.first_column)
         raise InputError(f"{folder}: no table {name!r}; it holds {held}") from None
-    table = shards[0].table
-    wanted = _wanted_rows(slice(None) if rows is None else rows, table.num_rows, f"{folder}: table {name!r}")
-    arrays, rule, context = line_arrays(layout), table.rule, _cache()
+    num_rows = shards[0].table.num_rows
+    wanted = _wanted_rows(slice(None) if rows is None else rows, num_rows, f"{folder}: table {name!r}")
+    arrays, context = line_arrays(layout), _cache()
+    state = [*zip(store.element_state, arrays.element_state[store.name], strict=True)]
+    state += zip(store.row_state, arrays.row_state[store.name], strict=True)
+    named = {array.name: lines for array, lines in state if optimizer_state == (array.name != LOW_HALVES)}
     if not optimizer_state:
-        named = {"weights": arrays.weights[store.name]}
-    elif rule is None:
-        named = {}
-    else:
-        named = dict(zip(rule.element_state, arrays.element_state[store.name], strict=True))
-        named |= dict(zip(rule.row_state, arrays.row_state[store.name], strict=True))
-    return {key: read_saved_rows(_open(folder, array, context), name, wanted) for key, array in named.items()}
+        named = {"weights": arrays.weights[store.name], **named}
+    found = {key: read_saved_rows(_open(folder, array, context), name, wanted) for key, array in named.items()}
+    if LOW_HALVES in found:
+        found["weights"] = joined_halves(found["weights"], found.pop(LOW_HALVES))
+    return found
 
 
 def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, " n"]:
@@ -195,14 +197,15 @@ def load_initial_values(tables: ShardedTables, state: TableState) -> TableState:
         if values.dtype.kind not in "fiu":
             raise InputError(f"{where} are {values.dtype}; give numbers, such as float32")
         rows_per_block = max(1, INITIAL_VALUES_BYTES // (4 * spec.dim))
+        dtype = jnp.dtype("float32" if spec.rounding == "split" else spec.dtype)
         for first in range(0, spec.num_rows, rows_per_block):
             with np.errstate(over="ignore"):
-                block = values[first : first + rows_per_block].astype(jnp.dtype(spec.dtype))
+                block = values[first : first + rows_per_block].astype(dtype)
             # As float32, since numpy does not know bfloat16.
             finite = np.isfinite(block.astype(np.float32)).all(axis=1)
             if not finite.all():
                 row = first + int(np.flatnonzero(~finite)[0])
-                raise InputError(f"{where} are not finite in row {row} as {spec.dtype}; give finite numbers")
+                raise InputError(f"{where} are not finite in row {row} as {dtype}; give finite numbers")
             state = tables.write_rows(state, spec.name, first, block)
     return state
 

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt16
 
-from pallas_kernels import ROW_OPTIMIZERS
+from pallas_kernels.implementations import Implementation
 from sharding import rows as logical_rows
 from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.errors import InputError
 from sharding.initial import initial_store
 from sharding.jagged import KeyedJagged, check_arrays, for_devices
-from sharding.layout import LINE_SCALARS, Layout, StoreLayout, make_layout
+from sharding.layout import LINE_BYTES, Layout, make_layout
 from sharding.lookup import lookup_local
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, device_number, make_mesh, sharding_on
 from sharding.place import Place
@@ -56,6 +56,7 @@ class ShardedTables:
         plan: ShardingPlan | None = None,
         mesh: Mesh | None = None,
         seed: int = 0,
+        kernels: Implementation | None = None,
     ):
         """Lays the tables out.
 
@@ -65,6 +66,8 @@ class ShardedTables:
             plan: Where tables live; on a mesh of one device everything on that, unless given.
             mesh: The devices; the first one that JAX sees unless given.
             seed: Seed of initial values and of stochastic rounding.
+            kernels: Implementation of lookups and updates; the best for the devices unless given. A call that it cannot
+                serve is a ValueError.
 
         Raises:
             InputError: Specifications or plan that contradict themselves, each other or the mesh.
@@ -91,6 +94,7 @@ class ShardedTables:
             sources=block_sources(self.layout, all_blocks, chips),
             means=tuple(_means_of(block, self._means) for block in all_blocks),
             nodes=nodes,
+            kernels=kernels,
         )
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
         self._init = jax.jit(self._init_on_mesh, out_shardings=self.state_shardings())
@@ -123,24 +127,17 @@ class ShardedTables:
         """
         sharding = self._sharding() if sharded else None
 
-        def lines(per_device: int, elements: int, dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((per_device * self.num_devices, elements), dtype, sharding=sharding)
-
-        def states(store: StoreLayout, count: int, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
-            return tuple(lines(count, LINE_SCALARS, jnp.float32) for _ in names)
+        def lines(per_device: int, dtype: str) -> jax.ShapeDtypeStruct:
+            shape = (per_device * self.num_devices, LINE_BYTES // jnp.dtype(dtype).itemsize)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
         stores = self.layout.stores
-        rules = {store.name: ROW_OPTIMIZERS.get(store.rule_name) for store in stores}
         return TableState(
-            weights={s.name: lines(s.lines_per_device, s.line_elements, jnp.dtype(s.dtype)) for s in stores},
+            weights={s.name: lines(s.lines_per_device, s.dtype) for s in stores},
             element_state={
-                s.name: states(s, s.elements_per_device // LINE_SCALARS, rule.element_state if rule else ())
-                for s, rule in ((s, rules[s.name]) for s in stores)
+                s.name: tuple(lines(s.state_lines(a.dtype), a.dtype) for a in s.element_state) for s in stores
             },
-            row_state={
-                s.name: states(s, s.scalar_lines_per_device, rule.row_state if rule else ())
-                for s, rule in ((s, rules[s.name]) for s in stores)
-            },
+            row_state={s.name: tuple(lines(s.scalar_lines_per_device, a.dtype) for a in s.row_state) for s in stores},
         )
 
     def init(self) -> TableState:
@@ -156,12 +153,15 @@ class ShardedTables:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state(sharded=False))
         seed = jnp.uint32(self.seed & 0xFFFFFFFF)
 
-        def init_local() -> dict[str, Float[Array, "lines line"]]:
-            device = device_number()
-            return {store.name: initial_store(store, seed, device) for store in self.layout.stores}
+        def init_local() -> tuple[dict[str, Float[Array, "lines line"]], dict[str, UInt16[Array, "lines line"]]]:
+            device, stores = device_number(), self.layout.stores
+            high = {store.name: initial_store(store, seed, device) for store in stores}
+            low = {store.name: initial_store(store, seed, device, low_halves=True) for store in stores if store.split}
+            return high, low
 
-        weights = jax.shard_map(init_local, mesh=self.mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()
-        return dataclasses.replace(zeros, weights=weights)
+        weights, low = jax.shard_map(init_local, mesh=self.mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()
+        state = {name: (*zeros.element_state[name][:-1], of_store) for name, of_store in low.items()}
+        return dataclasses.replace(zeros, weights=weights, element_state={**zeros.element_state, **state})
 
     def to_devices(self, ids: KeyedJagged, capacity: int | None = None) -> KeyedJagged:
         """Gives each device the ids of its part of the samples, on one process.

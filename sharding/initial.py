@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels import rounding
 from sharding.layout import StoreLayout
@@ -28,14 +28,15 @@ _ONE_WORD = 2**31 - 1
 
 
 def initial_store(
-    store: StoreLayout, seed: UInt32[Array, ""], device: Int32[Array, ""]
-) -> Float[Array, "lines_per_device line"]:
+    store: StoreLayout, seed: UInt32[Array, ""], device: Int32[Array, ""], *, low_halves: bool = False
+) -> Shaped[Array, "lines_per_device line"]:
     """One device's lines of a store before any training: uniform, normal or constant rows, zeros elsewhere.
 
     Args:
         store: Layout of the store.
         seed: Seed of the run.
         device: Number of the device.
+        low_halves: Of split weights, the other array: what their bfloat16 lacks.
 
     Returns:
         The lines. Uniform: ``scale * (2u - 1)`` with u in [0, 1) from 24 random bits; normal:
@@ -43,13 +44,18 @@ def initial_store(
     """
     num_lines = min(_BLOCK_ELEMENTS // store.line_elements, store.lines_per_device)
 
-    def fill(block: Int32[Array, ""], lines: Float[Array, "lines line"]) -> Float[Array, "lines line"]:
+    def fill(block: Int32[Array, ""], lines: Shaped[Array, "lines line"]) -> Shaped[Array, "lines line"]:
         # The last block may overlap the one before: the same values again.
         first = jnp.minimum(block * num_lines, store.lines_per_device - num_lines)
         values = initial_lines(store, seed, device, first, num_lines)
+        if store.split:
+            high, low = rounding.halves(values)
+            values = low if low_halves else high
+        values = values.astype(lines.dtype)
         return jax.lax.dynamic_update_slice(lines, values, (first, jnp.int32(0)))
 
-    zeros = jnp.zeros((store.lines_per_device, store.line_elements), store.dtype)
+    dtype = jnp.uint16 if low_halves else store.dtype
+    zeros = jnp.zeros((store.lines_per_device, store.line_elements), dtype)
     return jax.lax.fori_loop(0, -(-store.lines_per_device // num_lines), fill, zeros) if num_lines else zeros
 
 
@@ -74,7 +80,7 @@ def initial_lines(
     first_line: Int32[Array, ""],
     num_lines: int,
 ) -> Float[Array, "L line"]:
-    """Lines ``first_line`` to ``first_line + num_lines - 1`` of those that `initial_store` makes."""
+    """Lines ``first_line`` to ``first_line + num_lines - 1`` of those that `initial_store` makes, as float32."""
     starts, numbers = (jnp.asarray(array)[device] for array in _shards_of_devices(store))
     shards, tables = store.shards, [shard.table for shard in store.shards]
     units_per_line = store.line_elements // UNIT
@@ -122,7 +128,7 @@ def initial_lines(
         values = jnp.where(of_unit([kind == "normal" for kind in kinds], np.bool_), normal, values)
     if "constant" in kinds:
         values = jnp.where(of_unit([kind == "constant" for kind in kinds], np.bool_), scale, values)
-    return jnp.where(exists, values, 0.0).astype(store.dtype).reshape(num_lines, store.line_elements)
+    return jnp.where(exists, values, 0.0).reshape(num_lines, store.line_elements)
 
 
 def _logical_row(

@@ -11,11 +11,13 @@ Letters: W devices, S slots a device, P vectors a sample that a device pools.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.row_optimizers import ROW_OPTIMIZERS
 from sharding.errors import InputError
 from sharding.groups import FAMILIES, Family, Group, Lookup, Shard, stored_width
 from sharding.plan import Placement, ShardingPlan
@@ -25,8 +27,17 @@ LINE_BYTES = 512
 # Numbers of one line of optimizer state, which is float32.
 LINE_SCALARS = LINE_BYTES // 4
 FROZEN = "frozen"
+# The name of the low halves of split weights, among the state.
+LOW_HALVES = "low_halves"
 # Rows are named by int32, and the largest one means "no row".
 MAX_STORE_ROWS = 2**31 - 1
+
+
+class StateArray(NamedTuple):
+    """An array of optimizer state: its name and dtype."""
+
+    name: str
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +45,7 @@ class StoreLayout:
     """One line store.
 
     Attributes:
-        name: Storage dtype and update rule, such as "float32.rowwise_adagrad".
+        name: Storage dtype, update rule and rounding, such as "float32.rowwise_adagrad" or "bfloat16.adam.stochastic".
         dtype: Storage dtype.
         num_devices: Devices that have a part of it.
         lines_per_device: Lines of weights of each device.
@@ -63,6 +74,25 @@ class StoreLayout:
     def rule_name(self) -> str:
         """Name of the update rule, or "frozen"."""
         return self.name.split(".")[1]
+
+    @property
+    def split(self) -> bool:
+        """Whether it has the high halves of float32 weights, and an array of state their low halves."""
+        return any(array.name == LOW_HALVES for array in self.element_state)
+
+    @property
+    def element_state(self) -> tuple[StateArray, ...]:
+        """Arrays of one number an element."""
+        return state_of_store(self.name)[0]
+
+    @property
+    def row_state(self) -> tuple[StateArray, ...]:
+        """Arrays of one number a row."""
+        return state_of_store(self.name)[1]
+
+    def state_lines(self, dtype: str) -> int:
+        """Lines of each device in an array of one number an element."""
+        return self.elements_per_device * jnp.dtype(dtype).itemsize // LINE_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +124,21 @@ class Layout:
 def store_name(table: TableSpec) -> str:
     """Name of the store that a table lies in."""
     rule = FROZEN if table.frozen else table.optimizer
-    rounding = ".stochastic" if table.rounding == "stochastic" and table.dtype != "float32" else ""
-    return f"{table.dtype}.{rule}{rounding}"
+    exact = table.frozen or table.rounding == "nearest" or table.dtype == "float32"
+    return f"{table.dtype}.{rule}" + ("" if exact else f".{table.rounding}")
+
+
+@cache
+def state_of_store(name: str) -> tuple[tuple[StateArray, ...], tuple[StateArray, ...]]:
+    """Arrays of one number an element, and of one a row: the rule's and, of split weights, the low halves."""
+    rule_name, *rounding = name.split(".")[1:]
+    if rule_name == FROZEN:
+        return (), ()
+    rule = ROW_OPTIMIZERS[rule_name]
+    elements = [StateArray(name, "float32") for name in rule.element_state]
+    if "split" in rounding:
+        elements.append(StateArray(LOW_HALVES, "uint16"))
+    return tuple(elements), tuple(StateArray(name, "float32") for name in rule.row_state)
 
 
 def canonical_order(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) -> tuple[FeatureSpec, ...]:

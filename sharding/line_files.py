@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 from sharding.errors import InputError
 from sharding.groups import Shard
-from sharding.layout import LINE_BYTES, LINE_SCALARS, Layout, StoreLayout
+from sharding.layout import LINE_BYTES, Layout, StoreLayout
 from sharding.state import TableState
 
 # Of the chunks that a process writes at a time, one for each of its devices.
@@ -111,22 +111,8 @@ class LineArray:
 
 def line_arrays(layout: Layout) -> TableState:
     """The arrays of a state in a layout, as `LineArray` in place of each."""
-
-    def states(store: StoreLayout, kind: str, lines: int, names: Sequence[str]) -> tuple[LineArray, ...]:
-        return tuple(
-            LineArray(
-                name=f"{kind}.{store.name}.{number}",
-                store=store,
-                row_state=kind == "row_state",
-                dtype=np.dtype(np.float32),
-                lines_per_device=lines,
-            )
-            for number in range(len(names))
-        )
-
     weights, element_state, row_state = {}, {}, {}
     for store in layout.stores:
-        rule = store.shards[0].table.rule
         weights[store.name] = LineArray(
             name=f"weights.{store.name}",
             store=store,
@@ -134,10 +120,25 @@ def line_arrays(layout: Layout) -> TableState:
             dtype=jnp.dtype(store.dtype),
             lines_per_device=store.lines_per_device,
         )
-        element_lines = store.elements_per_device // LINE_SCALARS
-        element_state[store.name] = states(store, "element_state", element_lines, rule.element_state if rule else ())
-        row_state[store.name] = states(
-            store, "row_state", store.scalar_lines_per_device, rule.row_state if rule else ()
+        element_state[store.name] = tuple(
+            LineArray(
+                name=f"element_state.{store.name}.{number}",
+                store=store,
+                row_state=False,
+                dtype=np.dtype(array.dtype),
+                lines_per_device=store.state_lines(array.dtype),
+            )
+            for number, array in enumerate(store.element_state)
+        )
+        row_state[store.name] = tuple(
+            LineArray(
+                name=f"row_state.{store.name}.{number}",
+                store=store,
+                row_state=True,
+                dtype=np.dtype(array.dtype),
+                lines_per_device=store.scalar_lines_per_device,
+            )
+            for number, array in enumerate(store.row_state)
         )
     return TableState(weights=weights, element_state=element_state, row_state=row_state)
 

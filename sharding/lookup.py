@@ -46,7 +46,7 @@ def lookup_local(
             ids = routed[number].local or routed[number].owned
             if group.family == "rows_by_id":
                 continue
-            pooled = _pool(weights[group.store], ids, group)
+            pooled = _pool(weights[group.store], ids, group, place)
             senders = 1 if group.family == "local" else group.num_devices
             vectors = vectors_of_bags(pooled, group, senders, place.device)
         if group.family == "local":
@@ -65,8 +65,16 @@ def lookup_local(
     return divided([assemble(arrived, source) for source in place.sources], divisors, place)
 
 
-def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group) -> Float[Array, "bags w"]:
-    return pooled_lookup(store, ids.rows, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group))
+def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group, place: Place) -> Float[Array, "bags w"]:
+    return pooled_lookup(
+        store,
+        ids.rows,
+        ids.offsets,
+        ids.weights,
+        width=group.width,
+        longest_bag=_even_bags(group),
+        implementation=place.kernels,
+    )
 
 
 def _even_bags(group: Group) -> int | None:
@@ -109,7 +117,9 @@ def _rows_by_id(
         assert request is not None
         bags_of_one = jnp.arange(requested.shape[0] + 1, dtype=jnp.int32)
         store = weights[group.store]
-        found = pooled_lookup(store, requested, bags_of_one, None, width=group.width, longest_bag=1)
+        found = pooled_lookup(
+            store, requested, bags_of_one, None, width=group.width, longest_bag=1, implementation=place.kernels
+        )
         rows.append(found.astype(store.dtype))
         requests.append(request)
     home = []
@@ -117,7 +127,12 @@ def _rows_by_id(
         ids = routed[number].home
         assert ids is not None
         pooled = pooled_lookup(
-            come, request.place, ids.offsets, ids.weights, width=group.width, longest_bag=_even_bags(group)
+            come,
+            request.place,
+            ids.offsets,
+            ids.weights,
+            width=group.width,
+            longest_bag=_even_bags(group),
         )
         home.append(vectors_at_home(pooled, group))
     return home

@@ -21,6 +21,7 @@ Letters: W devices, C chips of a node, L devices of one slice.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -30,16 +31,25 @@ from sharding.candidates import SPREAD, Candidate, Choices
 from sharding.cost import VECTORS
 from sharding.layout import FAMILIES, Family
 
-# Solves; each adds the rows that the optimum before broke.
-_ROUNDS = 4
+# Solves; each adds the rows that the optimum before broke. The last, where that raised the bound by less than a share.
+_ROUNDS = 15
+_QUICK_ROUNDS = 6
+_WHOLE_ROUNDS = 1
+_PROGRESS = 5e-4
+# By how much, in thousandths of the least that tables can take.
+_BROKEN = 0.03
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
-_NODES = 200
+_NODES = 20
 _GAP = 2e-3
-# Candidates up to which the programme is solved with whole numbers of vectors.
-_SMALL = 2000
+# Candidates up to which the programme is solved with whole numbers of vectors, and with whole tables.
+_MEDIUM = 4000
+_SMALL = 250
 # Times that the relaxation is solved again with what cannot be whole left out.
 _DIVES = 2
 _VECTORS = SPREAD.index(VECTORS)
+
+
+Whole = Literal["nothing", "vectors", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +74,11 @@ class Relaxed:
 
     Attributes:
         seconds: The bound.
-        shares: x of each table's candidates, in order.
+        shares: x of each table's candidates, in order: of one solution, or of several that are worth a start.
     """
 
     seconds: float
-    shares: tuple[Float[np.ndarray, " candidates"], ...]
+    shares: tuple[tuple[Float[np.ndarray, " candidates"], ...], ...]
 
 
 def at_device(candidate: Candidate, quantity: int, device: int, num_devices: int) -> float:
@@ -101,6 +111,13 @@ class _Programme:
         self.totals = np.array([c.profile.sum(axis=1) * c.num_slices for c in self.candidates])
         self.costs = np.array([c.fixed + c.seconds / num_devices for c in self.candidates]) / self.unit
         self.peaks = np.array([c.profile.max(axis=1) for c in self.candidates]) / self.unit
+        # Members of each group, by falling size of their slices in a quantity.
+        self.nests: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        for group, quantity in np.ndindex(len(choices.groups), len(SPREAD)):
+            members = np.flatnonzero((self.groups == group) & (self.peaks[:, quantity] > 0))
+            if len(members):
+                order = members[np.argsort(-self.peaks[members, quantity], kind="stable")]
+                self.nests[group, quantity] = order, self.peaks[order, quantity]
         first = 0
         for group in choices.of_table:
             self._row(np.arange(first, first + len(group)), np.ones(len(group)), 1.0, 1.0)
@@ -137,7 +154,7 @@ class _Programme:
                 if self.choices.groups[candidate.group].family in part.families
                 and (candidate.has_second_pass or not part.second_pass)
             ]
-            if self.choices.exchange_seconds > 0 and len(members) <= _SMALL:
+            if self.choices.exchange_seconds > 0 and len(members) <= _MEDIUM:
                 for member in members:
                     self._at_most(np.array([member]), np.ones(1), self.first_y + number)
 
@@ -150,14 +167,15 @@ class _Programme:
         """``values @ x[members] <= column``."""
         self._row(np.append(members, column), np.append(values, -1.0), -np.inf, 0.0)
 
-    def solve(self, whole_vectors: bool) -> tuple[float, np.ndarray] | None:
+    def solve(self, whole: Whole) -> tuple[float, np.ndarray] | None:
         """The bound in units, and all columns; None if nothing is feasible."""
         rows = np.repeat(np.arange(len(self._entries)), [len(columns) for columns, _ in self._entries])
         columns = np.concatenate([columns for columns, _ in self._entries])
         values = np.concatenate([values for _, values in self._entries])
         matrix = sparse.csr_array((values, (rows, columns)), shape=(len(self._entries), self.num_columns))
         integral = np.zeros(self.num_columns)
-        integral[self.num_x + self.num_z :] = whole_vectors
+        integral[self.num_x + self.num_z :] = whole != "nothing"
+        integral[: self.num_x] = whole == "all"
         result = optimize.milp(
             self.objective,
             integrality=integral,
@@ -168,8 +186,15 @@ class _Programme:
         )
         if result.x is None:
             return None
-        bound = result.mip_dual_bound if whole_vectors else result.fun
+        bound = result.fun if whole == "nothing" else result.mip_dual_bound
         return (result.fun if bound is None else bound), result.x
+
+    def add_all_peaks(self) -> None:
+        """Adds that no slice is divisible, for all of them: needed once tables are whole."""
+        for (group, quantity), (members, peaks) in self.nests.items():
+            column = self.num_x + group * len(SPREAD) + quantity
+            for member, peak in zip(members.tolist(), peaks.tolist(), strict=True):
+                self._at_most(np.array([member]), np.array([peak]), column)
 
     def keep_whole(self, solution: np.ndarray) -> None:
         """Leaves out the candidates that the maxima of a solution have no room for.
@@ -192,12 +217,25 @@ class _Programme:
         found = len(self._entries)
         x = solution[: self.num_x]
         z = solution[self.num_x : self.num_x + self.num_z].reshape(-1, len(SPREAD))
-        broken = x[:, None] * self.peaks > z[self.groups] + 0.02
-        for candidate, quantity in np.argwhere(broken).tolist():
+        # A slice alone is the simplest nest: many at a time, so that few solves do.
+        for candidate, quantity in np.argwhere(x[:, None] * self.peaks > z[self.groups] + _BROKEN).tolist():
             if (candidate, quantity) not in self.cuts:
                 self.cuts.add((candidate, quantity))
                 column = self.num_x + int(self.groups[candidate]) * len(SPREAD) + quantity
                 self._at_most(np.array([candidate]), self.peaks[candidate, quantity, None], column)
+        for (group, quantity), (members, peaks) in self.nests.items():
+            highest = np.maximum.accumulate(x[members])
+            if float(highest @ -np.diff(peaks, append=0.0)) <= z[group, quantity] + _BROKEN:
+                continue
+            # Those that are more chosen than all that are larger.
+            records = np.flatnonzero(np.diff(highest, prepend=0.0) > 0)
+            steps = -np.diff(peaks[records], append=0.0)
+            key = (-2, group, quantity, *records[steps > 0].tolist())
+            if key not in self.cuts:
+                self.cuts.add(key)
+                self._at_most(
+                    members[records[steps > 0]], steps[steps > 0], self.num_x + group * len(SPREAD) + quantity
+                )
         used = np.flatnonzero(x > 1e-6)
         for group in np.unique(self.groups[used]).tolist():
             members = [i for i in used.tolist() if self.groups[i] == group and self.candidates[i].span > 1]
@@ -229,27 +267,30 @@ def relax(choices: Choices, num_devices: int, chips: int, memory: float, *, quic
         num_devices: W.
         chips: C.
         memory: Bytes of a device that stores may take.
-        quick: Whether any number of vectors will do, whole or not: a looser bound, sooner.
+        quick: Whether any number of vectors will do, whole or not, and few rows: a looser bound, sooner.
 
     Returns:
         The optimum; None if all devices together have too little memory.
     """
     programme = _Programme(choices, num_devices, chips, memory)
-    solved = programme.solve(whole_vectors=False)
-    for _ in range(_ROUNDS):
-        if solved is None or not programme.add_broken_rows(solved[1]):
-            break
-        solved = programme.solve(whole_vectors=False)
+    solved = _with_rows(programme, "nothing", _QUICK_ROUNDS if quick or programme.num_x > _MEDIUM else _ROUNDS)
     if solved is None:
         return None
     seconds, solution = solved
-    if programme.num_x <= _SMALL and not quick:
-        whole = programme.solve(whole_vectors=True)
+    found: list[np.ndarray] = []
+    if programme.num_x <= _MEDIUM and not quick:
+        whole = _with_rows(programme, "vectors", _WHOLE_ROUNDS)
         if whole is not None:
             seconds, solution = max(seconds, whole[0]), whole[1]
+    if programme.num_x <= _SMALL and not quick:
+        programme.add_all_peaks()
+        whole = programme.solve("all")
+        if whole is not None:
+            seconds = max(seconds, whole[0])
+            found.append(whole[1])
     for _ in range(_DIVES):
         programme.keep_whole(solution)
-        dived = programme.solve(whole_vectors=False)
+        dived = programme.solve("nothing")
         if dived is None:
             break
         solution = dived[1]
@@ -257,5 +298,18 @@ def relax(choices: Choices, num_devices: int, chips: int, memory: float, *, quic
     return Relaxed(
         # Less what the solver may be off by.
         seconds=seconds * programme.unit * (1.0 - 1e-5),
-        shares=tuple(np.split(solution[: programme.num_x], ends)),
+        shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (solution, *found)),
     )
+
+
+def _with_rows(programme: _Programme, whole: Whole, rounds: int) -> tuple[float, np.ndarray] | None:
+    """Solves, adds the rows that the optimum breaks, and again; the best bound, and the last optimum."""
+    solved = programme.solve(whole)
+    for _ in range(rounds):
+        if solved is None or not programme.add_broken_rows(solved[1]):
+            break
+        before, (bound, solution) = solved[0], programme.solve(whole) or solved
+        solved = max(before, bound), solution
+        if bound < before * (1.0 + _PROGRESS):
+            break
+    return solved

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from pallas_kernels.scans import cummax, offsets_of
 from sharding import words
 from sharding.groups import Group
 from sharding.records import NO_ROW
@@ -115,11 +116,11 @@ def canonical(
     all_bags = bags + samples * (firsts * (group.num_devices - 1) + senders * counts)
     all_bags = jnp.where(present, all_bags, num_bags)
     lengths = jnp.zeros(num_bags + 1, jnp.int32).at[all_bags].add(1, mode="drop")[:num_bags]
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
+    offsets = offsets_of(lengths)
     index = jnp.arange(num_ids, dtype=jnp.int32)
     # A bag has one sender, who sent its ids side by side.
     begins = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), all_bags[1:] != all_bags[:-1]])
-    rank = index - jax.lax.cummax(jnp.where(begins, index, 0))
+    rank = index - cummax(jnp.where(begins, index, 0))
     places = jnp.where(present, offsets.at[all_bags].get(mode="clip") + rank, num_ids)
     given = jnp.full(num_ids, num_ids, jnp.int32).at[places].set(index, mode="drop")
 

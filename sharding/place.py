@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.implementations import Implementation
 from sharding.assemble import BlockSource
 from sharding.layout import Layout
 from sharding.mesh import device_number
@@ -24,12 +25,14 @@ class Place(NamedTuple):
         means: For each block, the mean that each of its vectors is, among all means; beyond them for one that is none;
             None if none is.
         nodes: Nodes of the mesh.
+        kernels: Implementation of the kernels; None for the best that there is.
     """
 
     layout: Layout
     sources: tuple[BlockSource, ...]
     means: tuple[Int32[np.ndarray, " k"] | None, ...]
     nodes: int
+    kernels: Implementation | None
 
     @property
     def device(self) -> Int32[Array, ""]:

@@ -53,10 +53,7 @@ def placements_table(plan: ShardingPlan, tables: Sequence[TableSpec], limit: int
         table = by_name[placement.table]
         widths = sum(stored_width(piece.num_columns) for piece in placement.slices)
         # Row-wise state is kept by each column slice.
-        per_row = sum(
-            bytes_per_row(table.dtype, "frozen" if table.frozen else table.optimizer, stored_width(piece.num_columns))
-            for piece in placement.slices
-        )
+        per_row = sum(bytes_per_row(table, stored_width(piece.num_columns)) for piece in placement.slices)
         copies = plan.num_devices if placement.kind == "data_parallel" else 1
         rows.append((copies * table.num_rows * per_row, placement, table, widths))
     rows.sort(key=lambda entry: (-entry[0], entry[1].table))

@@ -25,11 +25,12 @@ from sharding.topology import Topology
 
 PartitionerName = Literal["best", "greedy", "ldm"]
 # Times that a plan is made again with less memory for stores, because its buffers take more than was left to them.
-_ATTEMPTS = 5
+_ATTEMPTS = 6
 _SEARCH_ROUNDS = 4
 _BUFFERS = 0.12
 # Widths that further starts cut all tables to: fewer groups, which round up less.
-_WIDTHS = (128, 64, 32)
+_WIDTHS = (1 << 20, 128, 64, 32)
+_SEARCHED = 4
 # Up to how many tables there is time for such.
 _FEW_TABLES = 300
 # What the runtime keeps for itself.
@@ -159,7 +160,21 @@ class _Search:
             room = memory * (1.0 - _BUFFERS) if attempt == 0 else memory
             starts = self.starts(choices, relaxed, room) if relaxed else []
             if starts:
-                partitioned = tuple((name, start.cost) for start, name in starts)
+                partitioned = tuple(
+                    (name, min(start.cost for start, by in starts if by == name))
+                    for name in self.names
+                    if any(by == name for _, by in starts)
+                )
+                if attempt == 0:
+                    # Not worth a search if it does not fit.
+                    first = min((start for start, _ in starts), key=lambda start: start.cost)
+                    storage = self.cost(first.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
+                    if storage.total > self.limit:
+                        memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
+                        buffers = storage.buffers
+                        choices = choices.within(max(memory, 0.0))
+                        relaxed = self.relaxed(choices, memory) if memory > 0 else None
+                        continue
                 best, name = self.best_start(choices, starts, room)
                 storage = self.cost(best.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
                 buffers = storage.buffers
@@ -204,37 +219,46 @@ class _Search:
         A group's vectors a sample are whole numbers and its ids are as many as its fullest device has, so that many
         groups of few tables are dearer than the relaxation says. Tables cut to one width share a group.
         """
-        for start, _ in starts:
-            improve(start, 0)
-        found = [min(starts, key=lambda entry: entry[0].cost)]
-        narrow: list[tuple[Assignment, str]] = []
-        for width in _WIDTHS if len(self.tables) <= _FEW_TABLES else ():
-            cut = choices.up_to_width(width)
-            relaxed = self.relaxed(cut, memory, quick=True) if cut.of_table != choices.of_table else None
-            if relaxed is None or relaxed.seconds >= min(start.cost for start, _ in found + narrow):
+        found = list(starts)
+        for cut in self.narrower(choices):
+            relaxed = self.relaxed(cut, memory, quick=True)
+            if relaxed is None or relaxed.seconds >= min(start.cost for start, _ in found):
                 continue
-            for start, name in self.starts(cut, relaxed, memory):
-                start.choices = choices
-                improve(start, 0)
-                narrow.append((start, name))
-        if not narrow:
-            return found[0]
-        found.append(min(narrow, key=lambda entry: entry[0].cost))
+            found += self.starts(cut, relaxed, memory)
+        few = len(self.tables) <= _FEW_TABLES
         for start, _ in found:
-            improve(start, 1)
+            start.choices = choices
+            if few:
+                improve(start, 0)
+        found.sort(key=lambda entry: entry[0].cost)
+        for start, _ in found[:_SEARCHED] if few else ():
+            improve(start, 2, ruins=False)
         return min(found, key=lambda entry: entry[0].cost)
+
+    def narrower(self, choices: Choices) -> list[Choices]:
+        """The choices with fewer groups."""
+        if len(self.tables) > _FEW_TABLES:
+            return []
+        found: list[Choices] = []
+        whole = choices.without_family("table_row_wise")
+        for each in (choices, whole):
+            for width in _WIDTHS:
+                cut = each.up_to_width(width)
+                if cut.of_table not in [other.of_table for other in (choices, *found)]:
+                    found.append(cut)
+        return found
 
     def starts(self, choices: Choices, relaxed: Relaxed, memory: float) -> list[tuple[Assignment, str]]:
         """What each partitioner makes of the kinds that the relaxation chose; without those that do not fit."""
-        chosen = [
-            candidates[int(shares.argmax())]
-            for candidates, shares in zip(choices.of_table, relaxed.shares, strict=True)
-        ]
         found = []
-        for name in self.names:
-            start = initial_assignment(choices, _fixed(chosen, choices), PARTITIONERS[name], self.step, memory)
-            if start is not None:
-                found.append((start, name))
+        for solution in relaxed.shares:
+            chosen = [
+                candidates[int(shares.argmax())] for candidates, shares in zip(choices.of_table, solution, strict=True)
+            ]
+            for name in self.names:
+                start = initial_assignment(choices, _fixed(chosen, choices), PARTITIONERS[name], self.step, memory)
+                if start is not None:
+                    found.append((start, name))
         return found
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pallas_kernels.xla import bags_of_ids
+from pallas_kernels.scans import bags_of_ids, offsets_of
 from sharding import words
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged
@@ -56,7 +56,7 @@ def records_of(ids: KeyedJagged, group: Group) -> Records:
     """
     values, weights, lengths = _select(ids, group)
     num_records = values.shape[0]
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths.reshape(-1), dtype=jnp.int32)])
+    offsets = offsets_of(lengths.reshape(-1))
     bags = bags_of_ids(offsets, num_records)
     present = jnp.arange(num_records) < offsets[-1]
     last_lookup = len(group.lookups) - 1
@@ -126,8 +126,7 @@ def bag_offsets_at_home(records: Records, group: Group) -> Int32[Array, " bags+1
                 of_bags = (jnp.arange(lookup.vectors)[None] < of_bags[:, None]).astype(jnp.int32).reshape(-1)
             parts.append(of_bags)
         lengths = jnp.concatenate(parts)
-    ends = jnp.cumsum(lengths.reshape(-1), dtype=jnp.int32)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    return offsets_of(lengths.reshape(-1))
 
 
 def _as_int32(word: UInt32[Array, " n"]) -> Int32[Array, " n"]:
@@ -161,9 +160,8 @@ def _select(ids: KeyedJagged, group: Group) -> tuple[Array, Float[Array, " n"] |
         # All features in their own order: nothing moves, and what is beyond the capacity is padding.
         weights = None if ids.weights is None else jnp.asarray(ids.weights)[:capacity]
         return jnp.asarray(ids.values)[:capacity], weights, lengths
-    ends = jnp.cumsum(jnp.asarray(ids.lengths).reshape(-1), dtype=jnp.int32).reshape(ids.lengths.shape)
-    starts = (ends - ids.lengths)[positions].reshape(-1)
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths.reshape(-1), dtype=jnp.int32)])
+    starts = offsets_of(jnp.asarray(ids.lengths).reshape(-1))[:-1].reshape(ids.lengths.shape)[positions].reshape(-1)
+    offsets = offsets_of(lengths.reshape(-1))
     bags = bags_of_ids(offsets, capacity)
     places = jnp.arange(capacity) - offsets.at[bags].get(mode="clip") + starts.at[bags].get(mode="clip")
     values = jnp.asarray(ids.values).at[places].get(mode="clip")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.xla import bags_of_ids
+from pallas_kernels.scans import bags_of_ids, offsets_of, places_of
 from sharding import words
 from sharding.capacities import Capacities, GroupCapacity
 from sharding.groups import Group
@@ -131,8 +131,7 @@ def _divisors(ids: KeyedJagged, means: Sequence[FeatureSpec]) -> Float[Array, "b
     if ids.weights is None:
         totals = jnp.asarray(ids.lengths)[jnp.array(places)].astype(jnp.float32)
     else:
-        ends = jnp.cumsum(jnp.asarray(ids.lengths).reshape(-1), dtype=jnp.int32)
-        bags = bags_of_ids(jnp.concatenate([jnp.zeros(1, jnp.int32), ends]), ids.capacity)
+        bags = bags_of_ids(offsets_of(jnp.asarray(ids.lengths).reshape(-1)), ids.capacity)
         sums = jax.ops.segment_sum(jnp.asarray(ids.weights), bags, ids.lengths.size, indices_are_sorted=True)
         totals = sums.reshape(ids.lengths.shape)[jnp.array(places)]
     # A bag whose weights add up to nothing pools to zeros.
@@ -295,10 +294,9 @@ def _distinct(records: Records, num_devices: int) -> _Sorted:
     # Records of nobody are all alike.
     changed = changed & (sorted_owners[1:] < num_devices)
     begins = jnp.concatenate([jnp.ones(min(num_records, 1), bool), changed])
-    firsts = jnp.nonzero(begins, size=num_records, fill_value=num_records)[0].astype(jnp.int32)
-    runs = jnp.cumsum(begins, dtype=jnp.int32) - 1
+    firsts, upto = places_of(begins)
     first_owners = sorted_owners.at[firsts].get(mode="fill", fill_value=num_devices)
-    places = jnp.zeros_like(index).at[order].set(runs, unique_indices=True)
+    places = jnp.zeros_like(index).at[order].set(upto - 1, unique_indices=True)
     # Of nobody's records only the first begins a run, or none where they follow those of an owner.
     places = jnp.where(owners < num_devices, places, num_records)
     return _Sorted(

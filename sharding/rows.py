@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int32, Int64, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Int64, Shaped, UInt16, UInt32
 
+from pallas_kernels import rounding
 from sharding.errors import InputError
 from sharding.groups import Shard
-from sharding.layout import Layout, StoreLayout
+from sharding.layout import LOW_HALVES, Layout, StoreLayout
 from sharding.mesh import AXES, BY_DEVICE, REPLICATED, device_number
 from sharding.state import TableState
 
@@ -39,13 +40,17 @@ def read_rows(
         rows: Rows to read.
 
     Returns:
-        The rows, [len(rows), dim], in the table's dtype.
+        The rows, [len(rows), dim], in the table's dtype; float32 where weights are split.
 
     Raises:
         InputError: No such table, or a row outside it.
     """
     store, shards = shards_of(layout, table)
-    return _joined(mesh, state.weights[store.name], shards, _checked_rows(shards[0], rows))
+    given = _checked_rows(shards[0], rows)
+    weights = _joined(mesh, state.weights[store.name], shards, given)
+    if not store.split:
+        return weights
+    return joined_halves(weights, _joined(mesh, state.element_state[store.name][-1], shards, given))
 
 
 def read_optimizer_state(
@@ -68,17 +73,15 @@ def read_optimizer_state(
     """
     store, shards = shards_of(layout, table)
     given = _checked_rows(shards[0], rows)
-    rule = shards[0].table.rule
-    if rule is None:
-        return {}
     elements = {
-        name: _joined(mesh, lines, shards, given)
-        for name, lines in zip(rule.element_state, state.element_state[store.name], strict=True)
+        array.name: _joined(mesh, lines, shards, given)
+        for array, lines in zip(store.element_state, state.element_state[store.name], strict=True)
+        if array.name != LOW_HALVES
     }
     # Each column slice has its own copy of a row's numbers.
     scalars = {
-        name: _of_shard(mesh, lines, shards[0], given, width=1, first_row=shards[0].first_scalar)[:, 0]
-        for name, lines in zip(rule.row_state, state.row_state[store.name], strict=True)
+        array.name: _of_shard(mesh, lines, shards[0], given, width=1, first_row=shards[0].first_scalar)[:, 0]
+        for array, lines in zip(store.row_state, state.row_state[store.name], strict=True)
     }
     return elements | scalars
 
@@ -111,17 +114,30 @@ def write_rows(
             f"rows {first_row} to {first_row + len(values) - 1} are not all in table {table!r}, "
             f"whose rows are 0 to {spec.num_rows - 1}"
         )
-    lines = state.weights[store.name]
+    lines, elements = state.weights[store.name], state.element_state[store.name]
     for shard in shards:
         for block in _blocks(len(values), shard.width):
-            size = _rounded(block.stop - block.start)
-            padded = np.zeros((size, shard.width), jnp.dtype(store.dtype))
+            count = block.stop - block.start
+            padded = np.zeros((_rounded(count), shard.width), np.float32 if store.split else jnp.dtype(store.dtype))
             columns = slice(shard.first_column, shard.first_column + shard.num_columns)
-            padded[: block.stop - block.start, : shard.num_columns] = values[block, columns]
+            padded[:count, : shard.num_columns] = values[block, columns]
             first, phase = divmod(first_row + block.start, shard.row_stride)
-            place = (shard.first_row + first, phase, block.stop - block.start, shard.first_device, shard.num_owners)
-            lines = _write_block(lines, padded, np.array(place, np.int32), shard.row_stride, mesh)
-    return dataclasses.replace(state, weights={**state.weights, store.name: lines})
+            place = (shard.first_row + first, phase, count, shard.first_device, shard.num_owners)
+            to = np.array(place, np.int32)
+            if store.split:
+                padded, low = rounding.halves(jnp.asarray(padded))
+                elements = (*elements[:-1], _write_block(elements[-1], low, to, shard.row_stride, mesh))
+            lines = _write_block(lines, padded, to, shard.row_stride, mesh)
+    return dataclasses.replace(
+        state,
+        weights={**state.weights, store.name: lines},
+        element_state={**state.element_state, store.name: elements},
+    )
+
+
+def joined_halves(high: Shaped[np.ndarray, "n w"], low: UInt16[np.ndarray, "n w"]) -> Float32[np.ndarray, "n w"]:
+    """The weights whose halves these are; see `pallas_kernels.rounding.joined`."""
+    return ((high.view(np.uint16).astype(np.uint32) << 16) | low).view(np.float32)
 
 
 def shards_of(layout: Layout, table: str) -> tuple[StoreLayout, tuple[Shard, ...]]:

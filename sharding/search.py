@@ -19,7 +19,7 @@ _MOST_TAKEN = 60
 _MOST_RUINED = 16
 _WORSE = 0.01
 # Times that ruins put each table back; and up to how many tables that finds anything in the time there is.
-_INSERTS = 15
+_INSERTS = 40
 _FEW_TABLES = 200
 
 # A candidate and its bins.
@@ -186,7 +186,7 @@ def _restore(assignment: Assignment, held: list[Placed]) -> None:
         assignment.place(candidate, bins)
 
 
-def improve(assignment: Assignment, rounds: int) -> None:
+def improve(assignment: Assignment, rounds: int, *, ruins: bool = True) -> None:
     """Local search, until nothing helps: swaps within groups; levels, families and single tables put elsewhere.
 
     Args:
@@ -206,7 +206,7 @@ def improve(assignment: Assignment, rounds: int) -> None:
             swap_slices(assignment, group, bundled)
         if assignment.cost > before * (1.0 - 1e-3):
             break
-    if rounds and len(movable) <= _FEW_TABLES:
+    if rounds and ruins and len(movable) <= _FEW_TABLES:
         ruin_and_recreate(assignment, movable, _INSERTS * len(movable))
         for group in range(len(assignment.choices.groups)):
             swap_slices(assignment, group, bundled)

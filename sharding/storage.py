@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pallas_kernels.row_optimizers import ROW_OPTIMIZERS
-from sharding.layout import FROZEN, LINE_BYTES, Layout, StoreLayout
+from sharding.layout import LINE_BYTES, Layout, StoreLayout, state_of_store, store_name
+from sharding.tables import TableSpec
 
 _WORD_BYTES = 4
 # Capacities have room beyond the mean (`sharding.capacities`).
@@ -57,24 +57,17 @@ class Storage:
         return self.stores + self.buffers + self.dense
 
 
-def state_sizes(rule_name: str) -> tuple[int, int]:
-    """Numbers of state that a rule, or FROZEN, keeps an element and a row."""
-    if rule_name == FROZEN:
-        return 0, 0
-    rule = ROW_OPTIMIZERS[rule_name]
-    return len(rule.element_state), len(rule.row_state)
-
-
-def bytes_per_row(dtype: str, rule_name: str, width: int) -> int:
-    """Bytes of one stored row with its optimizer state."""
-    per_element, per_row = state_sizes(rule_name)
-    return width * (jnp.dtype(dtype).itemsize + per_element * _WORD_BYTES) + per_row * _WORD_BYTES
+def bytes_per_row(table: TableSpec, width: int) -> int:
+    """Bytes of one stored row of a table with its optimizer state."""
+    elements, scalars = state_of_store(store_name(table))
+    per_element = sum(jnp.dtype(dtype).itemsize for dtype in (table.dtype, *(array.dtype for array in elements)))
+    return width * per_element + sum(jnp.dtype(array.dtype).itemsize for array in scalars)
 
 
 def _alone(store: StoreLayout) -> Float[np.ndarray, " W"]:
     used = np.zeros(store.num_devices)
     for shard in store.shards:
-        used[shard.owners] += shard.rows_per_owner * bytes_per_row(store.dtype, store.rule_name, shard.width)
+        used[shard.owners] += shard.rows_per_owner * bytes_per_row(shard.table, shard.width)
     return used
 
 
@@ -105,10 +98,9 @@ def storage_of(
     weights = element_state = row_state = 0
     alone = np.zeros(layout.num_devices)
     for store in layout.stores:
-        per_element, per_row = state_sizes(store.rule_name)
         weights += store.lines_per_device * LINE_BYTES
-        element_state += store.elements_per_device * _WORD_BYTES * per_element
-        row_state += store.scalar_lines_per_device * LINE_BYTES * per_row
+        element_state += sum(store.state_lines(array.dtype) for array in store.element_state) * LINE_BYTES
+        row_state += store.scalar_lines_per_device * LINE_BYTES * len(store.row_state)
         alone += _alone(store)
     batch = samples_per_device * layout.num_devices
     words = 1 + weighted

@@ -3,6 +3,7 @@
 from collections.abc import Set
 
 import numpy as np
+from jaxtyping import Float
 
 from sharding.assignment import NOISE, WORTH, Assignment
 from sharding.candidates import SPREAD
@@ -53,9 +54,14 @@ def swap_slices(assignment: Assignment, group: int, bundled: Set[int]) -> None:
             break
 
 
+def _fullest(load: Float[np.ndarray, "... L"]) -> Float[np.ndarray, "..."]:
+    """The maximum over the devices of a bin; of a single one without numpy's slow reduction of short axes."""
+    return load[..., 0] if load.shape[-1] == 1 else load.max(axis=-1)
+
+
 def _swap_once(assignment: Assignment, group: int, slices: _Slices, quantity: int) -> bool:
     load = assignment.load[group].reshape(len(SPREAD), -1, slices.span)
-    per_bin = load.max(axis=2)
+    per_bin = _fullest(load)
     full = int(per_bin[quantity].argmax())
     mine = np.flatnonzero(slices.bin[: slices.count] == full)
     other = np.flatnonzero(slices.bin != full)
@@ -63,8 +69,8 @@ def _swap_once(assignment: Assignment, group: int, slices: _Slices, quantity: in
         return False
     change = slices.profile[other][None] - slices.profile[mine][:, None]
     places = slices.bin[other]
-    here = (load[:, full] + change).max(axis=3)
-    there = (load[:, places].swapaxes(0, 1) - change).max(axis=3)
+    here = _fullest(load[:, full] + change)
+    there = _fullest(load[:, places].swapaxes(0, 1) - change)
     # The maximum over the bins that are neither: of the first three in order, at most two are.
     top = np.argsort(-per_bin, axis=1, kind="stable")[:, :3]
     rest = np.zeros((len(other), len(SPREAD)))

@@ -52,7 +52,9 @@ class TableSpec:
         num_rows: Rows; ids lie in [0, num_rows).
         dim: Columns.
         dtype: How weights are stored; sums and updates are float32, and so is optimizer state.
-        rounding: How an update is rounded to a bfloat16 or float16 table.
+        rounding: How an update is rounded to a bfloat16 or float16 table: "nearest" or "stochastic". Or "split", for
+            bfloat16: the low 16 bits of each float32 weight are kept beside the table, lookups read the high ones, and
+            updates are those of float32.
         optimizer: Update rule, see `pallas_kernels.row_optimizers`.
         learning_rate: Learning rate, before the schedule's multiplier.
         weight_decay: Weight decay; the rule says how it enters.
@@ -163,6 +165,11 @@ def _check_table(table: TableSpec) -> None:
     ):
         if value not in choices:
             raise InputError(f"{where}: {field} {value!r} is not one of {', '.join(choices)}")
+    if table.rounding == "split" and table.dtype != "bfloat16":
+        raise InputError(
+            f"{where}: rounding split keeps the high halves of weights in bfloat16, but the dtype is {table.dtype}; "
+            "use bfloat16"
+        )
     if not math.isfinite(table.initializer.scale_for(table.num_rows)):
         raise InputError(f"{where}: the initializer's scale is {table.initializer.scale}; it must be finite")
     for field, low, high in (

@@ -71,7 +71,7 @@ def update_local(
         )
         for group, ids, of_bags in zip(layout.groups, routed, sent, strict=True)
     ]
-    statistics = _statistics_of_whole_rows(state, routed, calls, step)
+    statistics = _statistics_of_whole_rows(state, routed, calls, step, place)
     weights, element_state, row_state = dict(state.weights), dict(state.element_state), dict(state.row_state)
     for number, call in enumerate(calls):
         group = call.group
@@ -96,6 +96,7 @@ def update_local(
                 width=group.width,
                 storage_rounding=group.table.rounding,
                 statistics=statistics.get(number),
+                implementation=place.kernels,
             )
     return TableState(weights=weights, element_state=element_state, row_state=row_state)
 
@@ -185,7 +186,11 @@ def _home(routed: RoutedGroup) -> HomeIds:
 
 
 def _statistics_of_whole_rows(
-    state: TableState, routed: Sequence[RoutedGroup], calls: Sequence[_UpdateCall], step: Int32[Array, ""]
+    state: TableState,
+    routed: Sequence[RoutedGroup],
+    calls: Sequence[_UpdateCall],
+    step: Int32[Array, ""],
+    place: Place,
 ) -> dict[int, Float[Array, "N k"]]:
     """Sums over whole rows where column slices lie on several devices, by number of the group.
 
@@ -211,6 +216,8 @@ def _statistics_of_whole_rows(
             step=step,
             optimizer=rule,
             width=group.width,
+            storage_rounding=group.table.rounding,
+            implementation=place.kernels,
         )
         numbers.append(number)
         partial.append(sums)

@@ -19,13 +19,13 @@ from sharding.plan import (
 
 BATCH_SIZE = 16
 # Rules with sums over whole rows, widths that are no stored width, a table of one row, tables that several features
-# share, pooled and not, and tables of 16 bits.
+# share, pooled and not, and tables of 16 bits, rounded and in two halves.
 TABLES = (
     TableSpec(name="user", num_rows=50, dim=32, learning_rate=0.1, eps=1e-4),
     TableSpec(name="item", num_rows=300, dim=96, learning_rate=0.02, weight_decay=0.01),
     TableSpec(name="colour", num_rows=1, dim=3),
     TableSpec(name="tag", num_rows=9, dim=5, optimizer="adagrad", learning_rate=0.3),
-    TableSpec(name="text", num_rows=20, dim=160, optimizer="adam", beta1=0.5),
+    TableSpec(name="text", num_rows=20, dim=160, optimizer="adam", beta1=0.5, dtype="bfloat16", rounding="split"),
     TableSpec(name="shop", num_rows=21, dim=64, optimizer="lamb", weight_decay=0.1),
     TableSpec(name="city", num_rows=40, dim=48, optimizer="partial_rowwise_adam", learning_rate=0.1, dtype="float16"),
     TableSpec(name="hour", num_rows=24, dim=16, optimizer="sgd", dtype="bfloat16", rounding="stochastic"),

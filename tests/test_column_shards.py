@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementation_cases import device_of, each_implementation
 from kernel_cases import NUM_ROWS, lines_of, table_of
 from update_cases import (
     Tables,
     a_batch,
-    each_implementation,
     gradients_of,
     numbers_of_rows,
     slots_of,
@@ -56,21 +56,22 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
     for step in (1, 2, 3):
         ids, gradients = a_batch(step), gradients_of(width, seed=step)
         whole = update(implementation, rule, whole, ids, gradients, step=step, slots=slots, weights=ids.weights)
-        of_blocks = [
-            compiled_statistics(implementation, rule, shard.stop - shard.start)(
-                part.weights,
-                part.element_state,
-                part.row_state,
-                ids.rows,
-                slots_of_ids(ids.rows),
-                ids.offsets,
-                gradients[:, shard],
-                ids.weights,
-                slots=slots,
-                step=jnp.int32(step),
-            )
-            for shard, part in zip(shards, parts, strict=True)
-        ]
+        with device_of(implementation):
+            of_blocks = [
+                compiled_statistics(implementation, rule, shard.stop - shard.start)(
+                    part.weights,
+                    part.element_state,
+                    part.row_state,
+                    ids.rows,
+                    slots_of_ids(ids.rows),
+                    ids.offsets,
+                    gradients[:, shard],
+                    ids.weights,
+                    slots=slots,
+                    step=jnp.int32(step),
+                )
+                for shard, part in zip(shards, parts, strict=True)
+            ]
         blocks = jnp.concatenate(of_blocks, axis=1)
         statistics = jnp.concatenate([sum_blocks(blocks[:, :, k]) for k in range(blocks.shape[2])], axis=1)
         parts = [

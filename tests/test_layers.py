@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlrm_jax.layers import MLP, Linear, LowRankCross, Projection, dot_interaction, matmul, num_pairs
+from dlrm_jax.layers import MLP, Linear, LowRankCross, Projection, matmul
+from pallas_kernels.interaction import dot_interaction, num_pairs
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from implementation_cases import device_of, each_implementation, skip_unless_served
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, lines_of, pooled, table_of
 
 from pallas_kernels import pooled_lookup
-from pallas_kernels.lookup import IMPLEMENTATIONS
 
 LONGEST_BAG = 9
-
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @functools.cache
@@ -25,8 +23,10 @@ def compiled(implementation: str, width: int, longest_bag: int | None):
 
 
 def look_up(implementation, table, ids, weights=None, *, longest_bag=None) -> np.ndarray:
+    skip_unless_served(implementation, dtype=table.dtype, width=table.shape[1])
     function = compiled(implementation, table.shape[1], longest_bag)
-    return np.asarray(function(lines_of(table), ids.rows, ids.offsets, weights))
+    with device_of(implementation):
+        return np.asarray(function(lines_of(table), ids.rows, ids.offsets, weights))
 
 
 @each_implementation

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation_cases import device_of, each_implementation
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, table_of
 from row_oracle import ELEMENT_STATES, RULES, gradients_of_rows, updated_row
 from update_cases import (
@@ -14,7 +15,6 @@ from update_cases import (
     ROWS_PER_SHARD,
     Tables,
     a_batch,
-    each_implementation,
     gradients_of,
     numbers_of_rows,
     slots_of,
@@ -24,8 +24,9 @@ from update_cases import (
 from pallas_kernels import ROW_OPTIMIZERS, row_statistics, sparse_update
 from pallas_kernels.xla import RUN_BLOCK
 
-# float32 against float64 over three updates of numbers of about 1. What loses most is 1 - beta2**step.
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+# float32 against float64 over three updates of numbers of about 1. What loses most is 1 - beta2**step: of 0.999 to the
+# power of 1, one ulp is 6e-5 of it, and half of that in its root.
+TOLERANCE = {"rtol": 4e-5, "atol": 4e-5}
 
 
 def check_updates(implementation: str, rule: str, width: int, steps: list[tuple[int, Ids]], *, weighted: bool) -> None:
@@ -114,20 +115,21 @@ def test_an_update_of_no_ids_then_every_bit_stays(implementation: str) -> None:
     after = update(implementation, "lamb", tables, none, gradients_of(16), weights=none.weights)
     for was, now in zip(tables.bits(), after.bits(), strict=True):
         np.testing.assert_array_equal(now, was)
-    statistics = row_statistics(
-        tables.weights,
-        tables.element_state,
-        tables.row_state,
-        jnp.asarray(none.rows),
-        jnp.asarray(none.rows),
-        jnp.asarray(none.offsets),
-        jnp.asarray(gradients_of(16)),
-        slots=slots_of(16),
-        step=jnp.int32(1),
-        optimizer=ROW_OPTIMIZERS["lamb"],
-        width=16,
-        implementation=implementation,
-    )
+    with device_of(implementation):
+        statistics = row_statistics(
+            tables.weights,
+            tables.element_state,
+            tables.row_state,
+            jnp.asarray(none.rows),
+            jnp.asarray(none.rows),
+            jnp.asarray(none.offsets),
+            jnp.asarray(gradients_of(16)),
+            slots=slots_of(16),
+            step=jnp.int32(1),
+            optimizer=ROW_OPTIMIZERS["lamb"],
+            width=16,
+            implementation=implementation,
+        )
     assert statistics.shape == (0, 1, 2)
 
 

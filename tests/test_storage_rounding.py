@@ -1,10 +1,13 @@
 """Updates of bfloat16 and float16 stores."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementation_cases import each_implementation
 from kernel_cases import NUM_ROWS, Ids, lines_of, table_of
-from update_cases import Tables, a_batch, each_implementation, gradients_of, numbers_of_rows, slots_of, update
+from update_cases import Tables, a_batch, gradients_of, numbers_of_rows, slots_of, update
 
 SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 
@@ -33,6 +36,47 @@ def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation
     assert (rounded != numbers_of_rows(nearest, 16)[0].astype(np.float32)).any()
     untouched = np.setdiff1d(np.arange(NUM_ROWS), ids.rows)
     np.testing.assert_array_equal(rounded[untouched], rows[untouched].astype(np.float32))
+
+
+def split_tables(rule: str, rows: np.ndarray) -> Tables:
+    """The halves of float32 rows, and the state that belongs to them."""
+    words = rows.view(np.uint32)
+    tables = Tables.fresh(rule, rows)
+    tables.weights = lines_of((words >> 16).astype(np.uint16).view(jnp.bfloat16))
+    low = lines_of((words & 0xFFFF).astype(np.uint16))
+    return dataclasses.replace(tables, element_state=(*tables.element_state, low))
+
+
+@each_implementation
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "lamb"])
+def test_updates_of_split_weights_then_float32s_bits(implementation: str, rule: str) -> None:
+    rows = table_of(16)
+    wide, split = Tables.fresh(rule, rows), split_tables(rule, rows)
+    for step in (1, 2, 3):
+        ids, gradients = a_batch(step), gradients_of(16, seed=step)
+        wide = update(implementation, rule, wide, ids, gradients, step=step)
+        split = update(implementation, rule, split, ids, gradients, step=step, storage_rounding="split")
+        high, low = (
+            np.asarray(a).reshape(NUM_ROWS, 16).view(np.uint16) for a in (split.weights, split.element_state[-1])
+        )
+        words = (high.astype(np.uint32) << 16) | low
+        np.testing.assert_array_equal(words, np.asarray(wide.weights).reshape(NUM_ROWS, 16).view(np.uint32))
+        for was, now in zip(wide.bits()[1:], split.bits()[1 : len(wide.element_state) + 1], strict=False):
+            np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element_state", "message"),
+    [
+        (jnp.float16, (), "split weights have their high halves in bfloat16, but the store is float16"),
+        (jnp.bfloat16, (), "split weights need a store of uint16, shaped like the weights, as the last element_state"),
+        (jnp.bfloat16, (jnp.zeros((3, 128)),), "split weights need a store of uint16"),
+    ],
+)
+def test_an_update_of_split_weights_when_a_half_is_missing_then_an_error(dtype, element_state, message: str) -> None:
+    tables = Tables(lines_of(table_of(16, dtype=dtype)), element_state, ())
+    with pytest.raises(ValueError, match=message):
+        update("xla", "sgd", tables, a_batch(), gradients_of(16), storage_rounding="split")
 
 
 def rounded_rows(implementation: str, dtype, *, places: np.ndarray, table: int = 7, **options) -> np.ndarray:

@@ -37,7 +37,11 @@ def assert_refused(message: str, call, *arguments, **options) -> None:
         ({"dim": 8193}, "table 't' has dim 8193; the limit is 1 to 8192"),
         ({"optimizer": "momentum"}, "table 't': optimizer 'momentum' does not exist; there are ['sgd', 'adagrad',"),
         ({"dtype": "float64"}, "table 't': dtype 'float64' is not one of float32, bfloat16, float16"),
-        ({"rounding": "up"}, "table 't': rounding 'up' is not one of nearest, stochastic"),
+        ({"rounding": "up"}, "table 't': rounding 'up' is not one of nearest, stochastic, split"),
+        (
+            {"rounding": "split"},
+            "table 't': rounding split keeps the high halves of weights in bfloat16, but the dtype is",
+        ),
         ({"initializer": Initializer(kind="ones")}, "table 't': initializer 'ones' is not one of uniform, normal,"),
         ({"initializer": Initializer(scale=np.inf)}, "table 't': the initializer's scale is inf; it must be finite"),
         ({"learning_rate": -0.1}, "table 't': learning_rate is -0.1; it must be at least 0.0"),

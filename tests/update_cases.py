@@ -9,12 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from implementation_cases import device_of, skip_unless_served
 from kernel_cases import NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, lines_of
 from row_oracle import ELEMENT_STATES, ROW_STATES
 
 from pallas_kernels import ROW_OPTIMIZERS, Slots, sparse_update
-from pallas_kernels.lookup import IMPLEMENTATIONS
 
 # Three shards lie one after the other in the store; no two agree in a hyperparameter.
 ROWS_PER_SHARD = NUM_ROWS // 3
@@ -25,8 +24,6 @@ HYPER = {
     "beta1": (0.9, 0.5, 0.0),
     "beta2": (0.999, 0.9, 0.99),
 }
-
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def slots_of(width: int, **changes: jax.Array) -> Slots:
@@ -101,20 +98,23 @@ def update(
     **options,
 ) -> Tables:
     width = gradients.shape[1]
-    arrays = compiled(implementation, rule, width, storage_rounding)(
-        tables.weights,
-        tables.element_state,
-        tables.row_state,
-        ids.rows,
-        slots_of_ids(ids.rows),
-        ids.offsets,
-        gradients,
-        weights,
-        **{"logical_rows": logical_rows(ids.rows), **options},
-        slots=slots_of(width) if slots is None else slots,
-        step=jnp.int32(step),
-        seed=jnp.uint32(seed),
-    )
+    dtype = tables.weights.dtype
+    skip_unless_served(implementation, dtype=dtype, width=width, rule=rule, storage_rounding=storage_rounding)
+    with device_of(implementation):
+        arrays = compiled(implementation, rule, width, storage_rounding)(
+            tables.weights,
+            tables.element_state,
+            tables.row_state,
+            ids.rows,
+            slots_of_ids(ids.rows),
+            ids.offsets,
+            gradients,
+            weights,
+            **{"logical_rows": logical_rows(ids.rows), **options},
+            slots=slots_of(width) if slots is None else slots,
+            step=jnp.int32(step),
+            seed=jnp.uint32(seed),
+        )
     return Tables(*arrays)
 
 

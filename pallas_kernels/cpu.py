@@ -1,0 +1,261 @@
+"""Both operations, and the dot interaction, in C++ for hosts: handlers of XLA's foreign function interface.
+
+The sources lie in `cpu/`; `cpu/build.py` compiles them when the package is built. Threads are those of XLA's own pool.
+Each result is the same for every number of threads: a bag or a row is added up in the order that `xla` states, by one
+thread or in the stated blocks, and each line has one writer.
+
+Beside `xla` the same bits, with one exception: XLA's CPU compiler fuses a product with the sum it goes into, or not, as
+each program's shapes suggest, so elementwise arithmetic of a rule may differ in its last bit. Here it is always fused
+where the rule has the form ``a * b + c``; `cpu/optimizers.h` says where.
+
+Letters: n ids, G bags, w width of a row, S slots, B samples, F vectors that interact, D their dimension, P pairs.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels import rounding
+from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK, RowOptimizer
+from pallas_kernels.slots import Slots
+from pallas_kernels.xla import RUN_BLOCK
+
+_HANDLERS = ("pooled_lookup", "sparse_update", "row_statistics", "dot_interaction", "dot_interaction_grad")
+_STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def _build_module() -> ModuleType:
+    """`cpu/build.py`, by its path: the folder is no package, so that a build can run the file without JAX."""
+    path = Path(__file__).resolve().parent / "cpu" / "build.py"
+    spec = importlib.util.spec_from_file_location("pallas_kernels_cpu_build", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Loads the library and names its handlers to XLA, once; else the reason why it cannot serve, logged once."""
+    reason = _load()
+    if reason is not None:
+        logging.getLogger(__name__).info("no cpu kernels, `xla` serves instead: %s", reason)
+    return reason
+
+
+def _load() -> str | None:
+    build = _build_module()
+    if not build.LIBRARY.exists():
+        return "their library was not built: with a C++ compiler on the path, install the package again"
+    try:
+        library = ctypes.CDLL(str(build.LIBRARY))
+    except OSError as error:
+        return f"their library does not load: {error}"
+    library.dlrm_sources.restype = ctypes.c_char_p
+    if library.dlrm_sources().decode() != build.source_digest():
+        return f"their library is older than its sources: run {build.__file__}, or install the package again"
+    if not library.dlrm_runs_here():
+        return "this processor lacks AVX2, FMA or BMI2"
+    for name in _HANDLERS:
+        handler = jax.ffi.pycapsule(getattr(library, f"dlrm_{name}"))
+        jax.ffi.register_ffi_target(f"dlrm_{name}", handler, platform="cpu")
+    return None
+
+
+def available() -> bool:
+    """Whether the library was built, and loads on this machine."""
+    return _missing() is None
+
+
+def unable(
+    *,
+    dtype: jnp.dtype,
+    width: int,
+    optimizer: RowOptimizer | None = None,
+    storage_rounding: rounding.Rounding = "nearest",
+    device_kind: str | None = None,
+) -> str | None:
+    """Why these kernels cannot serve a call, in a sentence; None if they can.
+
+    Args:
+        dtype: Of the line store.
+        width: Stored width of a row.
+        optimizer: The rule of an update; None for a lookup.
+        storage_rounding: How an update is rounded.
+        device_kind: Not asked: one library serves every host of an architecture.
+    """
+    del device_kind
+    if (missing := _missing()) is not None:
+        return missing
+    if dtype not in _STORE_DTYPES:
+        return f"a store of {dtype} is not supported"
+    if width not in (8, 16, 32, 64) and (width < 128 or width % 128):
+        return f"a width of {width} is not 8, 16, 32, 64 or a multiple of 128"
+    if optimizer is not None and ROW_OPTIMIZERS.get(optimizer.name) is not optimizer:
+        return f"the rule {optimizer.name!r} is not one of {tuple(ROW_OPTIMIZERS)}"
+    if storage_rounding == "split" and dtype != jnp.bfloat16:
+        return f"split storage keeps the high halves of float32 as bfloat16, not {dtype}"
+    return None
+
+
+def _call(name: str, results, aliases: dict[int, int] | None = None):
+    """`jax.ffi.ffi_call` of one of our handlers, which XLA must know by then."""
+    if (missing := _missing()) is not None:
+        raise RuntimeError(f"no cpu kernels: {missing}")
+    return jax.ffi.ffi_call(f"dlrm_{name}", results, input_output_aliases=aliases)
+
+
+def _or_empty(array: Array | None, shape: tuple[int, ...]) -> Array:
+    """How the handlers are told that an array is absent: one without elements."""
+    return jnp.zeros(shape, jnp.float32) if array is None else array
+
+
+def pooled_lookup(
+    store: Float[Array, "lines line"],
+    rows: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    weights: Float[Array, " n"] | None,
+    *,
+    width: int,
+    longest_bag: int | None,
+) -> Float[Array, "G w"]:
+    """See `pallas_kernels.pooled_lookup`. The longest bag does not matter here."""
+    del longest_bag
+    result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, width), jnp.float32)
+    return _call("pooled_lookup", result)(store, rows, offsets, _or_empty(weights, (0,)))
+
+
+def _batch(
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    slots: Slots,
+    step: Int32[Array, ""],
+    seed: UInt32[Array, ""],
+) -> tuple[Array, ...]:
+    """The arguments that both passes of an update share, per-slot arrays packed as the handlers read them."""
+    # Computed here, once for each slot, by the same power function as in `xla`.
+    corrections = (1.0 - jnp.power(beta, step.astype(jnp.float32)) for beta in (slots.beta1, slots.beta2))
+    scalars = (slots.learning_rate, slots.weight_decay, slots.eps, slots.beta1, slots.beta2, slots.dim)
+    keys = rounding.fold(rounding.fold(rounding.mix(seed), step.astype(jnp.uint32)), slots.table)
+    return (
+        rows,
+        slots_of_ids,
+        offsets,
+        gradients,
+        _or_empty(weights, (0,)),
+        jnp.stack((slots.first_row, slots.first_scalar), axis=1),
+        jnp.stack((keys, slots.first_column), axis=1),
+        jnp.stack((*scalars, *corrections), axis=1),
+    )
+
+
+def _scratch(num_ids: int, width: int) -> jax.ShapeDtypeStruct:
+    """Memory that an update needs: bounded by the ids, whatever their rows. See `sort_ids` and `for_each_row`."""
+    sorting = 5 * num_ids + 512 * min(64, num_ids // 1024 + 1) + 1024
+    # Blocks of long runs, of which each may end with one that is not full.
+    block_sums = (num_ids // RUN_BLOCK + num_ids // (16 * RUN_BLOCK)) * width
+    return jax.ShapeDtypeStruct((sorting + block_sums + 1024,), jnp.uint32)
+
+
+def row_statistics(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Array, ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    slots: Slots,
+    step: Int32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: rounding.Rounding = "nearest",
+) -> Float[Array, "n blocks k"]:
+    """See `pallas_kernels.row_statistics`. Ids that name no row of the store get zeros."""
+    num_statistics = 2 if optimizer.name == "lamb" else 1
+    shape = (rows.shape[0], max(1, width // STATISTICS_BLOCK), num_statistics)
+    if rows.shape[0] == 0:
+        return jnp.zeros(shape, jnp.float32)
+    batch = _batch(rows, slots_of_ids, offsets, gradients, weights, slots, step, jnp.uint32(0))
+    results = (_scratch(rows.shape[0], width), jax.ShapeDtypeStruct(shape, jnp.float32))
+    _, statistics = _call("row_statistics", results)(
+        *batch,
+        store,
+        *element_state,
+        *row_state,
+        rule=optimizer.name,
+        rounding=storage_rounding,
+    )
+    return statistics
+
+
+def sparse_update(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Array, ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    logical_rows: UInt32[Array, "n words"],
+    slots: Slots,
+    step: Int32[Array, ""],
+    seed: UInt32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: rounding.Rounding,
+    statistics: Float[Array, "n k"] | None,
+) -> tuple[Float[Array, "lines line"], tuple[Array, ...], tuple[Float[Array, "scalar_lines line"], ...]]:
+    """See `pallas_kernels.sparse_update`.
+
+    With `storage_rounding="split"` (Split-BF16, Kalamkar et al. 2020) the store is bfloat16 and holds the high 16 bits
+    of each float32 weight, cut off; `element_state` ends with one more store, uint16 and of the same shape, of the low
+    16 bits. The update is then exactly that of a float32 store.
+    """
+    if rows.shape[0] == 0:
+        return store, element_state, row_state
+    batch = _batch(rows, slots_of_ids, offsets, gradients, weights, slots, step, seed)
+    stores = (store, *element_state, *row_state)
+    arguments = (*batch, logical_rows, _or_empty(statistics, (0, 0)))
+    _, *updated = _call(
+        "sparse_update",
+        (_scratch(rows.shape[0], width), *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in stores)),
+        {len(arguments) + i: 1 + i for i in range(len(stores))},
+    )(*arguments, *stores, rule=optimizer.name, rounding=storage_rounding)
+    end = 1 + len(element_state)
+    return updated[0], tuple(updated[1:end]), tuple(updated[end:])
+
+
+def can_interact(dtype: jnp.dtype) -> bool:
+    """Whether `dot_interaction` is there, for vectors of a dtype."""
+    return _missing() is None and dtype in (jnp.float32, jnp.bfloat16)
+
+
+def dot_interaction(x: Float[Array, "B F D"], *, self_interaction: bool) -> Float[Array, "B P"]:
+    """See `pallas_kernels.interaction.dot_interaction`. Sums run in float32, in the order of the columns."""
+    num_vectors = x.shape[1]
+    num_pairs = num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
+    result = jax.ShapeDtypeStruct((x.shape[0], num_pairs), jnp.float32)
+    return _call("dot_interaction", result)(x, self_interaction=self_interaction)
+
+
+def dot_interaction_grad(
+    x: Float[Array, "B F D"], cotangent: Float[Array, "B P"], *, self_interaction: bool
+) -> Float[Array, "B F D"]:
+    """The gradient of the vectors, in their dtype, from that of the dot products."""
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _call("dot_interaction_grad", result)(x, cotangent, self_interaction=self_interaction)

@@ -1,0 +1,102 @@
+// Elements of a store, and eight of them at a time as float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace dlrm {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+
+inline float float_of(uint32_t word) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+
+inline uint32_t word_of(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats load(const Bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  // bfloat16 is the high half of a float32.
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Floats load(const F16* from) {
+#if defined(__F16C__)
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__aarch64__)
+  const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(from)));
+  const float32x4_t parts[2] = {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+  Floats x;
+  std::memcpy(&x, parts, sizeof x);
+  return x;
+#else
+#error "float16 needs F16C or aarch64"
+#endif
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// Rounds to the nearest, ties to even; a NaN becomes the quiet NaN of its sign, as in XLA.
+inline Bf16 nearest_bf16(float x) {
+  const uint32_t word = word_of(x);
+  const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  const uint32_t nan = ((word >> 16) & 0x8000) | 0x7fc0;
+  return Bf16{static_cast<uint16_t>((word & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
+}
+
+inline void store(Bf16* to, Floats x) {
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = nearest_bf16(x[lane]);
+}
+
+inline void store(F16* to, Floats x) {
+#if defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  float32x4_t parts[2];
+  std::memcpy(parts, &x, sizeof x);
+  const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(parts[0]), parts[1]);
+  vst1q_u16(reinterpret_cast<uint16_t*>(to), vreinterpretq_u16_f16(halves));
+#endif
+}
+
+// Asks for all cache lines of some bytes. Never faults, so the address need not exist.
+inline void prefetch(const void* base, int64_t byte_offset, int64_t num_bytes) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(base) + byte_offset;
+  for (uintptr_t line = first; line < first + num_bytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
+  // GCC takes a function that only prefetches for one without effect, and drops its calls.
+  asm volatile("");
+}
+
+}  // namespace dlrm

@@ -1,0 +1,148 @@
+// The dot products of all pairs of vectors of each sample, and their derivative; threads share out the samples.
+//
+// Letters as in dlrm_jax/layers.py: F vectors of dimension D of each of B samples, P pairs.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "elements.h"
+#include "parallel.h"
+
+namespace dlrm {
+
+constexpr int64_t kSamplesOfTask = 32;
+constexpr int64_t kRowsOfTile = 4;
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline void assign(float& to, float x) { to = x; }
+inline void assign(Bf16& to, float x) { to = nearest_bf16(x); }
+
+// a * b + c with one rounding.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__FMA__)
+  return reinterpret_cast<Floats>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+#endif
+}
+
+inline Floats all_lanes(float x) { return Floats{} + x; }
+
+// to[i, c] = sum_k left[i, k] * right[k, c] for kRowsOfTile rows i and V * 8 columns c, the sum in the order of k.
+template <int V>
+inline void multiply_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                          int64_t depth, float* to, int64_t to_stride) {
+  Floats sums[kRowsOfTile][V] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = load(right + k * right_stride + v * kLanes);
+    for (int i = 0; i < kRowsOfTile; ++i) {
+      const Floats factor = all_lanes(left[i * left_stride + k]);
+      for (int v = 0; v < V; ++v) sums[i][v] = fused(factor, columns[v], sums[i][v]);
+    }
+  }
+  for (int i = 0; i < kRowsOfTile; ++i) {
+    for (int v = 0; v < V; ++v) store(to + i * to_stride + v * kLanes, sums[i][v]);
+  }
+}
+
+// As above for any multiple of 8 columns, and a multiple of kRowsOfTile rows.
+inline void multiply(const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t rows,
+                     int64_t columns, int64_t depth, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += kRowsOfTile) {
+    const float* factors = left + i * left_stride;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+      multiply_tile<2>(factors, left_stride, right + c, right_stride, depth, to + i * to_stride + c, to_stride);
+    }
+    if (c < columns) {
+      multiply_tile<1>(factors, left_stride, right + c, right_stride, depth, to + i * to_stride + c, to_stride);
+    }
+  }
+}
+
+// Arrays of one sample, padded with zeros, kept by a thread for its next tasks.
+struct SampleBuffers {
+  std::vector<float> vectors, other, products;
+
+  static SampleBuffers& of_thread(int64_t vectors, int64_t other, int64_t products) {
+    thread_local SampleBuffers buffers;
+    buffers.vectors.assign(vectors, 0.0f);
+    buffers.other.assign(other, 0.0f);
+    buffers.products.assign(products, 0.0f);
+    return buffers;
+  }
+};
+
+// pairs[b] = the lower triangle of X[b] X[b]^T row by row, with its diagonal if `with_self`.
+template <typename T>
+void dot_interaction(ffi::ThreadPool& threads, const T* x, int64_t B, int64_t F, int64_t D, bool with_self,
+                     float* pairs) {
+  const int64_t padded = round_up(F, kLanes), P = F * (F + (with_self ? 1 : -1)) / 2;
+  parallel_for(threads, (B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
+    SampleBuffers& buffers = SampleBuffers::of_thread(padded * D, D * padded, padded * padded);
+    float *rows = buffers.vectors.data(), *columns = buffers.other.data(), *products = buffers.products.data();
+    const int64_t end = std::min(B, (task + 1) * kSamplesOfTask);
+    for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
+      const T* sample = x + b * F * D;
+      for (int64_t i = 0; i < F; ++i) {
+        for (int64_t d = 0; d < D; ++d) columns[d * padded + i] = rows[i * D + d] = to_float(sample[i * D + d]);
+      }
+      float* to = pairs + b * P;
+      for (int64_t i = 0; i < F; i += kRowsOfTile) {
+        const int64_t needed = std::min(padded, round_up(i + kRowsOfTile, kLanes));
+        multiply(rows + i * D, D, columns, padded, kRowsOfTile, needed, D, products, padded);
+        for (int64_t row = i; row < std::min(F, i + kRowsOfTile); ++row) {
+          const int64_t count = row + (with_self ? 1 : 0);
+          std::memcpy(to, products + (row - i) * padded, count * sizeof(float));
+          to += count;
+        }
+      }
+    }
+  });
+}
+
+// x_grad[b] = S[b] X[b], where S is symmetric, has the pairs' cotangents in its triangles and, with `with_self`, twice
+// those of the diagonal on it; cotangents are rounded to T first, as where matrix products are made of T.
+template <typename T>
+void dot_interaction_grad(ffi::ThreadPool& threads, const T* x, const float* cotangents, int64_t B, int64_t F,
+                          int64_t D, bool with_self, T* x_grad) {
+  const int64_t rows = round_up(F, kRowsOfTile), columns = round_up(D, kLanes);
+  const int64_t P = F * (F + (with_self ? 1 : -1)) / 2;
+  parallel_for(threads, (B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
+    SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F + round_up(P, kLanes), rows * columns);
+    float *vectors = buffers.vectors.data(), *symmetric = buffers.other.data(), *grads = buffers.products.data();
+    float* rounded = symmetric + rows * F;
+    const int64_t end = std::min(B, (task + 1) * kSamplesOfTask);
+    for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
+      const T* sample = x + b * F * D;
+      for (int64_t i = 0; i < F; ++i) {
+        for (int64_t d = 0; d < D; ++d) vectors[i * columns + d] = to_float(sample[i * D + d]);
+      }
+      const float* given = cotangents + b * P;
+      if constexpr (std::is_same_v<T, Bf16>) {
+        for (int64_t p = 0; p < P; ++p) rounded[p] = to_float(nearest_bf16(given[p]));
+        given = rounded;
+      }
+      for (int64_t i = 0; i < F; ++i) {
+        for (int64_t j = 0; j < i; ++j) symmetric[j * F + i] = symmetric[i * F + j] = given[j];
+        given += i;
+        if (with_self) symmetric[i * F + i] = 2.0f * *given++;
+      }
+      multiply(symmetric, F, vectors, columns, rows, columns, F, grads, columns);
+      T* to = x_grad + b * F * D;
+      for (int64_t i = 0; i < F; ++i) {
+        for (int64_t d = 0; d < D; ++d) assign(to[i * D + d], grads[i * columns + d]);
+      }
+    }
+  });
+}
+
+}  // namespace dlrm

@@ -1,0 +1,69 @@
+"""Implementations: which there are, and which one serves a call."""
+
+import importlib
+from types import ModuleType
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from pallas_kernels.rounding import Rounding
+from pallas_kernels.row_optimizers import RowOptimizer
+from pallas_kernels.target import current_target
+
+Implementation = Literal["cpu", "xla"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+# The first that can serve is taken; xla always can.
+_OF_PLATFORM: dict[str, tuple[Implementation, ...]] = {
+    "cpu": ("cpu", "xla"),
+    "gpu": ("xla",),
+    "tpu": ("xla",),
+}
+_OF_LINES: tuple[Implementation, ...] = ()
+
+
+def implementation_of(
+    name: str | None,
+    *,
+    dtype: jnp.dtype,
+    width: int,
+    optimizer: RowOptimizer | None = None,
+    storage_rounding: Rounding = "nearest",
+    in_lines: bool = True,
+) -> ModuleType:
+    """The module that serves a call, with `xla`'s signatures.
+
+    Args:
+        name: The caller's choice; None for the best that can serve on this platform.
+        dtype: Storage dtype.
+        width: Stored width of a row.
+        optimizer: The rule of an update; None for a lookup.
+        storage_rounding: How an update is rounded.
+        in_lines: Whether the store is one of lines of 512 bytes, which kernels for accelerators ask for.
+
+    Raises:
+        ValueError: The implementation does not exist, or cannot serve this call here: the message says why.
+    """
+    if name not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {name!r} does not exist; there are {', '.join(IMPLEMENTATIONS)}, or None")
+    target = current_target()
+    here = _OF_PLATFORM.get(target.platform, ("xla",))
+    for candidate in here if name is None else (name,):
+        if candidate != "xla" and candidate not in here:
+            raise ValueError(
+                f"implementation {candidate!r} is none for {target.platform}; use {', '.join(here)}, or None"
+            )
+        module = importlib.import_module(f"pallas_kernels.{candidate}")
+        reason = module.unable(
+            device_kind=target.device_kind,
+            dtype=dtype,
+            width=width,
+            optimizer=optimizer,
+            storage_rounding=storage_rounding,
+        )
+        if candidate in _OF_LINES and not in_lines:
+            reason = "the store has no lines of 512 bytes"
+        if reason is None:
+            return module
+        if name is not None:
+            raise ValueError(f"implementation {name!r} cannot serve this call: {reason}; use another, or None")
+    raise AssertionError("xla serves every call")
