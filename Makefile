@@ -9,6 +9,8 @@ bin := $(VENV)/bin
 # Empty files named after extras, and sets of extras, that were installed since pyproject.toml last changed.
 installed := $(VENV)/.installed
 more := $(addprefix $(comma),$(EXTRAS))
+# Sources of the library that the package's build compiles.
+native := $(wildcard pallas_kernels/cpu/*.cc pallas_kernels/cpu/*.h pallas_kernels/cpu/build.py)
 
 # pip would pass over an extra that does not exist with no more than a warning.
 known := $(shell sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
@@ -49,7 +51,7 @@ lint: $(installed)/test$(more)  ## check style, format and types
 	$(bin)/pyright
 
 bench: $(installed)/$(or $(EXTRAS),base)  ## run every benchmark; figures go to benchmarks/results
-	@for benchmark in $(wildcard benchmarks/[a-z]*.py); do \
+	@for benchmark in $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$benchmark"; $(bin)/python $$benchmark || exit 1; \
 	done
 
@@ -65,7 +67,7 @@ $(bin)/pip:
 	@sh .ci/make_venv "$(VENV)" $(PYTHON)
 
 # pip says nothing of its progress, since its notes on indexes it skips would drown it.
-$(installed)/%: pyproject.toml | $(bin)/pip
+$(installed)/%: pyproject.toml hatch_build.py $(native) | $(bin)/pip
 	@echo "installing dlrm-jax into $(VENV), with: $* (minutes the first time)"
 	@$(bin)/python -m pip install -qq --editable "$(if $(filter base,$*),.,.[$*])"
 	@mkdir -p $(@D) && cd $(@D) && touch base $(subst $(comma), ,$*) "$*"

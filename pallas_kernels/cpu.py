@@ -5,8 +5,9 @@ Each result is the same for every number of threads: a bag or a row is added up 
 thread or in the stated blocks, and each line has one writer.
 
 Beside `xla` the same bits, with one exception: XLA's CPU compiler fuses a product with the sum it goes into, or not, as
-each program's shapes suggest, so elementwise arithmetic of a rule may differ in its last bit. Here it is always fused
-where the rule has the form ``a * b + c``; `cpu/optimizers.h` says where.
+each program's shapes suggest, so each step of a rule's arithmetic may differ in its last bit, and a difference of
+nearly equal numbers by more. Here it is always fused where the rule has the form ``a * b + c``; `cpu/optimizers.h` says
+where.
 
 Letters: n ids, G bags, w width of a row, S slots, B samples, F vectors that interact, D their dimension, P pairs.
 """
@@ -35,7 +36,8 @@ def _build_module() -> ModuleType:
     """`cpu/build.py`, by its path: the folder is no package, so that a build can run the file without JAX."""
     path = Path(__file__).resolve().parent / "cpu" / "build.py"
     spec = importlib.util.spec_from_file_location("pallas_kernels_cpu_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -46,7 +48,7 @@ def _missing() -> str | None:
     """Loads the library and names its handlers to XLA, once; else the reason why it cannot serve, logged once."""
     reason = _load()
     if reason is not None:
-        logging.getLogger(__name__).info("no cpu kernels, `xla` serves instead: %s", reason)
+        logging.getLogger(__name__).warning("no cpu kernels, `xla` serves instead: %s", reason)
     return reason
 
 

@@ -28,7 +28,7 @@ Found = tuple[float, float, tuple[int, ...], Candidate]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Menu:
-    """A table's candidates of one span, as arrays: one row each."""
+    """A table's candidates of one span, as arrays: one row each. `cut` are the rows of several slices."""
 
     candidates: tuple[Candidate, ...]
     groups: Int[np.ndarray, " k"]

@@ -7,15 +7,18 @@ the same on every device. The bound is the optimum of a mixed integer programme 
     minimise    sum_gq Z_gq + sum_tc x_tc fixed_tc
     subject to  sum_c x_tc = 1 for each table, 0 <= x <= 1                              (a table may be in two halves)
                 Z_gq >= sum_tc x_tc total_tcq / W                                       (a maximum is at least the mean)
-                Z_gq >= x_tc max_d profile_tcq(d)                                       (a slice is not divisible)
+                Z_gq >= sum_i (m_i - m_i+1) x_i, m_i the max_d profile_q(d) of any members of g, falling     (nests)
                 Z_gq >= sum_tc x_tc profile_tcq(d)                                      (row-wise: where hot rows are)
                 Z_gq = seconds of a vector * P_g, P_g a whole number                    (q: vectors a sample)
                 P_g * bins >= sum_tc x_tc vectors_tc       (bins: W devices, or for table-row-wise N nodes)
                 sum_tc x_tc bytes_tc <= W * bytes of a device
 
 The third line has the profile of a table that is spread over the chips of a node averaged over nodes, and that of one
-on a device averaged over devices: it, too, holds for every plan. Both it and the second are added only where an optimum
-breaks them. What limits the bound: nothing says that the items of a group can be dealt out evenly.
+on a device averaged over devices: it, too, holds for every plan. A nest says that no slice is divisible: where tables
+are whole, and i is the first member with x_i = 1, the sum is at most m_i, which the maximum has to reach. A nest of one
+member is the plainest. Both are added only where an optimum breaks them. Of programmes that are large, the vectors need
+not be whole; of those that are small, tables have to be, too (x is 0 or 1). A search that stops early gives the bound
+that it has proved by then. What limits the bound: nothing says that the items of a group can be dealt out evenly.
 
 Letters: W devices, C chips of a node, L devices of one slice.
 """

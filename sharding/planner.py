@@ -28,8 +28,9 @@ PartitionerName = Literal["best", "greedy", "ldm"]
 _ATTEMPTS = 6
 _SEARCH_ROUNDS = 4
 _BUFFERS = 0.12
-# Widths that further starts cut all tables to: fewer groups, which round up less.
+# Widths that further starts cut all tables to, the first of which cuts none: fewer groups, which round up less.
 _WIDTHS = (1 << 20, 128, 64, 32)
+# The cheapest of the starts, which are searched on from before one is picked.
 _SEARCHED = 4
 # Up to how many tables there is time for such.
 _FEW_TABLES = 300
@@ -236,12 +237,11 @@ class _Search:
         return min(found, key=lambda entry: entry[0].cost)
 
     def narrower(self, choices: Choices) -> list[Choices]:
-        """The choices with fewer groups."""
+        """The choices with fewer groups: narrower tables, and none spread over the chips of a node."""
         if len(self.tables) > _FEW_TABLES:
             return []
         found: list[Choices] = []
-        whole = choices.without_family("table_row_wise")
-        for each in (choices, whole):
+        for each in (choices, choices.without_family("table_row_wise")):
             for width in _WIDTHS:
                 cut = each.up_to_width(width)
                 if cut.of_table not in [other.of_table for other in (choices, *found)]:

@@ -192,6 +192,7 @@ def improve(assignment: Assignment, rounds: int, *, ruins: bool = True) -> None:
     Args:
         assignment: The assignment; changed.
         rounds: Most rounds; 0 for the swaps alone.
+        ruins: Whether ruins follow.
     """
     bundled = {table for tables in assignment.choices.together for table in tables}
     movable = set(range(len(assignment.choices.tables))) - bundled

@@ -1,6 +1,7 @@
 """The planner: what it promises of every plan, what users may ask of it, and what it says when nothing fits."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.candidates import Constraint
+from sharding.assignment import Assignment
+from sharding.candidates import Constraint, make_choices
+from sharding.cost import Step
 from sharding.errors import InputError
-from sharding.load import FeatureLoad
+from sharding.load import FeatureLoad, loads_by_feature
+from sharding.lower_bound import relax
 from sharding.plan import ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_text
 from sharding.planner import PlanResult, default_plan, make_plan
@@ -92,6 +96,35 @@ def test_plan_when_memory_is_short_then_it_fits_or_an_error_says_how_much_is_mis
     assert total <= limit
     assert "ways out" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(seed: int):
+    tables, features, loads = skewed_model(3, seed)
+    machine = parse_topology("h200:1x2")
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
+    relaxed = relax(choices, machine.num_devices, machine.chips, float(machine.hbm_bytes))
+    assert relaxed is not None
+    every_place = [
+        [
+            (candidate, bins)
+            for candidate in candidates
+            for bins in itertools.combinations(range(machine.num_devices // candidate.span), candidate.num_slices)
+        ]
+        for candidates in choices.of_table
+    ]
+    cheapest = float("inf")
+    for places in itertools.product(*every_place):
+        assignment = Assignment(choices, step, float(machine.hbm_bytes))
+        for candidate, bins in places:
+            assignment.place(candidate, bins)
+        cheapest = min(cheapest, assignment.cost)
+    assert relaxed.seconds <= cheapest * (1 + 1e-9)
+    # Whole tables and whole vectors are all that a programme this small leaves open, but for who sits where.
+    assert relaxed.seconds >= 0.8 * cheapest
+    planned = make_plan(tables, features, machine, batch_size=BATCH, loads=loads)
+    assert planned.cost.total_seconds <= cheapest * 1.05
 
 
 def test_plan_when_made_twice_then_it_is_the_same():

@@ -49,7 +49,9 @@ def build() -> str | None:
     machine = platform.machine()
     if machine not in MACHINE_FLAGS:
         return f"the kernels are written for x86-64 and aarch64, not {machine}"
-    compiler = next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := _path(name))), None)
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := _path(name))), None
+    )
     if compiler is None:
         return "no C++ compiler: neither $CXX nor g++ nor clang++ is on the path"
     jaxlib = importlib.util.find_spec("jaxlib")
@@ -60,7 +62,14 @@ def build() -> str | None:
         # Renamed when whole: a process that loads the library never sees half of it.
         whole = Path(folder) / LIBRARY.name
         command = [
-            *(*compiler, *FLAGS, *MACHINE_FLAGS[machine], f'-DDLRM_SOURCES="{source_digest()}"', "-isystem", str(headers)),
+            *(
+                *compiler,
+                *FLAGS,
+                *MACHINE_FLAGS[machine],
+                f'-DDLRM_SOURCES="{source_digest()}"',
+                "-isystem",
+                str(headers),
+            ),
             *(str(FOLDER / "handlers.cc"), "-o", str(whole)),
         ]
         result = subprocess.run(command, capture_output=True, text=True)

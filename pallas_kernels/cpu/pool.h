@@ -22,7 +22,7 @@ constexpr int64_t kMostColumns = 64;
 constexpr int64_t kRowsOfBlock = 16;
 
 // Bytes asked for ahead of use: enough to keep all of a core's outstanding loads busy.
-constexpr int64_t kBytesAhead = 8192;
+constexpr int64_t kBytesAhead = 2048;
 
 inline int64_t rows_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(kBytesAhead / std::max<int64_t>(row_bytes, 64), 4, 32);
