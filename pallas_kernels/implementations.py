@@ -10,15 +10,15 @@ from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.target import current_target
 
-Implementation = Literal["cpu", "xla"]
+Implementation = Literal["cpu", "mosaic_gpu", "mosaic_tpu", "sparsecore", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 # The first that can serve is taken; xla always can.
 _OF_PLATFORM: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("cpu", "xla"),
-    "gpu": ("xla",),
-    "tpu": ("xla",),
+    "gpu": ("mosaic_gpu", "xla"),
+    "tpu": ("mosaic_tpu", "sparsecore", "xla"),
 }
-_OF_LINES: tuple[Implementation, ...] = ()
+_OF_LINES: tuple[Implementation, ...] = ("mosaic_tpu", "sparsecore")
 
 
 def implementation_of(
@@ -38,7 +38,7 @@ def implementation_of(
         width: Stored width of a row.
         optimizer: The rule of an update; None for a lookup.
         storage_rounding: How an update is rounded.
-        in_lines: Whether the store is one of lines of 512 bytes, which kernels for accelerators ask for.
+        in_lines: Whether the store is one of lines of 512 bytes, which kernels for TPUs ask for.
 
     Raises:
         ValueError: The implementation does not exist, or cannot serve this call here: the message says why.

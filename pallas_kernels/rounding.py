@@ -69,7 +69,8 @@ def column_bits(keys: UInt32[Array, "R 1"], columns: UInt32[Array, "#R w"]) -> U
 
 def uniform(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """Maps random bits to [0, 1) in steps of 2**-24, which float32 holds exactly."""
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    # By way of int32, since not every compiler of kernels converts uint32.
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def joined(high: BFloat16[Array, "..."], low: UInt16[Array, "..."]) -> Float32[Array, "..."]:
@@ -88,8 +89,8 @@ def halves(x: Float32[Array, "..."]) -> tuple[BFloat16[Array, "..."], UInt16[Arr
 def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: jnp.dtype) -> Float[Array, "R w"]:
     """Rounds float32 to bfloat16 or float16 so that the expected result is ``x``.
 
-    With q the spacing of ``dtype`` at ``x`` and f the fraction ``x / q - floor(x / q)``: ``(floor(x / q) + 1) * q``
-    with probability f, else ``floor(x / q) * q``. What ``dtype`` holds exactly stays.
+    With q the spacing of ``dtype`` at ``x`` and f the fraction ``|x| / q - floor(|x| / q)``: the magnitude becomes
+    ``(floor(|x| / q) + 1) * q`` with probability f, else ``floor(|x| / q) * q``. What ``dtype`` holds exactly stays.
 
     Args:
         x: Values.
@@ -107,13 +108,18 @@ def stochastic_round(x: Float[Array, "R w"], bits: UInt32[Array, "R w"], dtype: 
         result = jax.lax.bitcast_convert_type(rounded, jnp.float32)
         return jnp.where(jnp.isfinite(x), result, x).astype(dtype)
     if dtype == jnp.float16:
-        # 10 bits of fraction; below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
-        _, exponent = jnp.frexp(x)
-        spacing = jnp.ldexp(jnp.float32(1.0), jnp.maximum(exponent - 11, -24))
-        scaled = x / spacing
-        below = jnp.floor(scaled)
-        # Not floor(scaled + u): that sum would itself be rounded, and move numbers that are exact.
+        magnitude = jnp.abs(x)
+        # 13 bits fewer of fraction than float32: as many random bits carry with probability f.
+        words = jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
+        words = (words + (bits & jnp.uint32(0x1FFF))) & jnp.uint32(0xFFFFE000)
+        normal = jax.lax.bitcast_convert_type(words, jnp.float32)
+        # Below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
+        scaled = jnp.minimum(magnitude, jnp.float32(2.0**-14)) * jnp.float32(2.0**24)
+        below = scaled.astype(jnp.int32).astype(jnp.float32)
         carry = (uniform(bits) < scaled - below).astype(jnp.float32)
-        rounded = jnp.clip((below + carry) * spacing, -65504.0, 65504.0)
+        subnormal = (below + carry) * jnp.float32(2.0**-24)
+        rounded = jnp.where(magnitude < 2.0**-14, subnormal, jnp.minimum(normal, 65504.0))
+        sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x80000000)
+        rounded = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rounded, jnp.uint32) | sign, jnp.float32)
         return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
     raise ValueError(f"stochastic rounding to {dtype} is not defined; use bfloat16 or float16")

@@ -253,8 +253,9 @@ def _store_layout(
             )
         first_scalar = scalars.take(shard, -(-shard.rows_per_owner // LINE_SCALARS) * LINE_SCALARS)
         shards.append(dataclasses.replace(shard, first_row=first_row, first_scalar=first_scalar))
-    # Rows of every width must be able to see the whole store as [-1, width].
-    whole = math.lcm(line, *(shard.width for shard in shards))
+    # Rows of every width must be able to see the whole store as [-1, width], and TPUs 16-bit lines in pairs.
+    pair = line * (2 if jnp.dtype(dtype).itemsize == 2 else 1)
+    whole = math.lcm(pair, *(shard.width for shard in shards))
     return StoreLayout(
         name=name,
         dtype=dtype,

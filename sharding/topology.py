@@ -177,8 +177,8 @@ _GPUS: dict[str, _Gpu] = {
         bfloat16_flops=2.25e15,
     ),
 }
-# All but `device_kinds` (what libtpu calls them) and the largest slices: the table of
-# docs.cloud.google.com/tpu/docs/tpu7x, which compares the three. Links: half of its bidirectional bandwidth over the
+# All but v5e, `device_kinds` (what libtpu calls them) and the largest slices: the table of
+# docs.cloud.google.com/tpu/docs/tpu7x, which compares three. Links: half of its bidirectional bandwidth over the
 # links of a chip (4 in a torus of two dimensions, 6 in one of three). Host memory: a quarter of a 4-chip VM's. Its
 # bandwidth and storage are not stated.
 _TPUS: dict[str, _Tpu] = {
@@ -192,6 +192,17 @@ _TPUS: dict[str, _Tpu] = {
         link_bandwidth=1200e9 / 2 / 6,
         host_memory_bytes=448_000_000_000 // 4,
         flops=459e12,
+    ),
+    "v5e": _Tpu(  # docs.cloud.google.com/tpu/docs/v5e
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        devices_per_chip=1,
+        dimensions=2,
+        pod_chips=256,
+        hbm_bytes=16 * GIB,
+        hbm_bandwidth=819e9,
+        link_bandwidth=400e9 / 2 / 4,
+        host_memory_bytes=384_000_000_000 // 8,  # of a VM of 8 chips
+        flops=197e12,
     ),
     "v6e": _Tpu(
         device_kinds=("TPU v6 lite", "TPU v6e"),

@@ -18,7 +18,7 @@ def slice_shape(num_chips: int, dimensions: int) -> tuple[int, ...] | None:
 
     Args:
         num_chips: Chips.
-        dimensions: 2 (v6e: sides are powers of two) or 3 (v5p, 7x: also any number of whole cubes).
+        dimensions: 2 (v5e, v6e: sides are powers of two) or 3 (v5p, 7x: also any number of whole cubes).
 
     Returns:
         Sides, as Google Cloud writes them (2x2x1, 2x4x4, 4x4x12); None if there is no such slice.

@@ -10,9 +10,18 @@ from pallas_kernels.implementations import IMPLEMENTATIONS, implementation_of
 from pallas_kernels.target import interpreting
 
 # The devices that kernels are interpreted for.
-DEVICE_KINDS = {"mosaic_gpu": "NVIDIA H200", "mosaic_tpu": "TPU v6 lite", "sparsecore": "TPU v6 lite"}
+DEVICE_KINDS = {"mosaic_gpu": "NVIDIA H200", "mosaic_tpu": "TPU v6 lite"}
 
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Interpreted, a kernel takes seconds a call: the files of their own have a quick selection.
+each_implementation = pytest.mark.parametrize(
+    "implementation",
+    # The SparseCore's need a mesh of their own, even to be interpreted: tests/test_sparsecore.py.
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in DEVICE_KINDS else name
+        for name in IMPLEMENTATIONS
+        if name != "sparsecore"
+    ],
+)
 
 
 def device_of(implementation: str) -> contextlib.AbstractContextManager[None]:

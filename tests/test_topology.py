@@ -29,7 +29,7 @@ def test_topology_when_named_then_it_has_that_many_nodes_and_chips():
         ("h200:8", "is not KIND:NxC"),
         ("h200:-1x8", "is not KIND:NxC"),
         ("", "is not KIND:NxC"),
-        ("h300:1x8", "there is no kind 'h300'; use one of zionex, a100-80, h100, h200, b200, v5p, v6e, tpu7x"),
+        ("h300:1x8", "there is no kind 'h300'; use one of zionex, a100-80, h100, h200, b200, v5p, v5e, v6e, tpu7x"),
         ("h200:0x8", "has no devices: make nodes and chips at least 1"),
         ("h200:1x16", "NVLink joins 8 GPUs of a node, so 16 chips are not in one fast domain"),
         ("v6e:3x4", "12 devices (1 a chip) are not a slice: use a power of two of chips, up to 256"),
@@ -48,13 +48,13 @@ def test_topology_when_it_cannot_be_then_one_line_says_what_can(text, message):
 @pytest.mark.parametrize("kind", KINDS)
 def test_preset_when_looked_at_then_nearer_memory_is_smaller_and_faster(kind):
     preset = parse_topology(TWO_NODES[kind])
-    assert 30 * GB < preset.hbm_bytes < 200 * GB
+    assert 15 * GB < preset.hbm_bytes < 200 * GB
     assert preset.hbm_bytes < preset.host_memory_bytes
     assert preset.hbm_bandwidth > preset.inside_bandwidth >= preset.between_bandwidth > 10 * GB
     assert 0 < preset.inside_latency <= preset.between_latency < 1e-3
     assert preset.hbm_bandwidth * preset.chips > preset.host_memory_bandwidth
     assert preset.ssd_bandwidth <= preset.host_memory_bandwidth
-    assert 1e14 < preset.float32_flops <= preset.bfloat16_flops < 3e15
+    assert 3e13 < preset.float32_flops <= preset.bfloat16_flops < 3e15
     assert preset.peak_flops("bfloat16") == preset.peak_flops("float16") == preset.bfloat16_flops
     assert preset.peak_flops("float32") == preset.float32_flops
 
@@ -158,7 +158,7 @@ def fake_mesh(nodes: int, chips: int, *, device_kind: str, bytes_limit: int) -> 
 
 @pytest.mark.parametrize(
     ("device_kind", "kind"),
-    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "zionex"), ("TPU v6 lite", "v6e"), ("TPU v5", "v5p")],
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "zionex"), ("TPU v6 lite", "v6e"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p")],
 )
 def test_topology_of_devices_of_a_known_kind_then_memory_is_what_they_say_and_the_rest_is_the_preset(device_kind, kind):
     found = measure.topology_of(fake_mesh(1, 4, device_kind=device_kind, bytes_limit=12345))  # pyright: ignore[reportArgumentType]  # a mesh of accelerators cannot be made here

@@ -75,15 +75,17 @@ struct Stochastic<F16> : Nearest<F16> {
     for (int64_t j = 0; j < width; ++j) {
       const uint32_t bits = fold(random.key, random.first_column + static_cast<uint32_t>(j));
       const uint32_t word = word_of(values[j]);
-      // frexp's exponent less 11 is that of the spacing; float16 ends at 2**-24. Powers of two scale exactly.
-      const int32_t exponent = std::max(static_cast<int32_t>((word >> 23) & 0xff) - 126 - 11, -24);
-      const float scaled = values[j] * float_of(static_cast<uint32_t>(127 - exponent) << 23);
-      const float below = std::floor(scaled);
+      const uint32_t magnitude = word & 0x7fffffff;
+      // 13 bits fewer of fraction than float32: as many random bits carry with the probability of rounding up.
+      const float normal = float_of((magnitude + (bits & 0x1fff)) & 0xffffe000);
+      // Below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
+      const float scaled = std::min(float_of(magnitude), 0x1p-14f) * 0x1p24f;
+      const float below = static_cast<float>(static_cast<int32_t>(scaled));
       const float uniform = static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f;
-      const float carried = uniform < scaled - below ? below + 1.0f : below;
-      const float rounded = carried * float_of(static_cast<uint32_t>(127 + exponent) << 23);
-      const float held = std::min(std::max(rounded, -65504.0f), 65504.0f);
-      values[j] = is_finite(word) ? held : values[j];
+      const float subnormal = (uniform < scaled - below ? below + 1.0f : below) * 0x1p-24f;
+      const float rounded = float_of(magnitude) < 0x1p-14f ? subnormal : std::min(normal, 65504.0f);
+      const float signed_value = float_of(word_of(rounded) | (word & 0x80000000));
+      values[j] = is_finite(word) ? signed_value : values[j];
     }
     Nearest<F16>::close(values, row, nullptr, width, random);
   }

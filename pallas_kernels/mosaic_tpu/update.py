@@ -1,0 +1,285 @@
+"""sparse_update on a TensorCore: ids are sorted by row once; then one kernel sums, applies the rule and writes back.
+
+Letters: n ids, G bags, w width of a row, S slots, C ids of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels import rounding
+from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, interpreted, pad_to, round_up, row_shape, whole_pairs
+from pallas_kernels.mosaic_tpu.units import BUFFERS, units_of_rows, units_of_scalars
+from pallas_kernels.mosaic_tpu.update_kernel import Call, update_chunk
+from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowHyperparameters, RowOptimizer, RowValues
+from pallas_kernels.scans import bags_of_ids, cummax
+from pallas_kernels.slots import Slots
+
+# Segments of one chunk's rows.
+_SEGMENTS_OF_CHUNK = 256
+_LONGEST_CHUNK = 256
+# Vector registers that one value of a strip of rows takes.
+_SEGMENTS_OF_STRIP = 32
+
+
+def sparse_update(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Float[Array, "state_lines line"], ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    logical_rows: UInt32[Array, "n words"],
+    slots: Slots,
+    step: Int32[Array, ""],
+    seed: UInt32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: rounding.Rounding,
+    statistics: Float[Array, "n k"] | None,
+    longest_chunk: int = _LONGEST_CHUNK,
+) -> tuple[
+    Float[Array, "lines line"],
+    tuple[Float[Array, "state_lines line"], ...],
+    tuple[Float[Array, "scalar_lines line"], ...],
+]:
+    """See `pallas_kernels.sparse_update`; ``longest_chunk`` bounds the ids of one grid step, for tests."""
+    if rows.shape[0] == 0 or gradients.shape[0] == 0:
+        return store, element_state, row_state
+    stochastic = storage_rounding == "stochastic" and store.dtype != jnp.float32
+    call = _call(store, element_state, row_state, rows, optimizer, width, longest_chunk)
+    call = call._replace(
+        weighted=weights is not None,
+        statistics=0 if statistics is None else statistics.shape[1],
+        key_words=logical_rows.shape[1] if stochastic else 0,
+    )
+    payload = {} if weights is None else {"weight": weights}
+    if statistics is not None:
+        payload |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
+    for word in range(call.key_words):
+        payload[f"word {word}"] = logical_rows[:, word]
+    streams, num_valid, _ = _sorted_ids(rows, slots_of_ids, offsets, payload, call)
+    step_key = rounding.fold(rounding.mix(seed), step.astype(jnp.uint32))
+    stores = (whole_pairs(store), *element_state, *row_state)
+    written = _run(call, streams, num_valid, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
+    new_store, new_state = written[0][: store.shape[0]], written[1:]
+    return new_store, new_state[: len(element_state)], new_state[len(element_state) :]
+
+
+def row_statistics(
+    store: Float[Array, "lines line"],
+    element_state: tuple[Float[Array, "state_lines line"], ...],
+    row_state: tuple[Float[Array, "scalar_lines line"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    slots: Slots,
+    step: Int32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: rounding.Rounding = "nearest",
+    longest_chunk: int = _LONGEST_CHUNK,
+) -> Float[Array, "n blocks k"]:
+    """See `pallas_kernels.row_statistics`; ``longest_chunk`` as above."""
+    del storage_rounding
+    num_ids, blocks = rows.shape[0], max(1, width // STATISTICS_BLOCK)
+    call = _call(store, element_state, row_state, rows, optimizer, width, longest_chunk)
+    if num_ids == 0 or gradients.shape[0] == 0:
+        return jnp.zeros((num_ids, blocks, call.num_summands), jnp.float32)
+    call = call._replace(weighted=weights is not None, only_statistics=True)
+    payload = {} if weights is None else {"weight": weights}
+    streams, num_valid, order = _sorted_ids(rows, slots_of_ids, offsets, payload, call)
+    stores = (whole_pairs(store), *element_state, *row_state)
+    sums = _run(call, streams, num_valid, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
+    # The sums of a row stand where its last id is, in the sorted order.
+    sorted_rows = streams["row"].reshape(-1)[: num_ids + 1]
+    ids = jnp.arange(num_ids, dtype=jnp.int32)
+    is_last = (sorted_rows[:-1] != sorted_rows[1:]) | (ids == num_ids - 1)
+    last = -cummax(jnp.where(is_last, -ids, -num_ids)[::-1])[::-1]
+    last_of_id = jnp.zeros(num_ids, jnp.int32).at[order].set(last, unique_indices=True)
+    of_ids = sums[:, : blocks * call.num_summands].at[last_of_id].get(mode="promise_in_bounds")
+    return jnp.swapaxes(of_ids.reshape(num_ids, call.num_summands, blocks), 1, 2)
+
+
+def _call(
+    store: Array,
+    element_state: tuple[Array, ...],
+    row_state: tuple[Array, ...],
+    rows: Int32[Array, " n"],
+    optimizer: RowOptimizer,
+    width: int,
+    longest_chunk: int,
+) -> Call:
+    shape = row_shape(width)
+    chunk = min(
+        longest_chunk, max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row), round_up(max(1, rows.shape[0]), 32)
+    )
+    strip = max(8, _SEGMENTS_OF_STRIP // shape.segments_per_row // 8 * 8)
+    num_states = len(element_state)
+    if store.dtype == jnp.float32:
+        units = [units_of_rows(shape, store.dtype, 1 + num_states)]
+    else:
+        units = [units_of_rows(shape, store.dtype, 1)]
+        units += [units_of_rows(shape, jnp.dtype(jnp.float32), num_states)] if num_states else []
+    units += [units_of_scalars(len(row_state))] if row_state else []
+    strip = min(strip, chunk)
+    return Call(
+        shape=shape,
+        chunk=round_up(chunk, strip),
+        strip=strip,
+        num_rows=min(store.size // width, jnp.iinfo(jnp.int32).max),
+        optimizer=optimizer,
+        units=tuple(units),
+        num_states=num_states,
+        num_scalars=len(row_state),
+        num_summands=_num_summands(optimizer, shape, num_states, len(row_state)),
+    )
+
+
+def _num_summands(optimizer: RowOptimizer, shape: RowShape, num_states: int, num_scalars: int) -> int:
+    row, one = jnp.zeros((1, shape.width)), jnp.zeros((1, 1))
+    values = RowValues(row, (row,) * num_states, (one,) * num_scalars)
+    hyper = RowHyperparameters(one, one, one, one, one, one, jnp.float32(1))
+    return len(jax.eval_shape(optimizer.summands, values, row, hyper))
+
+
+def _sorted_ids(
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    payload: dict[str, Array],
+    call: Call,
+) -> tuple[dict[str, Array], Int32[Array, " 1"], Int32[Array, " n"]]:
+    """Ids sorted by row, stably, in chunks; how many of them name a row; and which id stands where."""
+    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
+    ids = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(offsets, num_ids)
+    valid = (rows >= 0) & (rows < call.num_rows) & (bags < num_bags)
+    streams = {"bag": bags, "slot": slots_of_ids, **payload}
+    # No two keys are equal: a sort that need not be stable gives the stable order.
+    sorted_rows, order, *values = jax.lax.sort(
+        (jnp.where(valid, rows, call.num_rows), ids, *streams.values()), num_keys=2, is_stable=False
+    )
+    # One chunk more: the chunk after the last is looked at, too.
+    chunks = -(-num_ids // call.chunk) + 1
+    streams = {"row": sorted_rows, **dict(zip(streams, values, strict=True))}
+    fill = {"row": call.num_rows}
+    in_chunks = {
+        name: pad_to(x, chunks * call.chunk, fill.get(name, 0)).reshape(chunks, 1, call.chunk)
+        for name, x in streams.items()
+    }
+    return in_chunks, jnp.sum(valid, dtype=jnp.int32)[None], order
+
+
+def _run(
+    call: Call,
+    streams: dict[str, Array],
+    num_valid: Int32[Array, " 1"],
+    gradients: Float[Array, "G w"],
+    stores: tuple[Array, ...],
+    slots: Slots,
+    step: Int32[Array, ""],
+    slot_keys: UInt32[Array, " S"],
+) -> tuple[Array, ...]:
+    shape, chunk = call.shape, call.chunk
+    num_chunks = streams["row"].shape[0] - 1
+    here = pl.BlockSpec((1, 1, chunk), lambda c: (c, 0, 0), memory_space=pltpu.SMEM)
+    after = pl.BlockSpec((1, 1, chunk), lambda c: (c + 1, 0, 0), memory_space=pltpu.SMEM)
+    smem, vmem = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    lines = pad_columns(gradients.astype(jnp.float32), shape.padded_width).reshape(-1, LANES)
+    hyper = (slots.learning_rate, slots.weight_decay, slots.eps, slots.beta1, slots.beta2, slots.dim)
+    slot_numbers = {
+        "scalar": slots.first_scalar - slots.first_row,
+        "key": slot_keys,
+        "column": slots.first_column,
+    }
+    next_names = ("row", "bag", "slot")
+    operands = [
+        num_valid,
+        step.astype(jnp.float32)[None],
+        slot_numbers,
+        pad_columns(jnp.stack(hyper, axis=1), LANES),
+        streams,
+        {name: streams[name] for name in next_names},
+        lines,
+        stores,
+    ]
+    in_specs = [
+        smem,
+        smem,
+        dict.fromkeys(slot_numbers, smem),
+        vmem,
+        dict.fromkeys(streams, here),
+        dict.fromkeys(next_names, after),
+        hbm,
+        (hbm,) * len(stores),
+    ]
+    if call.only_statistics:
+        out_specs = [pl.BlockSpec((chunk, LANES), lambda c: (c, 0))]
+        out_shape = [jax.ShapeDtypeStruct((num_chunks * chunk, LANES), jnp.float32)]
+        aliases = {}
+    else:
+        out_specs = [hbm] * len(stores)
+        out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stores]
+        first = len(jax.tree.leaves(operands)) - len(stores)
+        aliases = {first + i: i for i in range(len(stores))}
+    written = pl.pallas_call(
+        functools.partial(update_chunk, call),
+        grid=(num_chunks,),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[_scratch(call)],
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpreted(),
+        name="row_statistics" if call.only_statistics else "sparse_update",
+    )(*operands)
+    return tuple(written)
+
+
+def _scratch(call: Call) -> dict:
+    shape, chunk, num_units = call.shape, call.chunk, len(call.units)
+    rows_of_chunk = pltpu.VMEM((chunk * shape.segments_per_row, LANES), jnp.float32)
+    line_of_id = pltpu.VMEM((chunk, LANES), jnp.float32)
+    words_of_id = pltpu.VMEM((chunk, LANES), jnp.uint32)
+    stochastic = call.key_words > 0
+    return {
+        "units": [[units.buffer(chunk) for _ in range(units.num_stores)] for units in call.units],
+        "gradients": pltpu.VMEM((2 * chunk * shape.segments_per_row, LANES), jnp.float32),
+        "block": pltpu.VMEM((shape.segments_per_row, LANES), jnp.float32),
+        "total": pltpu.VMEM((shape.segments_per_row, LANES), jnp.float32),
+        "sums": rows_of_chunk,
+        "rows": [rows_of_chunk] * (1 + call.num_states),
+        "scalars": [line_of_id] * call.num_scalars,
+        "hyper": line_of_id,
+        "summands": pltpu.VMEM((call.strip * shape.segments_per_row, LANES), jnp.float32),
+        "statistics": [line_of_id] * call.statistics,
+        "keys": [words_of_id] * stochastic,
+        "columns": [words_of_id] * stochastic,
+        # Where the unit of each id of two chunks lies; the unit fetched last; the place of the next id in its run;
+        # copies under way.
+        "slots": [pltpu.SMEM((2 * chunk,), jnp.int32)] * num_units,
+        "last_unit": pltpu.SMEM((num_units,), jnp.int32),
+        "place": pltpu.SMEM((1,), jnp.int32),
+        "num_reads": pltpu.SMEM((2,), jnp.int32),
+        "num_writes": pltpu.SMEM((BUFFERS,), jnp.int32),
+        "reads": pltpu.SemaphoreType.DMA((2,)),
+        "writes": pltpu.SemaphoreType.DMA((BUFFERS,)),
+    }
+
+
+def pad_columns(x: Float[Array, "R w"], width: int) -> Float[Array, "R wide"]:
+    """Appends zeros to each row."""
+    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))

@@ -1,0 +1,240 @@
+"""pooled_lookup on SparseCores: every vector subcore gathers the lines of its own bags by an indirect copy, and sums.
+
+Letters: n ids, G bags, w width of a row, B bags of a block, C ids of a chunk, L lanes of a vector.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_to, row_shape
+from pallas_kernels.target import current_target
+
+# An indirect copy takes at most so many indices; twice as many lines fit into a subcore's memory.
+_SEGMENTS_OF_CHUNK = 128
+# Bags whose sums one subcore holds before it writes them.
+_SEGMENTS_OF_BLOCK = 64
+
+
+def pooled_lookup(
+    store: Float[Array, "lines 128"],
+    rows: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    weights: Float[Array, " n"] | None,
+    *,
+    width: int,
+    longest_bag: int | None,
+) -> Float[Array, "G w"]:
+    """See `pallas_kernels.pooled_lookup`."""
+    del longest_bag
+    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
+    if num_ids == 0 or num_bags == 0:
+        return jnp.zeros((num_bags, width), jnp.float32)
+    shape = row_shape(width)
+    make_mesh = functools.partial(plsc.VectorSubcoreMesh, core_axis_name="core", subcore_axis_name="subcore")
+    mesh = make_mesh(num_cores=1, num_subcores=1) if current_target().interpreted else make_mesh()
+    lanes = plsc.get_sparse_core_info().num_lanes
+    bags = 2 ** ((_SEGMENTS_OF_BLOCK // shape.segments_per_row).bit_length() - 1)
+    blocks = -(-num_bags // bags)
+    chunk = 2 ** ((_SEGMENTS_OF_CHUNK // shape.segments_per_row).bit_length() - 1)
+    chunks = -(-num_ids // chunk)
+    # Bags of padding are empty. A scalar is read as the first of a vector, so there is one vector more.
+    bounds = jnp.pad(offsets, (0, blocks * bags + 2 * LANES - num_bags), mode="edge")
+    streams = [rows] if weights is None else [rows, weights]
+    num_lines = shape.segments_per_row
+    body = functools.partial(
+        _body,
+        shape=shape,
+        lanes=lanes,
+        workers=mesh.size,
+        subcores=mesh.num_subcores,
+        chunk=chunk,
+        bags=bags,
+        blocks=blocks,
+        num_rows=store.size // width,
+        weighted=weights is not None,
+        one_by_one=current_target().interpreted,
+    )
+    kernel = pl.kernel(
+        body,
+        jax.ShapeDtypeStruct((blocks * bags * num_lines, LANES), jnp.float32),
+        mesh=mesh,
+        scratch_types=[
+            pltpu.VMEM((LANES,), jnp.int32),
+            *(pltpu.VMEM((4 * LANES,), x.dtype) for x in streams),
+            pltpu.VMEM((2 * num_lines, chunk + LANES), jnp.int32),
+            pltpu.VMEM((2 * num_lines * chunk, LANES), jnp.float32),
+            pltpu.VMEM((bags * num_lines, LANES), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        name="pooled_lookup_on_sparsecore",
+    )
+    chunked = (pad_to(x, chunks * chunk) for x in streams)
+    pooled = kernel(bounds, *chunked, store)  # pyright: ignore[reportCallIssue]  # It takes `body` for given later.
+    return pooled.reshape(blocks * bags, shape.padded_width)[:num_bags, :width]
+
+
+def _body(
+    bounds: jax.Ref,
+    *refs: jax.Ref,
+    shape: RowShape,
+    lanes: int,
+    workers: int,
+    subcores: int,
+    chunk: int,
+    bags: int,
+    blocks: int,
+    num_rows: int,
+    weighted: bool,
+    one_by_one: bool,
+) -> None:
+    """What one vector subcore does.
+
+    Args:
+        bounds: First id of each bag, and the end of the last.
+        refs: Rows of the ids, their weights if any, the store and the pooled rows, in HBM; in VMEM the bounds of a
+            block, two chunks of rows and of weights, of line numbers, of lines, and the block's sums; semaphores.
+        shape: How rows lie on lines.
+        lanes: Lanes of a vector.
+        workers: Vector subcores of the device.
+        subcores: Vector subcores of a core.
+        chunk: Ids of a chunk.
+        bags: Bags of a block.
+        blocks: Blocks of bags.
+        num_rows: Rows of the store.
+        weighted: Whether there are weights.
+        one_by_one: Whether lines are copied one by one: interpret mode has no indirect copies.
+    """
+    num_streams, num_lines = 1 + weighted, shape.segments_per_row
+    streams, (store, out, held_bounds) = refs[:num_streams], refs[num_streams : num_streams + 3]
+    held, (numbers, lines, sums, semaphores) = refs[num_streams + 3 : 2 * num_streams + 3], refs[2 * num_streams + 3 :]
+    worker = jax.lax.axis_index("core") * subcores + jax.lax.axis_index("subcore")
+    chunk_shift, line_shift = chunk.bit_length() - 1, shape.rows_per_segment.bit_length() - 1
+    vectors = min(shape.width, LANES) // lanes
+
+    def bound(bag: Int32[Array, ""]) -> Int32[Array, ""]:
+        return held_bounds[pl.ds(bag, lanes)][0]
+
+    def first_of(c: Int32[Array, ""]) -> Int32[Array, ""]:
+        """Where a chunk's rows and weights begin."""
+        return pl.multiple_of((c & 1) * (2 * LANES), LANES)
+
+    def each_copy(c: Int32[Array, ""], action: Callable) -> None:
+        """Starts the copies of a chunk's lines, or waits for them."""
+        if one_by_one:
+            for i in range(num_lines):
+                at = (c & 1) * num_lines + i
+
+                def copy(j: Int32[Array, ""], _: Int32[Array, ""], at=at) -> Int32[Array, ""]:
+                    line = numbers[at, pl.ds(j, lanes)][0]
+                    action(
+                        pltpu.make_async_copy(
+                            store.at[pl.ds(line, 1)], lines.at[pl.ds(at * chunk + j, 1)], semaphores.at[c & 1]
+                        )
+                    )
+                    return jnp.int32(0)
+
+                jax.lax.fori_loop(0, chunk, copy, jnp.int32(0))
+        else:
+            for copy in gathers(c):
+                action(copy)
+
+    def gathers(c: Int32[Array, ""]) -> list:
+        parity = c & 1
+        return [
+            pltpu.make_async_copy(
+                store.at[numbers.at[parity * num_lines + i, pl.ds(0, chunk)]],
+                lines.at[pl.ds(pl.multiple_of((parity * num_lines + i) * chunk, chunk), chunk)],
+                semaphores.at[parity],
+            )
+            for i in range(num_lines)
+        ]
+
+    def fetch(c: Int32[Array, ""]) -> None:
+        """Reads a chunk's rows and starts to gather their lines; line 0 in place of lines that do not exist."""
+        for stream, buffer in zip(streams, held, strict=True):
+            start = pl.multiple_of(c * chunk, chunk)
+            pltpu.sync_copy(stream.at[pl.ds(start, chunk)], buffer.at[pl.ds(first_of(c), chunk)])
+        for j in range(0, chunk, lanes):
+            row = held[0][pl.ds(first_of(c) + j, lanes)]
+            row = jnp.where((row >= 0) & (row < num_rows), row, 0)
+            for i in range(num_lines):
+                line = (row >> line_shift) * num_lines + i
+                numbers[(c & 1) * num_lines + i, pl.ds(j, lanes)] = line
+        each_copy(c, lambda copy: copy.start())
+
+    def place_of(i: int, c: Int32[Array, ""], p: Int32[Array, ""]) -> tuple:
+        """Where part i of the row of id p lies, vector by vector, and whether there is such a row."""
+        j = p & (chunk - 1)
+        row = held[0][pl.ds(first_of(c) + j, lanes)][0]
+        lane = (row & (shape.rows_per_segment - 1)) * shape.width if shape.rows_per_segment > 1 else 0
+        line = ((c & 1) * num_lines + i) * chunk + j
+        return [(line, pl.ds(lane + q * lanes, lanes)) for q in range(vectors)], (row >= 0) & (row < num_rows)
+
+    def weigh(i: int, c: Int32[Array, ""], p: Int32[Array, ""], _: Int32[Array, ""]) -> Int32[Array, ""]:
+        weight = held[1][pl.ds(first_of(c) + (p & (chunk - 1)), lanes)][0]
+        for place in place_of(i, c, p)[0]:
+            lines[place] = lines[place] * weight
+        return jnp.int32(0)
+
+    def add(i: int, c: Int32[Array, ""], p: Int32[Array, ""], total: tuple) -> tuple:
+        places, exists = place_of(i, c, p)
+        vectors_of_row = (jnp.where(exists, lines[place], 0.0) for place in places)
+        return tuple(part + vector for part, vector in zip(total, vectors_of_row, strict=True))
+
+    def sum_block(b: Int32[Array, ""], _: Int32[Array, ""]) -> Int32[Array, ""]:
+        block = worker + b * workers
+
+        @pl.when(block < blocks)
+        def _():
+            pltpu.sync_copy(bounds.at[pl.ds(pl.multiple_of(block * bags, bags), LANES)], held_bounds)
+            first_id, last_id = bound(jnp.int32(0)), bound(jnp.int32(bags))
+            first_chunk, last_chunk = first_id >> chunk_shift, (last_id - 1) >> chunk_shift
+            pl.when(last_id > first_id)(lambda: fetch(first_chunk))
+
+            def sum_bag(g: Int32[Array, ""], summed: Int32[Array, ""]) -> Int32[Array, ""]:
+                start, end = bound(g), bound(g + 1)
+                for i in range(num_lines):
+                    for q in range(0, LANES, lanes):
+                        sums[g * num_lines + i, pl.ds(q, lanes)] = jnp.zeros(lanes, jnp.float32)
+
+                def sum_chunk(c: Int32[Array, ""], summed: Int32[Array, ""]) -> Int32[Array, ""]:
+                    @pl.when(c > summed)
+                    def _():
+                        pl.when(c < last_chunk)(lambda: fetch(c + 1))
+                        each_copy(c, lambda copy: copy.wait())
+
+                    low, high = jnp.maximum(start, c << chunk_shift), jnp.minimum(end, (c + 1) << chunk_shift)
+                    for i in range(num_lines):
+                        at = [(g * num_lines + i, pl.ds(q * lanes, lanes)) for q in range(vectors)]
+                        if weighted:
+                            # Apart from the sums: a compiler that sees both would round product and sum as one.
+                            jax.lax.fori_loop(low, high, functools.partial(weigh, i, c), jnp.int32(0))
+                        total = tuple(sums[place] for place in at)
+                        total = jax.lax.fori_loop(low, high, functools.partial(add, i, c), total)
+                        for place, part in zip(at, total, strict=True):
+                            sums[place] = part
+                    return jnp.maximum(summed, c)
+
+                chunks = jnp.where(end > start, ((end - 1) >> chunk_shift) + 1, start >> chunk_shift)
+                return jax.lax.fori_loop(start >> chunk_shift, chunks, sum_chunk, summed)
+
+            jax.lax.fori_loop(0, bags, sum_bag, first_chunk - 1)
+            size = bags * num_lines
+            pooled = out.at[pl.ds(pl.multiple_of(block * size, size), size)]
+            if one_by_one:
+                pltpu.sync_copy(sums, pooled)
+            else:
+                # Copies from VMEM to HBM have a semaphore of their own.
+                copy = pltpu.async_copy(sums, pooled)
+                copy.wait()
+
+        return jnp.int32(0)
+
+    jax.lax.fori_loop(0, -(-blocks // workers), sum_block, jnp.int32(0))
