@@ -106,7 +106,7 @@ def _fbgemm(process: subprocess.Popen[str]) -> Callable[[int], Times]:
     return run
 
 
-def _medians(case: Case, turns: int, steps: int) -> dict[str, dict[str, float]]:
+def _medians(case: Case, turns: int, steps: int, warm_up_s: float) -> dict[str, dict[str, float]]:
     arguments = [str(case.width), str(case.pooling_factor), case.ids]
     # Its threads sleep while they wait, else they hold the cores during our turns.
     with subprocess.Popen(
@@ -119,12 +119,16 @@ def _medians(case: Case, turns: int, steps: int) -> dict[str, dict[str, float]]:
     ) as process:
         sides = {"cpu": _ours(cpu, case), "fbgemm": _fbgemm(process), "xla": _ours(xla, case)}
         times: dict[str, Times] = {side: {"lookup": [], "lookup_update": []} for side in sides}
-        for turn in range(-1, turns):
+        # Large tables move to huge pages in the first seconds.
+        ready = time.perf_counter() + warm_up_s
+        while time.perf_counter() < ready:
+            for run in sides.values():
+                run(1)
+        for _ in range(turns):
             for side, run in sides.items():
                 # xla's update is many times slower, and its times scatter less.
-                taken = run(1 if turn < 0 or side == "xla" else steps)
-                for what, values in taken.items():
-                    times[side][what] += values if turn >= 0 else []
+                for what, values in run(1 if side == "xla" else steps).items():
+                    times[side][what] += values
         assert process.stdin is not None
         process.stdin.close()
     return {side: {what: statistics.median(values) for what, values in of.items()} for side, of in times.items()}
@@ -136,6 +140,7 @@ def main(
     ids: tuple[str, ...] = ("uniform", "zipf"),
     turns: int = 4,
     steps: int = 4,
+    warm_up_s: float = 6.0,
     out: Path = Path("benchmarks/results/host_kernels.json"),
 ) -> None:
     """Times lookups and updates.
@@ -146,6 +151,7 @@ def main(
         ids: How ids are drawn: uniform, zipf.
         turns: Turns of each side.
         steps: Steps timed in a turn.
+        warm_up_s: Seconds that all sides run before, untimed.
         out: Where to write the figures.
     """
     if not cpu.available():
@@ -160,7 +166,7 @@ def main(
         for factor in pooling_factors
         for kind in ids
     ):
-        medians, load = _medians(case, turns, steps), os.getloadavg()[0]
+        medians, load = _medians(case, turns, steps, warm_up_s), os.getloadavg()[0]
         for what in ("lookup", "lookup_update"):
             ours = medians["cpu"][what]
             row = {f"{side}_ms": times[what] for side, times in medians.items()}

@@ -1,6 +1,7 @@
 // What XLA calls: handlers that take buffers apart and pick a kernel by dtype, rule and storage.
 #include <string_view>
 
+#include "huge_pages.h"
 #include "interaction.h"
 #include "lookup.h"
 #include "update.h"
@@ -35,6 +36,7 @@ ffi::Error lookup_handler(ffi::ThreadPool threads, ffi::AnyBuffer store, S32s ro
                           ffi::ResultBuffer<ffi::DataType::F32> pooled) {
   const int64_t num_ids = rows.element_count(), num_bags = offsets.element_count() - 1;
   const int64_t width = pooled->dimensions()[1];
+  use_huge_pages(store.untyped_data(), store.size_bytes());
   const auto run = [&](auto table) {
     pooled_lookup(threads, table, rows.typed_data(), num_ids, offsets.typed_data(), num_bags, data_or_null(weights),
                   pooled->typed_data());
@@ -98,6 +100,7 @@ ffi::Error stores_of(const Get& get, size_t given, int64_t width, Stores& stores
   constexpr size_t kNeeded = 1 + Rule::kElements + (Storage::kSplit ? 1 : 0) + Rule::kRows;
   if (given != kNeeded) return invalid("a rule was given the wrong number of states");
   const ffi::AnyBuffer weights = get(0);
+  for (size_t k = 0; k < kNeeded; ++k) use_huge_pages(get(k).untyped_data(), get(k).size_bytes());
   stores = {};
   stores.weights = weights.untyped_data();
   stores.num_rows = num_rows_of(weights, width);
