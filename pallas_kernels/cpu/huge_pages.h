@@ -2,11 +2,12 @@
 // translation buffer, which costs more than the row.
 #pragma once
 
-#include <cerrno>
+#include <chrono>
 #include <cstdint>
-#include <map>
 #include <mutex>
+#include <set>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -19,31 +20,32 @@ namespace dlrm {
 // Stores smaller than this stay; so do any beyond the first so many.
 constexpr int64_t kHugeStore = int64_t{64} << 20;
 constexpr size_t kMostStores = 256;
-constexpr uint64_t kCallsBetween = 64;
 constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
 // Linux 6.1 and later: make them huge now. Older headers do not name it; older kernels refuse it, and do so in time.
 constexpr int kCollapse = 25;
+// Time of rest for each time of work.
+constexpr int kRest = 4;
 
-// Asks for huge pages on a thread of its own: the numbers move while they are used. Nothing of this changes a result,
-// and nothing happens where the system does not offer such pages. Asked for now and then again, since another store may
-// have come to lie in the same place; where pages are huge already, that takes no time.
+// Asks for huge pages once for each store, on a thread of its own: the numbers move while they are used. Nothing of
+// this changes a result, and nothing happens where the system does not offer such pages or has none left.
 inline void use_huge_pages(const void* data, int64_t num_bytes) {
   if (num_bytes < kHugeStore) return;
   static std::mutex mutex;
-  static std::map<const void*, uint64_t> calls;
+  static std::set<std::pair<const void*, int64_t>> seen;
   {
     std::lock_guard<std::mutex> lock(mutex);
-    if (calls.size() >= kMostStores && calls.count(data) == 0) return;
-    if (calls[data]++ % kCallsBetween != 0) return;
+    if (seen.size() >= kMostStores || !seen.emplace(data, num_bytes).second) return;
   }
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
   std::thread([begin, end] {
     if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
-    // Piece by piece: the system holds a lock for each. Memory that is given back meanwhile ends it.
-    for (uintptr_t piece = begin; piece < end; piece += 16 * kHugePage) {
-      const uintptr_t size = end - piece < 16 * kHugePage ? end - piece : 16 * kHugePage;
-      if (madvise(reinterpret_cast<void*>(piece), size, kCollapse) != 0 && errno != EAGAIN) return;
+    // Page by page with rests between them, since moving one holds up whoever allocates memory. Memory that was given
+    // back meanwhile ends it.
+    for (uintptr_t page = begin; page < end; page += kHugePage) {
+      const auto started = std::chrono::steady_clock::now();
+      if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) != 0) return;
+      std::this_thread::sleep_for(kRest * (std::chrono::steady_clock::now() - started));
     }
   }).detach();
 }
