@@ -51,7 +51,7 @@ lint: $(installed)/test$(more)  ## check style, format and types
 	$(bin)/pyright
 
 bench: $(installed)/$(or $(EXTRAS),base)  ## run every benchmark; figures go to benchmarks/results
-	@for benchmark in $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py)); do \
+	@for benchmark in $(filter-out benchmarks/record.py benchmarks/codec_quality.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$benchmark"; $(bin)/python $$benchmark || exit 1; \
 	done
 

@@ -129,7 +129,8 @@ class _Ours:
     """Lookups and updates of one table by one implementation."""
 
     def __init__(self, case: Case, num_lines: int, ids: list[_Ids], implementation: Implementation):
-        self._case, self._implementation = case, implementation
+        self._case = case
+        self._implementation: Implementation = implementation
         self._ids = [(jnp.asarray(one.rows), jnp.asarray(one.offsets)) for one in ids]
         elements = _LINE_BYTES // jnp.dtype(case.dtype).itemsize
         num_rows = num_lines * elements // case.width

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         DataConfig,
         DenseOptimizerConfig,
         EmbeddingConfig,
+        ExchangeConfig,
         TableConfig,
         TrainConfig,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "DenseColumn",
     "DenseOptimizerConfig",
     "EmbeddingConfig",
+    "ExchangeConfig",
     "Metrics",
     "ModelConfig",
     "Predictor",
@@ -50,7 +52,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "config": ("Config", "DataConfig", "DenseOptimizerConfig", "EmbeddingConfig", "TableConfig", "TrainConfig"),
+    "config": (
+        "Config",
+        "DataConfig",
+        "DenseOptimizerConfig",
+        "EmbeddingConfig",
+        "ExchangeConfig",
+        "TableConfig",
+        "TrainConfig",
+    ),
     "data.batch": ("Batch",),
     "data.card": ("DatasetCard", "DenseColumn", "SparseColumn", "SplitSummary", "read_card", "write_card"),
     "loop": ("Result", "train"),

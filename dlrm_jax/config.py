@@ -8,6 +8,7 @@ from dlrm_jax.model import ModelConfig
 from dlrm_jax.schedules import ScheduleConfig
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.rounding import Rounding
+from sharding.codec import Codec
 from sharding.errors import InputError
 from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
 
@@ -97,6 +98,16 @@ class EmbeddingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How embeddings are written while they travel between devices (sharding/codec.py). One device sends nothing."""
+
+    forward: Codec = "float32"
+    """Vectors, from the tables to the samples."""
+    backward: Codec = "float32"
+    """Their gradients, from the samples to the tables."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseOptimizerConfig:
     """How the MLPs learn (optax)."""
 
@@ -120,7 +131,10 @@ class DenseOptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, and what to write meanwhile. May change when a run is resumed, but for what is judged by."""
+    """How long to train, and what to write meanwhile. May change when a run is resumed, but for what is judged by.
+
+    Neither may `pipeline` change to "stale" or back.
+    """
 
     epochs: int = 1
     """Passes over the training split."""
@@ -142,8 +156,8 @@ class TrainConfig:
     """Latest checkpoints that are kept beside the best."""
     pipeline: Literal["none", "route", "stale"] = "route"
     """What of the next batch is done while a batch computes. route: its ids travel to their rows, which changes no bit
-    of the results. stale: its rows are looked up, too, before the batch's update, which changes them: every step
-    trains on embeddings that lack one update. none: nothing. A run cannot change to stale or back when it is resumed."""
+    of the results. stale: its rows are also looked up, before the batch's update, which changes results: each step
+    trains on embeddings that lack the last update. none: nothing. A resumed run cannot change to stale or back."""
     profile: int | None = None
     """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none."""
 
@@ -165,6 +179,7 @@ class Config:
     """Implementation of lookups and updates. None: the best for the device. May change when a run is resumed."""
     data: DataConfig = DataConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
     model: ModelConfig
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

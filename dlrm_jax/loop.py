@@ -7,6 +7,7 @@ logged again. So a run that is killed and started again ends with the same bits.
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 from jax.sharding import Mesh
@@ -14,17 +15,19 @@ from rich.console import Console
 
 from dlrm_jax.checkpoint import Checkpointer, Progress
 from dlrm_jax.config import Config
+from dlrm_jax.data.batch import Batch
 from dlrm_jax.distributed import check_same, code_version, gather, num_processes, process_id, together
 from dlrm_jax.evaluate import DivergedError, evaluate
 from dlrm_jax.metrics import Metrics
+from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps, Window
 from dlrm_jax.report import RunLog, draw_curves, logged_metrics, result_table, write_result
 from dlrm_jax.sources import Source, card_of, open_split
 from dlrm_jax.stop_signal import StopSignal
+from dlrm_jax.trace import StepTrace
 from dlrm_jax.train_state import NON_FINITE, TrainState, abstract_train_state, init_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_train_step
 from dlrm_jax.workdir import Workdir
 
 Ended = Literal["all steps", "early stop", "signal"]
@@ -125,15 +128,17 @@ class _Run:
         state, progress, step = self._start()
         ended: Ended = "all steps"
         writes = process_id() == 0
+        profiled = self._settings.profile if writes else None
         log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step, writes=writes)
         with log, StopSignal(self._recommender.tables.mesh) as stop:
             self._log = log
             if self._gave_up(progress):
                 ended = "early stop"
             elif step < self._last_step:
+                pipeline = Pipeline(self._recommender, self._optimizer)
                 steps = ReplayedSteps(
                     self._recommender,
-                    make_train_step(self._recommender, self._optimizer),
+                    pipeline,
                     state,
                     step=step,
                     capacities=self._first_capacities,
@@ -141,7 +146,8 @@ class _Run:
                 )
                 # The steps own the state, since each is donated to the next.
                 del state
-                progress, ended = self._steps(steps, progress, stop)
+                with StepTrace(self._workdir.path / "profile", first_step=step + 1, steps=profiled) as trace:
+                    progress, ended = self._steps(steps, pipeline, progress, stop, trace)
                 step = steps.step
         evaluations = self._evaluations
         result = Result(
@@ -176,46 +182,57 @@ class _Run:
         state = self._checkpointer.restore(step, abstract_train_state(recommender, self._optimizer))
         return state, self._checkpointer.progress(step), step
 
-    def _steps(self, steps: ReplayedSteps, progress: Progress, stop: StopSignal) -> tuple[Progress, Ended]:
+    def _steps(
+        self, steps: ReplayedSteps, pipeline: Pipeline, progress: Progress, stop: StopSignal, trace: StepTrace
+    ) -> tuple[Progress, Ended]:
         settings, steps_per_epoch = self._settings, self._source.steps_per_epoch
         window = steps.new_window()
         # Compilation is no part of the speed.
         window.untimed = 1
         self._since = time.perf_counter()
         first = True
-        while steps.step < self._last_step:
+        for batch, upcoming in self._batches(steps.step, pipeline):
+            with trace.step(steps.step + 1):
+                steps.start(batch, window, upcoming)
             step = steps.step
-            for batch in self._source.batches(step // steps_per_epoch, step % steps_per_epoch):
-                steps.start(batch, window)
-                step = steps.step
-                self._log.advance(step)
-                if first:
-                    first, self._since = False, time.perf_counter()
-                if step % settings.log_every == 0:
-                    window = steps.new_window()
-                # Steps are looked at, and windows logged, while later steps compute.
-                stopping = self._check(steps, ahead=STEPS_AHEAD)
-                at_end = step == self._last_step
-                improved = False
-                if self._judged is not None and (
-                    at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)
-                ):
-                    stopping |= self._check(steps, ahead=0)
-                    started = time.perf_counter()
-                    progress, improved = self._evaluate(self._judged, steps.state, progress, step)
-                    self._since += time.perf_counter() - started
-                if num_processes() == 1:
-                    # Nobody else has to hear of it first.
-                    stopping = stop.received
-                gave_up = self._gave_up(progress)
-                if at_end or improved or stopping or gave_up or _due(step, settings.checkpoint_every):
-                    # What is not logged before a checkpoint, a run that resumes from it never logs.
-                    stopping |= self._check(steps, ahead=0)
-                    self._checkpointer.save(steps.state, progress)
-                if at_end or stopping or gave_up:
-                    ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"
-                    return progress, ended
+            self._log.advance(step)
+            if first:
+                first, self._since = False, time.perf_counter()
+            if step % settings.log_every == 0:
+                window = steps.new_window()
+            # Steps are looked at, and windows logged, while later steps compute.
+            stopping = self._check(steps, ahead=STEPS_AHEAD)
+            self._since += trace.finish(step, steps.state)
+            at_end = step == self._last_step
+            improved = False
+            if self._judged is not None and (at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)):
+                stopping |= self._check(steps, ahead=0)
+                started = time.perf_counter()
+                progress, improved = self._evaluate(self._judged, steps.state, progress, step)
+                self._since += time.perf_counter() - started
+            if num_processes() == 1:
+                # Nobody else has to hear of it first.
+                stopping = stop.received
+            gave_up = self._gave_up(progress)
+            if at_end or improved or stopping or gave_up or _due(step, settings.checkpoint_every):
+                # What is not logged before a checkpoint, a run that resumes from it never logs.
+                stopping |= self._check(steps, ahead=0)
+                self._checkpointer.save(steps.state, progress)
+            if at_end or stopping or gave_up:
+                ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"
+                return progress, ended
         raise AssertionError("the loop ends at its last step")
+
+    def _batches(self, step: int, pipeline: Pipeline) -> Iterator[tuple[Batch, Batch | None]]:
+        """The batches after a step, each with the next one as far as the pipeline looks ahead, across epochs."""
+        batches = _of_all_epochs(self._source, step)
+        batch = next(batches)
+        while True:
+            step += 1
+            wanted = pipeline.needs_next or (pipeline.looks_ahead and step < self._last_step)
+            upcoming = next(batches) if wanted else None
+            yield batch, upcoming
+            batch = next(batches) if upcoming is None else upcoming
 
     def _check(self, steps: ReplayedSteps, *, ahead: int) -> bool:
         """Looks at all but the last steps, and logs the windows that they end.
@@ -299,6 +316,14 @@ class _Run:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _of_all_epochs(source: Source, step: int) -> Iterator[Batch]:
+    """The batches after a step, without end."""
+    epoch, first = divmod(step, source.steps_per_epoch)
+    while True:
+        yield from source.batches(epoch, first)
+        epoch, first = epoch + 1, 0
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -38,4 +38,5 @@ def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
         batch_size=known.batch_size,
         loads=known.loads,
         dense=known.dense,
+        settings=known.settings,
     )

@@ -16,7 +16,7 @@ from dlrm_jax.config import Config, DenseOptimizerConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import DLRM
 from pallas_kernels.interaction import num_pairs
-from sharding.cost import DenseLoad
+from sharding.cost import CostSettings, DenseLoad
 from sharding.errors import InputError
 from sharding.load import FeatureLoad
 from sharding.tables import FeatureSpec, TableSpec
@@ -37,6 +37,7 @@ class PlanningInput:
         batch_size: Samples of a training step, over all devices.
         loads: Ids of each feature.
         dense: Its dense part.
+        settings: Terms of the cost, with the codecs of its exchanges.
     """
 
     tables: tuple[TableSpec, ...]
@@ -44,6 +45,7 @@ class PlanningInput:
     batch_size: int
     loads: tuple[FeatureLoad, ...]
     dense: DenseLoad
+    settings: CostSettings
 
 
 def planning_input(config: Config, card: DatasetCard, num_devices: int) -> PlanningInput:
@@ -70,6 +72,7 @@ def planning_input(config: Config, card: DatasetCard, num_devices: int) -> Plann
         batch_size=batch_size,
         loads=tuple(feature_load(card.feature(feature.name)) for feature in features),
         dense=dense_load(config, len(card.dense), tables, features, batch_size // num_devices),
+        settings=CostSettings(forward_codec=config.exchange.forward, backward_codec=config.exchange.backward),
     )
 
 

@@ -62,7 +62,14 @@ class Recommender:
         mesh = make_mesh(config.mesh.nodes, config.mesh.chips) if mesh is None else mesh
         plan = choose_plan(config, card, mesh) if plan is None else plan
         self.tables = ShardedTables(
-            table_specs, feature_specs, plan=plan, mesh=mesh, seed=config.seed, kernels=config.kernels
+            table_specs,
+            feature_specs,
+            plan=plan,
+            mesh=mesh,
+            seed=config.seed,
+            kernels=config.kernels,
+            forward_codec=config.exchange.forward,
+            backward_codec=config.exchange.backward,
         )
         self.features = self.tables.feature_order
         self.card = dataclasses.replace(card, sparse=tuple(card.feature(name) for name in self.features))

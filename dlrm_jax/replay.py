@@ -2,8 +2,8 @@
 
 The room for ids on their way is static, and chosen for ordinary batches. Where a batch needs more, its step and all
 later ones change nothing but `TrainState.fault` (`OVERFLOW`). The host looks a few steps late, raises the capacities
-and does those steps again, in order, with the batches that it has kept. Fault and needs are the same on every process,
-so all of them do the same.
+and does those steps again, in order, with the batches that it has kept; what a step had done ahead for the next one
+(`pipeline.py`) it does again, too. Fault and needs are the same on every process, so all of them do the same.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import OVERFLOW, TrainState
-from dlrm_jax.train_step import StepReport, TrainStep
+from dlrm_jax.train_step import StepReport
 from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, sharding_on
 
@@ -81,7 +82,7 @@ class ReplayedSteps:
     def __init__(
         self,
         recommender: Recommender,
-        train_step: TrainStep,
+        pipeline: Pipeline,
         state: TrainState,
         *,
         step: int,
@@ -92,7 +93,7 @@ class ReplayedSteps:
 
         Args:
             recommender: The model.
-            train_step: Its compiled step.
+            pipeline: Its compiled steps.
             state: The state after that step.
             step: Number of that step.
             capacities: Room for ids to begin with.
@@ -102,7 +103,7 @@ class ReplayedSteps:
         self.step = step
         self.capacities = capacities
         self._recommender = recommender
-        self._train_step = train_step
+        self._pipeline = pipeline
         self._stop = stop
         self._unchecked: deque[_Unchecked] = deque()
         # Made where the step leaves them, so that the step is compiled once.
@@ -115,16 +116,17 @@ class ReplayedSteps:
         """A window without steps."""
         return Window(self._no_metrics())
 
-    def start(self, batch: Batch, window: Window) -> None:
+    def start(self, batch: Batch, window: Window, upcoming: Batch | None = None) -> None:
         """Starts the next step.
 
         Args:
             batch: This process's part of its batch, as numpy arrays.
             window: Where its metrics are added.
+            upcoming: The batch that will be given next, if the pipeline looks ahead and there will be one.
         """
         self.step += 1
         window.steps += 1
-        report = self._run(batch, window)
+        report = self._run(batch, upcoming, window)
         self._unchecked.append(_Unchecked(step=self.step, batch=batch, window=window, report=report))
 
     def checked(self, *, ahead: int) -> Iterator[Checked]:
@@ -138,24 +140,31 @@ class ReplayedSteps:
         """
         while len(self._unchecked) > ahead:
             first = self._unchecked[0]
-            fault = int(first.report.fault)
+            report: StepReport = jax.device_get(first.report)
+            fault = int(report.fault)
             if fault == OVERFLOW:
                 self._replay()
                 continue
             self._unchecked.popleft()
-            yield Checked(step=first.step, fault=fault, stop=bool(first.report.stop), window=first.window)
+            yield Checked(step=first.step, fault=fault, stop=bool(report.stop), window=first.window)
 
     def _replay(self) -> None:
-        """Does all unchecked steps again, with room for what each of them needs."""
-        needs = [entry.report.needs for entry in self._unchecked]
+        """Does all unchecked steps again, with room for what each of them, and the batch routed ahead, needs."""
+        needs = [jax.device_get(entry.report.needs) for entry in self._unchecked]
+        ahead = self._pipeline.ahead
+        if self._pipeline.needs is not None:
+            needs.append(self._pipeline.needs)
+        self._pipeline.forget()
         self.capacities = self._recommender.grown_capacities(self.capacities, needs)
         self.state = dataclasses.replace(self.state, fault=self._no_fault())
-        for entry in self._unchecked:
-            entry.report = self._run(entry.batch, entry.window)
+        batches = [entry.batch for entry in self._unchecked]
+        for entry, upcoming in zip(self._unchecked, [*batches[1:], ahead], strict=True):
+            entry.report = self._run(entry.batch, upcoming, entry.window)
 
-    def _run(self, batch: Batch, window: Window) -> StepReport:
-        on_devices = self._recommender.to_devices(batch, self.capacities)
-        self.state, window.metrics, report = self._train_step(
-            self.state, window.metrics, on_devices, stop=self._stop.flag, capacities=self.capacities
-        )
+    def _run(self, batch: Batch, upcoming: Batch | None, window: Window) -> StepReport:
+        # Whatever else moved between host and devices would keep the host waiting.
+        with jax.transfer_guard("disallow"):
+            self.state, window.metrics, report = self._pipeline.step(
+                self.state, window.metrics, batch, upcoming, stop=self._stop.flag, capacities=self.capacities
+            )
         return report

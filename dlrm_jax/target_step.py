@@ -10,6 +10,7 @@ from dlrm_jax.config import Config
 from dlrm_jax.data.assemble import IdCapacity
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.pipelined_step import abstract_routed, make_pipelined_step
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_train_step
@@ -27,7 +28,7 @@ class DeviceBytes:
     """Bytes that XLA gives a program on one device.
 
     Attributes:
-        arguments: Arguments: the state, metrics and the batch.
+        arguments: Arguments: the state, metrics, the batch and, if pipelined, its routed ids and the next batch's ids.
         outputs: Results.
         reused: Results that take the place of arguments.
         temporary: Everything between.
@@ -45,7 +46,9 @@ class DeviceBytes:
 
 
 def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> jax.stages.Lowered:
-    """Lowers the step that training would run, with room for the ids of ordinary batches. Allocates nothing.
+    """Lowers the step that training would run, pipelined as the config says, with room for the ids of ordinary batches.
+
+    Allocates nothing.
 
     Args:
         config: The experiment.
@@ -77,7 +80,11 @@ def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh
         weighted=any(column.weights is not None for column in columns),
     )
     state = abstract_train_state(recommender, optimizer)
-    return make_train_step(recommender, optimizer).lower(state, metrics, batch, capacities=capacities)
+    if config.train.pipeline == "none":
+        return make_train_step(recommender, optimizer).lower(state, metrics, batch, capacities=capacities)
+    routed = abstract_routed(recommender, batch.ids, capacities)
+    step = make_pipelined_step(recommender, optimizer)
+    return step.lower(state, metrics, batch, routed, batch.ids, capacities=capacities)
 
 
 def compile_for_target(lowered: jax.stages.Lowered, platform: Platform) -> jax.stages.Compiled:

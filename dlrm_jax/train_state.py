@@ -12,9 +12,9 @@ from jaxtyping import Int32
 from dlrm_jax.config import DenseOptimizerConfig, ScheduleConfig
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.schedules import make_schedule
-from sharding import TableState
+from sharding import Embeddings, TableState
 from sharding.checkpoint import load_initial_values
-from sharding.mesh import REPLICATED, sharding_on
+from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 
 # Bits of TrainState.fault.
 NON_FINITE = 1
@@ -35,6 +35,8 @@ class TrainState:
         fault: 0, or why training cannot go on (`NON_FINITE`, `INVALID_IDS`), or not without more room for ids
             (`OVERFLOW`). While it is not 0 every step is a no-op, so that the state stays that of the last good step
             until the host has looked.
+        stale: With `train.pipeline` "stale", what the next step trains on: the embeddings of its batch, looked up
+            before the last update; else None. Part of the state, since no later state could look them up again.
     """
 
     step: Int32[Any, ""]
@@ -42,6 +44,7 @@ class TrainState:
     dense_optimizer: optax.OptState
     tables: TableState
     fault: Int32[Any, ""]
+    stale: Embeddings | None = None
 
 
 def make_dense_optimizer(config: DenseOptimizerConfig, schedule: ScheduleConfig) -> optax.GradientTransformation:
@@ -102,6 +105,33 @@ def init_train_state(recommender: Recommender, optimizer: optax.GradientTransfor
         dense_optimizer=jax.jit(optimizer.init, out_shardings=replicated)(dense_params),
         tables=load_initial_values(recommender.tables, recommender.tables.init()),
         fault=zero(),
+        stale=_zeros_like(abstract_stale(recommender)),
+    )
+
+
+def _zeros_like(abstract: Any) -> Any:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
+    )()
+
+
+def abstract_stale(recommender: Recommender) -> Embeddings | None:
+    """Shapes and shardings of `TrainState.stale`; None where the config does not ask for it.
+
+    Args:
+        recommender: The model.
+    """
+    if recommender.config.train.pipeline != "stale":
+        return None
+    tables, batch_size = recommender.tables, recommender.config.data.batch_size
+    # A mesh that predicts need not divide the training batch.
+    by_sample = sharding_on(tables.mesh, REPLICATED if batch_size % tables.num_devices else BY_DEVICE)
+    blocks = [(batch_size, len(block.names), block.dim) for block in tables.blocks]
+    return Embeddings(
+        blocks=tuple(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_sample) for shape in blocks),
+        sequences={},
+        names=tuple(block.names for block in tables.blocks),
     )
 
 
@@ -127,4 +157,5 @@ def abstract_train_state(recommender: Recommender, optimizer: optax.GradientTran
         dense_optimizer=jax.tree.map(on_devices, jax.eval_shape(optimizer.init, dense_params)),
         tables=recommender.tables.abstract_state(),
         fault=on_devices(jax.ShapeDtypeStruct((), jnp.int32)),
+        stale=abstract_stale(recommender),
     )

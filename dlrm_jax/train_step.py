@@ -22,6 +22,7 @@ from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, 
 from sharding import Embeddings, TableState
 from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, sharding_on
+from sharding.route import Routed
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +135,38 @@ def train_step(
         routed = tables.route(batch.ids, capacities)
     with jax.named_scope("lookup"):
         embeddings = tables.lookup(state.tables, routed)
+    return learn(state, metrics, batch, routed, embeddings, stop=stop, recommender=recommender, optimizer=optimizer)
+
+
+def learn(
+    state: TrainState,
+    metrics: BinnedMetrics,
+    batch: Batch,
+    routed: Routed,
+    embeddings: Embeddings,
+    *,
+    ahead: tuple[Routed, Embeddings] | None = None,
+    stop: Bool[Array, " W"] | None = None,
+    recommender: Recommender,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, BinnedMetrics, StepReport]:
+    """The second half of a step: the dense part, its gradients, and all updates.
+
+    Args:
+        state: The state before.
+        metrics: As in `train_step`.
+        batch: The batch; its ids are not looked at.
+        routed: Its ids, routed.
+        embeddings: Its embeddings.
+        ahead: The next batch, routed and looked up in the tables before this update (`TrainState.stale`). The step
+            needs its ids to have had room, too: with no later state could they be looked up again.
+        stop: As in `train_step`.
+        recommender: The model.
+        optimizer: Optimizer of its dense part.
+
+    Returns:
+        As `train_step`.
+    """
 
     def loss_of(dense_params: nnx.State, embeddings: Embeddings) -> tuple[Float[Array, ""], Float[Array, " B"]]:
         logits = recommender.logits(dense_params, batch.dense, embeddings)
@@ -147,13 +180,18 @@ def train_step(
         updates, dense_optimizer = optimizer.update(d_dense, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 
+    overflow, needs, stale = routed.overflow, routed.needs, state.stale
+    if ahead is not None:
+        overflow, needs = overflow | ahead[0].overflow, jnp.maximum(needs, ahead[0].needs)
+        # The update is in place. A lookup that came after it would need a copy of the tables.
+        d_embeddings, stale = jax.lax.optimization_barrier((d_embeddings, ahead[1]))
     found = jnp.where(finite, 0, NON_FINITE) | jnp.where(routed.invalid > 0, INVALID_IDS, 0)
     # Where ids are missing, nothing else that was found is true; nor is it after an earlier fault.
-    found = jnp.where(routed.overflow, OVERFLOW, found)
+    found = jnp.where(overflow, OVERFLOW, found)
     fault = jnp.where(state.fault == 0, found, state.fault)
     good = fault == 0
     with jax.named_scope("update"):
-        new_tables = tables.update(
+        new_tables = recommender.tables.update(
             state.tables,
             routed,
             d_embeddings,
@@ -168,9 +206,10 @@ def train_step(
         dense_optimizer=_select(good, dense_optimizer, state.dense_optimizer),
         tables=new_tables,
         fault=fault,
+        stale=_select(good, stale, state.stale),
     )
     stopped = jnp.zeros((), bool) if stop is None else jnp.any(stop)
-    report = StepReport(fault=fault, needs=routed.needs, stop=stopped)
+    report = StepReport(fault=fault, needs=needs, stop=stopped)
     return new_state, metrics.update(logits, batch.label, jnp.where(good, batch.weight, 0.0)), report
 
 

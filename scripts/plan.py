@@ -168,6 +168,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
         batch_size=described.batch_size,
         loads=described.loads,
         dense=described.dense,
+        settings=described.settings,
         constraints=parse_constraints(
             described.tables,
             pin=given.pin,
@@ -187,6 +188,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
         batch_size=described.batch_size,
         loads=described.loads,
         dense=described.dense,
+        settings=described.settings,
     )
     return dataclasses.replace(made, plan=plan, cost=cost, partitioner=f"none (plan of {path})", partitioned=())
 

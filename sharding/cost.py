@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
+from sharding.codec import Codec, code_bytes
+from sharding.cost_settings import STAGES, CostSettings, DenseLoad
 from sharding.layout import Family, Group, Layout, Shard, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.plan import ShardingPlan, check_plan
@@ -22,22 +24,6 @@ from sharding.storage import Storage, storage_of
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology
 
-STAGES = (
-    "ids inside",
-    "ids between",
-    "lookup",
-    "forward inside",
-    "forward between",
-    "backward inside",
-    "backward between",
-    "statistics inside",
-    "statistics between",
-    "update",
-    "all-reduce inside",
-    "all-reduce between",
-    "dense",
-    "latency",
-)
 # Quantities of a device in one group: ids that it receives, vectors a sample that it pools for all devices, distinct
 # rows that it updates, distinct rows that it sends home (summed over who asked), ids of rows that are cut into column
 # slices; then, where the samples live: vectors a sample, and ids.
@@ -49,60 +35,6 @@ _RECORD_BYTES = 8
 _FLOAT_BYTES = 4
 # A radix sort of 32-bit keys with 32-bit values: four passes that read and write both.
 _SORT_BYTES = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CostSettings:
-    """What a step's time is made of. Each term is multiplied by its number here; 0 leaves it out.
-
-    Attributes:
-        ids: Ids to the owners of their rows.
-        lookup: Rows read and vectors written, at HBM bandwidth.
-        forward: Vectors home.
-        backward: Gradients of vectors back to the owners.
-        statistics: The second pass of rules that need whole-row statistics, for tables in column slices.
-        update: Ids sorted, rows and optimizer state read and written, at HBM bandwidth.
-        all_reduce: Gradients of the dense part.
-        dense: The dense part's arithmetic.
-        latency: Start of each exchange.
-        overlap: Share of the exchanges that can hide behind the dense part's arithmetic.
-        dense_efficiency: Share of the peak arithmetic that the dense part reaches.
-        bandwidth_efficiency: Share of memory and link bandwidth that is reached.
-    """
-
-    ids: float = 1.0
-    lookup: float = 1.0
-    forward: float = 1.0
-    backward: float = 1.0
-    statistics: float = 1.0
-    update: float = 1.0
-    all_reduce: float = 1.0
-    dense: float = 1.0
-    latency: float = 1.0
-    overlap: float = 0.0
-    dense_efficiency: float = 0.5
-    bandwidth_efficiency: float = 0.8
-
-    def multipliers(self) -> Float[np.ndarray, " T"]:
-        """The multiplier of each stage."""
-        return np.array([getattr(self, stage.split()[0].replace("-", "_")) for stage in STAGES])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseLoad:
-    """The dense part, which is data-parallel.
-
-    Attributes:
-        parameters: Numbers that are all-reduced in float32.
-        flops_per_sample: Arithmetic of forward and backward for one sample.
-        memory_bytes: Bytes on each device: parameters, gradients, optimizer state, activations.
-        dtype: Dtype of its matrix products.
-    """
-
-    parameters: int = 0
-    flops_per_sample: float = 0.0
-    memory_bytes: int = 0
-    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,8 +52,8 @@ class Step:
     topology: Topology
     batch_size: int
     loads: dict[str, FeatureLoad]
-    dense: DenseLoad = DenseLoad()
-    settings: CostSettings = CostSettings()
+    dense: DenseLoad = dataclasses.field(default_factory=DenseLoad)
+    settings: CostSettings = dataclasses.field(default_factory=CostSettings)
 
     @property
     def weighted(self) -> bool:
@@ -146,12 +78,18 @@ class Step:
         batch, home_batch = self.batch_size, self.batch_size / devices
         row = width * jnp.dtype(table.dtype).itemsize
         vector = width * _FLOAT_BYTES
+        sent = code_bytes(self.settings.forward_codec, width)
+        sent_back = code_bytes(self.settings.backward_codec, width)
         # Bytes; divided by bandwidths at the end.
         rates = np.zeros((len(STAGES), len(QUANTITIES)))
 
         def travels(trip: str, quantity: int, size: float, shares: tuple[float, float]) -> None:
             for link, share in zip(("inside", "between"), shares, strict=True):
                 rates[STAGES.index(f"{trip} {link}"), quantity] += size * share
+
+        def coding(codec: Codec) -> int:
+            # Vectors are read and codes written, and the reverse at the other end.
+            return 0 if codec == "float32" or devices == 1 else 2 * (vector + code_bytes(codec, width))
 
         # Shares of a buffer that cross a link inside a node, and one between nodes.
         all_to_all = ((chips - 1) / devices, (devices - chips) / devices)
@@ -166,25 +104,28 @@ class Step:
                 rates[lookup, HOME_VECTORS] += home_batch * vector
                 if rule is not None:
                     travels("ids", HOME_IDS, self.record_bytes, gather)
-                    travels("backward", HOME_VECTORS, home_batch * vector, gather)
+                    travels("backward", HOME_VECTORS, home_batch * sent_back, gather)
+                    rates[update, HOME_VECTORS] += batch * coding(self.settings.backward_codec)
             case "rows_by_id":
                 travels("ids", IDS, self.record_bytes, all_to_all)
                 travels("ids", SENT_ROWS, _FLOAT_BYTES, all_to_all)
-                travels("forward", SENT_ROWS, row, all_to_all)
+                travels("forward", SENT_ROWS, min(row, sent), all_to_all)
                 # Read and sent by the owner; then pooled at home.
-                rates[lookup, SENT_ROWS] += 2 * row
+                rates[lookup, SENT_ROWS] += 2 * row + (coding(self.settings.forward_codec) if sent < row else 0)
                 rates[lookup, HOME_IDS] += row
                 rates[lookup, HOME_VECTORS] += home_batch * vector
                 if rule is not None:
-                    travels("backward", IDS, vector, all_to_all)
+                    travels("backward", IDS, sent_back, all_to_all)
+                    rates[update, IDS] += coding(self.settings.backward_codec)
             case _:
                 vectors_travel = all_to_all if family == "table_wise" else scatter
                 travels("ids", IDS, self.record_bytes, all_to_all)
                 rates[lookup, IDS] += row
-                rates[lookup, VECTORS] += batch * vector
-                travels("forward", VECTORS, batch * vector, vectors_travel)
+                rates[lookup, VECTORS] += batch * (vector + coding(self.settings.forward_codec))
+                travels("forward", VECTORS, batch * sent, vectors_travel)
                 if rule is not None:
-                    travels("backward", VECTORS, batch * vector, vectors_travel)
+                    travels("backward", VECTORS, batch * sent_back, vectors_travel)
+                    rates[update, VECTORS] += batch * coding(self.settings.backward_codec)
         if rule is not None:
             if family == "local":
                 rates[update, HOME_IDS] += devices * (_SORT_BYTES + vector)
@@ -358,6 +299,7 @@ def cost_of_layout(layout: Layout, features: Sequence[FeatureSpec], step: Step) 
             ids_per_sample=mean_ids,
             weighted=step.weighted,
             dense_bytes=step.dense.memory_bytes,
+            codecs=(step.settings.forward_codec, step.settings.backward_codec),
         ),
     )
 

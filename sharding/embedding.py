@@ -19,6 +19,7 @@ from pallas_kernels.implementations import Implementation
 from sharding import rows as logical_rows
 from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
+from sharding.codec import Codec, check_codec
 from sharding.errors import InputError
 from sharding.initial import initial_store
 from sharding.jagged import KeyedJagged, check_arrays, for_devices
@@ -57,6 +58,8 @@ class ShardedTables:
         mesh: Mesh | None = None,
         seed: int = 0,
         kernels: Implementation | None = None,
+        forward_codec: Codec = "float32",
+        backward_codec: Codec = "float32",
     ):
         """Lays the tables out.
 
@@ -68,11 +71,15 @@ class ShardedTables:
             seed: Seed of initial values and of stochastic rounding.
             kernels: Implementation of lookups and updates; the best for the devices unless given. A call that it cannot
                 serve is a ValueError.
+            forward_codec: How vectors travel home, see `sharding.codec`.
+            backward_codec: How their gradients travel back.
 
         Raises:
-            InputError: Specifications or plan that contradict themselves, each other or the mesh.
+            InputError: Specifications or plan that contradict themselves, each other or the mesh; no such codec.
         """
         check_specs(tables, features)
+        check_codec(forward_codec, "forward_codec")
+        check_codec(backward_codec, "backward_codec")
         self.mesh = make_mesh() if mesh is None else mesh
         if plan is None and self.mesh.devices.size > 1:
             raise InputError(
@@ -95,6 +102,8 @@ class ShardedTables:
             means=tuple(_means_of(block, self._means) for block in all_blocks),
             nodes=nodes,
             kernels=kernels,
+            forward=forward_codec,
+            backward=backward_codec,
         )
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
         self._init = jax.jit(self._init_on_mesh, out_shardings=self.state_shardings())

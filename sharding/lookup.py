@@ -14,6 +14,7 @@ from pallas_kernels import pooled_lookup
 from sharding import returns
 from sharding.assemble import assemble
 from sharding.bags import vectors_at_home, vectors_of_bags
+from sharding.codec import code_bytes, decode, encode
 from sharding.groups import Group
 from sharding.owned import OwnedIds
 from sharding.place import Place, divided
@@ -98,17 +99,20 @@ def _bring_home(family: str, owned: Sequence[Array], place: Place) -> list[Array
         return []
     match family:
         case "table_wise":
-            return returns.bring_home_table_wise(owned)
+            return returns.bring_home_table_wise(owned, place.forward)
         case "row_wise":
-            return returns.bring_home_row_wise(owned, place.nodes)
+            return returns.bring_home_row_wise(owned, place.nodes, place.forward)
         case _:
-            return returns.bring_home_table_row_wise(owned, place.nodes)
+            return returns.bring_home_table_row_wise(owned, place.nodes, place.forward)
 
 
 def _rows_by_id(
     weights: dict[str, Float[Array, "lines line"]], routed: Sequence[RoutedGroup], numbers: list[int], place: Place
 ) -> list[Float[Array, "b X w"]]:
-    """Brings the distinct rows of a device's ids home, as they are stored, and pools them there in bag order."""
+    """Brings the distinct rows of a device's ids home and pools them there in bag order.
+
+    Rows travel as they are stored, or as codes if those are smaller.
+    """
     groups = [place.layout.groups[number] for number in numbers]
     rows, requests = [], []
     for number, group in zip(numbers, groups, strict=True):
@@ -120,14 +124,14 @@ def _rows_by_id(
         found = pooled_lookup(
             store, requested, bags_of_one, None, width=group.width, longest_bag=1, implementation=place.kernels
         )
-        rows.append(found.astype(store.dtype))
+        rows.append(encode(found, place.forward) if _coded(group, place) else found.astype(store.dtype))
         requests.append(request)
     home = []
     for number, group, request, come in zip(numbers, groups, requests, to_senders(requests, rows), strict=True):
         ids = routed[number].home
         assert ids is not None
         pooled = pooled_lookup(
-            come,
+            decode(come, place.forward) if _coded(group, place) else come,
             request.place,
             ids.offsets,
             ids.weights,
@@ -136,3 +140,8 @@ def _rows_by_id(
         )
         home.append(vectors_at_home(pooled, group))
     return home
+
+
+def _coded(group: Group, place: Place) -> bool:
+    """Whether rows travel as codes."""
+    return code_bytes(place.forward, group.width) < group.width * jnp.dtype(group.dtype).itemsize

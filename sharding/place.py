@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.implementations import Implementation
 from sharding.assemble import BlockSource
+from sharding.codec import Codec
 from sharding.layout import Layout
 from sharding.mesh import device_number
 
@@ -26,6 +27,8 @@ class Place(NamedTuple):
             None if none is.
         nodes: Nodes of the mesh.
         kernels: Implementation of the kernels; None for the best that there is.
+        forward: How vectors travel home.
+        backward: How their gradients travel back.
     """
 
     layout: Layout
@@ -33,6 +36,8 @@ class Place(NamedTuple):
     means: tuple[Int32[np.ndarray, " k"] | None, ...]
     nodes: int
     kernels: Implementation | None
+    forward: Codec = "float32"
+    backward: Codec = "float32"
 
     @property
     def device(self) -> Int32[Array, ""]:

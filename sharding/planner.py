@@ -279,6 +279,7 @@ def default_plan(
     batch_size: int,
     loads: Sequence[FeatureLoad] = (),
     dense: DenseLoad | None = None,
+    settings: CostSettings | None = None,
 ) -> ShardingPlan:
     """The plan of a training run that names none.
 
@@ -289,9 +290,10 @@ def default_plan(
         batch_size: Samples of the global batch.
         loads: What is known of the features' ids.
         dense: The dense part.
+        settings: Terms of the cost.
 
     Raises:
         InputError: The tables do not fit.
     """
-    result = make_plan(tables, features, topology, batch_size=batch_size, loads=loads, dense=dense)
+    result = make_plan(tables, features, topology, batch_size=batch_size, loads=loads, dense=dense, settings=settings)
     return result.plan

@@ -2,7 +2,9 @@
 
 Vectors are ``[W, b, P, w]`` at their owner: sender, sample, vector of the owner. At home they are ``[b, X, w]``, where
 X depends on the family; `home_places` says where among the X each vector of the group lies. All groups of a family
-travel in one exchange.
+travel in one exchange, written by a codec (`sharding.codec`). A sum over devices of what is written in less than
+float32 is an all-to-all of codes and then a sum in float32, hop by hop, so that errors of a hop are those of its codes
+alone.
 
 Letters: W = N * C devices, N nodes, C chips of a node, b samples of one device, P vectors a sample of an owner, w
 width.
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from sharding.codec import Codec, decode, encode
 from sharding.groups import Group
-from sharding.mesh import CHIP, NODE
+from sharding.mesh import AXES, CHIP, NODE
 from sharding.trip import exchange
 
 Owned = Sequence[Float[Array, "W b P w"]]
@@ -48,48 +51,78 @@ def _apart(vectors: Float[Array, "b SP w"], sources: int) -> Float[Array, "S b P
     return vectors.reshape(samples, sources, count // sources, width).swapaxes(0, 1)
 
 
-def bring_home_table_wise(owned: Owned) -> list[Float[Array, "b X w"]]:
+def bring_home_table_wise(owned: Owned, codec: Codec) -> list[Float[Array, "b X w"]]:
     """One all-to-all; X = W * P."""
-    return [_side_by_side(vectors) for vectors in exchange(owned)]
+    come = exchange([encode(vectors, codec) for vectors in owned])
+    return [_side_by_side(decode(codes, codec)) for codes in come]
 
 
-def send_back_table_wise(gradients: Home, num_devices: int) -> list[Float[Array, "W b P w"]]:
+def send_back_table_wise(gradients: Home, num_devices: int, codec: Codec) -> list[Float[Array, "W b P w"]]:
     """The transpose: one all-to-all."""
-    return exchange([_apart(vectors, num_devices) for vectors in gradients])
+    come = exchange([encode(_apart(vectors, num_devices), codec) for vectors in gradients])
+    return [decode(codes, codec) for codes in come]
 
 
-def bring_home_row_wise(owned: Owned, nodes: int) -> list[Float[Array, "b X w"]]:
+def bring_home_row_wise(owned: Owned, nodes: int, codec: Codec) -> list[Float[Array, "b X w"]]:
     """Adds the partial sums over the chips of a node, then over nodes: X = P.
 
     The first reduce-scatter leaves each chip one part in C of the node's sums, and only that goes between nodes.
     """
+    if codec != "float32":
+        return _added_over(_added_over_chips(owned, nodes, codec), NODE, codec)
     joined, shapes = _join(owned)
     of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
     return _split(jax.lax.psum_scatter(of_node, NODE, scatter_dimension=0), shapes)
 
 
-def send_back_row_wise(gradients: Home) -> list[Float[Array, "W b P w"]]:
+def send_back_row_wise(gradients: Home, codec: Codec) -> list[Float[Array, "W b P w"]]:
     """The transpose: all-gather over nodes, then over the chips of a node."""
-    joined = jnp.concatenate([vectors.reshape(-1) for vectors in gradients])
+    written = [encode(vectors, codec) for vectors in gradients]
+    joined = jnp.concatenate([codes.reshape(-1) for codes in written])
     everyones = jax.lax.all_gather(jax.lax.all_gather(joined, NODE), CHIP, axis=1)
-    return _split_owned(everyones, [vectors.shape for vectors in gradients])
+    return [decode(codes, codec) for codes in _split_owned(everyones, [codes.shape for codes in written])]
 
 
-def bring_home_table_row_wise(owned: Owned, nodes: int) -> list[Float[Array, "b X w"]]:
+def bring_home_table_row_wise(owned: Owned, nodes: int, codec: Codec) -> list[Float[Array, "b X w"]]:
     """Adds the partial sums over the chips of the owning node, then one all-to-all over nodes: X = N * P."""
+    if codec != "float32":
+        of_node = _added_over_chips(owned, nodes, codec)
+        # Sums that are at home already are not written once more.
+        between = codec if nodes > 1 else "float32"
+        come = exchange([encode(vectors, between) for vectors in of_node], NODE)
+        return [_side_by_side(decode(codes, between)) for codes in come]
     joined, shapes = _join(owned)
     of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
     come = jax.lax.all_to_all(of_node, NODE, split_axis=0, concat_axis=0, tiled=True)
     return [_side_by_side(vectors) for vectors in _split_owned(come, shapes)]
 
 
-def send_back_table_row_wise(gradients: Home, nodes: int) -> list[Float[Array, "W b P w"]]:
+def send_back_table_row_wise(gradients: Home, nodes: int, codec: Codec) -> list[Float[Array, "W b P w"]]:
     """The transpose: one all-to-all over nodes, then all-gather over the chips of a node."""
-    apart = [_apart(vectors, nodes) for vectors in gradients]
-    joined = jnp.concatenate([vectors.reshape(nodes, -1) for vectors in apart], axis=1)
+    written = [encode(_apart(vectors, nodes), codec) for vectors in gradients]
+    joined = jnp.concatenate([codes.reshape(nodes, -1) for codes in written], axis=1)
     come = jax.lax.all_to_all(joined, NODE, split_axis=0, concat_axis=0, tiled=True)
     everyones = jax.lax.all_gather(come, CHIP, axis=1)
-    return _split_owned(everyones, [vectors.shape[1:] for vectors in apart])
+    return [decode(codes, codec) for codes in _split_owned(everyones, [codes.shape[1:] for codes in written])]
+
+
+def send_everywhere(gradients: Home, codec: Codec) -> list[Float[Array, "W b X w"]]:
+    """Gradients of a table that every device holds: all-gather. What each has written all read, itself among them."""
+    return [decode(jax.lax.all_gather(encode(vectors, codec), AXES), codec) for vectors in gradients]
+
+
+def _added_over_chips(owned: Owned, nodes: int, codec: Codec) -> list[Float[Array, "N b P w"]]:
+    """For each node, what its device with this one's number among its chips gets of the node's sums."""
+    parts = [vectors.reshape(nodes, -1, *vectors.shape[1:]).swapaxes(0, 1) for vectors in owned]
+    return _added_over(parts, CHIP, codec)
+
+
+def _added_over(parts: Sequence[Float[Array, "M ..."]], axis: str, codec: Codec) -> list[Float[Array, "..."]]:
+    """Adds what each device of an axis has for this one: codes by all-to-all, then sums in float32, in order."""
+    if parts[0].shape[0] == 1:
+        return [part[0] for part in parts]
+    come = exchange([encode(part, codec) for part in parts], axis)
+    return [jnp.sum(decode(codes, codec), axis=0) for codes in come]
 
 
 def _join(owned: Owned) -> tuple[Float[Array, "W x"], list[tuple[int, ...]]]:

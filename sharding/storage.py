@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from sharding.codec import Codec, code_bytes
+from sharding.groups import Group
 from sharding.layout import LINE_BYTES, Layout, StoreLayout, state_of_store, store_name
 from sharding.tables import TableSpec
 
@@ -15,6 +17,8 @@ _WORD_BYTES = 4
 _SPARE = 1.25
 # Arrays of one vector an id that an update holds at a time (`pallas_kernels.xla`).
 _COPIES = 3
+# The ids of the next batch are routed while a batch trains.
+_BATCHES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,17 @@ def _alone(store: StoreLayout) -> Float[np.ndarray, " W"]:
     return used
 
 
+def _words_of_read(codec: Codec, width: int) -> float:
+    """Words of a vector that has come, and of its codes."""
+    return width if codec == "float32" else width + code_bytes(codec, width) / _WORD_BYTES
+
+
+def _words_of_sent_row(group: Group, codec: Codec) -> float:
+    """Words of a row that travels by id: as it goes out and comes in and, of a code, as it is read."""
+    stored, coded = group.width * jnp.dtype(group.dtype).itemsize, code_bytes(codec, group.width)
+    return 2 * stored / _WORD_BYTES if stored <= coded else coded / _WORD_BYTES + _words_of_read(codec, group.width)
+
+
 def storage_of(
     layout: Layout,
     quantities: Sequence[Mapping[str, float]],
@@ -79,13 +94,14 @@ def storage_of(
     ids_per_sample: float,
     weighted: bool,
     dense_bytes: int,
+    codecs: tuple[Codec, Codec] = ("float32", "float32"),
 ) -> Storage:
     """Counts bytes.
 
-    Stores are exact. Buffers are those of one direction, forward or backward: of each group, what the owner pools for
-    all devices and the exchange's buffer of the same size. Groups are updated one after the other: of the largest, one
-    vector an id three times over (each id's gradient, sums of blocks of equal rows, sums of rows); rows that travel by
-    id bring the gradients of all groups first.
+    Stores are exact. Buffers are those of one direction, the larger of forward and backward: of each group, what the
+    owner pools for all devices and the exchange's buffer, of the same size or of its codes. Groups are updated one
+    after the other: of the largest, one vector an id three times over (each id's gradient, sums of blocks of equal
+    rows, sums of rows); rows that travel by id bring the gradients of all groups first.
 
     Args:
         layout: The layout.
@@ -94,7 +110,9 @@ def storage_of(
         ids_per_sample: Mean ids of all features in a sample.
         weighted: Whether ids have weights.
         dense_bytes: Bytes of the dense part.
+        codecs: How vectors travel, forward and backward.
     """
+    forward, backward = codecs
     weights = element_state = row_state = 0
     alone = np.zeros(layout.num_devices)
     for store in layout.stores:
@@ -111,11 +129,13 @@ def storage_of(
         travelling = 2 * most["ids"] * (1 + words) if layout.num_devices > 1 else 0.0
         held = most["ids"] if group.family != "local" else most["home_ids"] * layout.num_devices
         ids += travelling + held * (2 + words) + batch * most["vectors"]
-        pooled = batch * most["vectors"] * group.width
-        vectors += pooled * (1 if group.family == "local" else 2)
-        rows_sent = 2 * most["sent_rows"] * jnp.dtype(group.dtype).itemsize / _WORD_BYTES
-        sent_back += (most["ids"] if group.family == "rows_by_id" else 0.0) * group.width
-        rows = max(rows, max(_COPIES * held, rows_sent) * group.width)
+        pooled = batch * most["vectors"]
+        exchanged = max(code_bytes(codec, group.width) for codec in codecs) / _WORD_BYTES
+        vectors += pooled * (group.width + (0.0 if group.family == "local" else exchanged))
+        rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
+        if group.family == "rows_by_id":
+            sent_back += most["ids"] * _words_of_read(backward, group.width)
+        rows = max(rows, _COPIES * held * group.width, rows_sent)
         # At home: the vectors, and their gradients.
         home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
         vectors += 2 * samples_per_device * home
@@ -123,7 +143,7 @@ def storage_of(
         weights=weights,
         element_state=element_state,
         row_state=row_state,
-        ids=int(_SPARE * ids * _WORD_BYTES),
+        ids=int(_BATCHES * _SPARE * ids * _WORD_BYTES),
         vectors=int(vectors * _WORD_BYTES),
         rows=int(_SPARE * (rows + sent_back) * _WORD_BYTES),
         dense=dense_bytes,

@@ -34,14 +34,21 @@ class Trip:
     rounds: int = dataclasses.field(metadata={"static": True})
 
 
-def exchange(parts: Sequence[Shaped[Array, "W ..."]]) -> list[Shaped[Array, "W ..."]]:
-    """Sends row d of each part to device d; row s of a result comes from device s. One exchange for each dtype."""
+def exchange(
+    parts: Sequence[Shaped[Array, "W ..."]], axes: str | tuple[str, ...] = AXES
+) -> list[Shaped[Array, "W ..."]]:
+    """Sends row d of each part to device d; row s of a result comes from device s. One exchange for each dtype.
+
+    Args:
+        parts: What this device sends.
+        axes: Devices that take part, numbered along these axes of the mesh.
+    """
     results: list[Any] = [None] * len(parts)
     for dtype in dict.fromkeys(part.dtype for part in parts):
         places = [i for i, part in enumerate(parts) if part.dtype == dtype]
         flat = [parts[i].reshape(parts[i].shape[0], -1) for i in places]
         joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-        come = jax.lax.all_to_all(joined, AXES, split_axis=0, concat_axis=0, tiled=True)
+        come = jax.lax.all_to_all(joined, axes, split_axis=0, concat_axis=0, tiled=True)
         first = 0
         for i, part in zip(places, flat, strict=True):
             results[i] = come[:, first : first + part.shape[1]].reshape(parts[i].shape)

@@ -17,8 +17,8 @@ from pallas_kernels import Slots, row_statistics, sparse_update
 from sharding import returns
 from sharding.assemble import take_apart
 from sharding.bags import bags_at_home, bags_of_vectors
+from sharding.codec import decode, encode
 from sharding.groups import Group
-from sharding.mesh import AXES
 from sharding.owned import OwnedIds, of_device
 from sharding.place import Place, divided
 from sharding.records import NO_ROW
@@ -154,24 +154,24 @@ def _send_back(
             continue
         match family:
             case "table_wise":
-                vectors = returns.send_back_table_wise(given, layout.num_devices)
+                vectors = returns.send_back_table_wise(given, layout.num_devices, place.backward)
             case "row_wise":
-                vectors = returns.send_back_row_wise(given)
+                vectors = returns.send_back_row_wise(given, place.backward)
             case "table_row_wise":
-                vectors = returns.send_back_table_row_wise(given, place.nodes)
+                vectors = returns.send_back_table_row_wise(given, place.nodes, place.backward)
             case _:
                 several = layout.num_devices > 1
-                vectors = [jax.lax.all_gather(x, AXES) if several else x[None] for x in given]
+                vectors = returns.send_everywhere(given, place.backward) if several else [x[None] for x in given]
         for number, of_bags in zip(numbers, vectors, strict=True):
             bags[number] = bags_of_vectors(of_bags, layout.groups[number], place.device)
     by_id = place.numbers("rows_by_id")
     trips = [_trip(routed[number]) for number in by_id]
     of_records = []
     for number in by_id:
-        at_home = bags_at_home(home[number], layout.groups[number])
+        at_home = encode(bags_at_home(home[number], layout.groups[number]), place.backward)
         of_records.append(at_home.at[_home(routed[number]).bags].get(mode="fill", fill_value=0))
     for number, of_ids in zip(by_id, to_owners(trips, of_records), strict=True):
-        bags[number] = of_ids
+        bags[number] = decode(of_ids, place.backward)
     return [of_bags for of_bags in bags if of_bags is not None]
 
 

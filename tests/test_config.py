@@ -152,6 +152,8 @@ def claimed(tmp_path):
         ("embedding.default.learning_rate", 0.5, "embedding.default.learning_rate = 0.05, but now it is 0.5"),
         ("embedding.tables", {}, "embedding.tables.item.beta1 = 0.9, but now it is null"),
         ("schedule.warmup_steps", 7, "schedule.warmup_steps = 6, but now it is 7"),
+        ("exchange.forward", "int8", 'exchange.forward = "float32", but now it is "int8"'),
+        ("exchange.backward", "bfloat16", 'exchange.backward = "float32", but now it is "bfloat16"'),
         ("train.best_by", "auc", 'train.best_by = "ne", but now it is "auc"'),
     ],
 )

@@ -86,6 +86,56 @@ def test_rows_return_when_bags_repeat_rows_then_each_row_travels_once_to_each_se
     assert stage(cost, "backward between") == pytest.approx(48 * 32 * 4 / 2 * BETWEEN)
 
 
+CODED = dataclasses.replace(SETTINGS, forward_codec="float16", backward_codec="int8")
+# A scale of two bytes beside 32 numbers.
+FORWARD, BACKWARD, FLOATS = 2 * 32 + 2, 32 + 2, 32 * 4
+
+
+@pytest.mark.parametrize("returns", ["table_wise", "row_wise", "table_row_wise"])
+def test_codes_when_vectors_travel_as_those_then_links_carry_their_bytes_and_memory_both(returns: str):
+    placement = {
+        "table_wise": table_wise(TABLE, 0),
+        "row_wise": row_wise(TABLE, returns="partial_sums"),
+        "table_row_wise": table_row_wise(TABLE, 1, returns="partial_sums"),
+    }[returns]
+    plain, coded = cost_of(placement), cost_of(placement, settings=CODED)
+    for link in ("inside", "between"):
+        assert stage(coded, f"forward {link}") == pytest.approx(stage(plain, f"forward {link}") * FORWARD / FLOATS)
+        assert stage(coded, f"backward {link}") == pytest.approx(stage(plain, f"backward {link}") * BACKWARD / FLOATS)
+        assert stage(coded, f"ids {link}") == stage(plain, f"ids {link}")
+    # Written at one end and read at the other: once each in both forms.
+    assert stage(coded, "lookup") - stage(plain, "lookup") == pytest.approx(64 * 2 * (FLOATS + FORWARD) * HBM)
+    assert stage(coded, "update") - stage(plain, "update") == pytest.approx(64 * 2 * (FLOATS + BACKWARD) * HBM)
+    # The exchange's buffer is that of the wider codes.
+    assert plain.storage.vectors - coded.storage.vectors == 64 * (FLOATS - FORWARD)
+
+
+def test_codes_when_rows_travel_by_id_then_they_are_sent_only_where_they_are_smaller_than_what_is_stored():
+    rows = row_wise(TABLE, returns="rows")
+    plain, coded = cost_of(rows), cost_of(rows, settings=CODED)
+    assert stage(coded, "forward between") == pytest.approx(stage(plain, "forward between") * FORWARD / FLOATS)
+    assert stage(coded, "backward between") == pytest.approx(stage(plain, "backward between") * BACKWARD / FLOATS)
+    half = dataclasses.replace(TABLE, dtype="float16")
+    plain, coded = cost_of(rows, half), cost_of(rows, half, settings=CODED)
+    for name in ("forward between", "lookup"):
+        assert stage(coded, name) == stage(plain, name)
+
+
+def test_codes_when_data_parallel_then_gathered_gradients_are_those():
+    plain, coded = cost_of(data_parallel(TABLE)), cost_of(data_parallel(TABLE), settings=CODED)
+    assert stage(coded, "backward inside") == pytest.approx(stage(plain, "backward inside") * BACKWARD / FLOATS)
+    assert stage(coded, "lookup") == stage(plain, "lookup")
+
+
+def test_codes_when_there_is_one_device_then_nothing_is_coded():
+    machine = dataclasses.replace(MACHINE, nodes=1, chips=1)
+    plain, coded = (
+        plan_cost(one_device_plan([TABLE]), [TABLE], [FEATURE], machine, batch_size=BATCH, settings=settings)
+        for settings in (SETTINGS, CODED)
+    )
+    assert coded == plain
+
+
 def test_data_parallel_when_costed_then_no_vectors_travel_forward_and_every_device_updates_every_id():
     cost = cost_of(data_parallel(TABLE))
     assert stage(cost, "forward inside") == stage(cost, "forward between") == 0.0

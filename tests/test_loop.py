@@ -17,6 +17,7 @@ from dlrm_jax import loop
 from dlrm_jax.data.card import SparseColumn
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.loop import TrainingError
+from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.predict import Predictor
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.report import read_log
@@ -32,25 +33,24 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run of 12 steps: its config, its result, and the train step that it compiled."""
+    """A run of 12 steps: its config, its result, and its pipeline."""
     config = tiny.config(data, tmp_path_factory.mktemp("trained") / "run", max_steps=12)
-    compiled = []
+    made = []
 
-    def make_train_step(*arguments):
-        step = make(*arguments)
-        compiled.append(step)
+    class Guarded(Pipeline):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
 
-        def guarded(*state, **settings):
-            with jax.transfer_guard("disallow"):
-                return step(*state, **settings)
+        def step(self, *arguments, **settings):
+            with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+                jax.jit(lambda x: x)(np.ones(3))
+            return super().step(*arguments, **settings)
 
-        return guarded
-
-    make = loop.make_train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_train_step)
+        patch.setattr(loop, "Pipeline", Guarded)
         result = tiny.train_quietly(config)
-    return config, result, compiled[0]
+    return config, result, made[0]
 
 
 def frozen(config):
@@ -116,9 +116,9 @@ def test_evaluation_when_predictions_are_not_finite_then_training_ends_naming_th
 
 
 def test_train_step_when_batches_differ_in_capacity_alone_then_it_is_compiled_once_for_each(trained):
-    # 12 steps, 3 windows of metrics, and two capacities; run under a transfer guard that disallows.
-    _, _, step = trained
-    assert step._cache_size() == 2
+    # 12 steps, 3 windows of metrics, an evaluation, a last step, and two capacities.
+    _, _, pipeline = trained
+    assert pipeline.main_step._cache_size() == 2
 
 
 def test_log_when_training_ends_then_each_line_has_all_metrics_and_windows_their_samples(trained):

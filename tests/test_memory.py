@@ -1,12 +1,20 @@
 """Nothing that runs on tables copies one: checked in the compiled programs, of tables that are never allocated."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from configs.quickstart import quickstart
+from dlrm_jax.config import DataConfig, EmbeddingConfig, TableConfig, make_specs
+from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
+from dlrm_jax.target_step import device_bytes, lower_train_step
 from sharding import FeatureSpec, Initializer, KeyedJagged, ShardedTables, TableSpec
+from sharding.mesh import make_mesh
+from sharding.plan import one_device_plan
 
 BATCH_SIZE, CAPACITY = 64, 1024
 # 3 GB of weights beside 64 samples. What a call needs for its ids alone is far below this.
@@ -62,3 +70,28 @@ def test_initial_rows_then_made_in_place() -> None:
     memory = jax.jit(TABLES_OF_3_GB.init).lower().compile().memory_analysis()
     assert memory.output_size_in_bytes >= BYTES
     assert memory.temp_size_in_bytes < SMALL
+
+
+@pytest.mark.parametrize("pipeline", ["route", "stale"])
+def test_a_step_that_begins_the_next_one_then_makes_no_copy_of_a_table(pipeline) -> None:
+    # Not even where a stale lookup and the update want the same rows.
+    card = DatasetCard(
+        name="stated",
+        dense=(DenseColumn(name="price"),),
+        sparse=(SparseColumn(name="item", num_rows=10_000_000),),
+        splits={"train": SplitSummary(num_samples=1000, positive_rate=0.5)},
+    )
+    config = quickstart()
+    config = dataclasses.replace(
+        config,
+        data=DataConfig(batch_size=BATCH_SIZE),
+        embedding=EmbeddingConfig(default=TableConfig(dim=64)),
+        model=dataclasses.replace(config.model, bottom_mlp=(64,)),
+        train=dataclasses.replace(config.train, pipeline=pipeline),
+    )
+    tables, _ = make_specs(config.embedding, card)
+    with jax.numpy_dtype_promotion("standard"):
+        compiled = lower_train_step(config, card, one_device_plan(tables), make_mesh()).compile()
+    memory = device_bytes(compiled)
+    assert memory.reused >= 10_000_000 * 64 * 4
+    assert memory.temporary + memory.outputs - memory.reused < SMALL

@@ -10,12 +10,13 @@ import tiny
 
 from dlrm_jax.config import EmbeddingConfig
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import STEPS_AHEAD, Checked, ReplayedSteps
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import INVALID_IDS, init_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_predict_step, make_train_step
+from dlrm_jax.train_step import make_predict_step
 from sharding import KeyedJagged
 from sharding.capacities import Capacities
 from sharding.mesh import make_mesh
@@ -28,7 +29,8 @@ IDS = 5 * SAMPLES
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def models(tmp_path_factory):
+    """The same model, with each way of doing something ahead."""
     config = tiny.config(None, tmp_path_factory.mktemp("tiny"))
     # Tables of one rule, for the sake of the compiler.
     embedding = EmbeddingConfig(default=config.embedding.default, pooling=config.embedding.pooling)
@@ -41,10 +43,15 @@ def model(tmp_path_factory):
         table_row_wise(by_name["tags"], 1, returns="partial_sums"),
     )
     plan = ShardingPlan(nodes=NODES, chips=CHIPS, placements=placements)
-    recommender = Recommender(config, tiny.card(), mesh=make_mesh(NODES, CHIPS), plan=plan)
-    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+
+    def model_of(pipeline: str):
+        way = tiny.with_train(config, pipeline=pipeline)
+        recommender = Recommender(way, tiny.card(), mesh=make_mesh(NODES, CHIPS), plan=plan)
+        optimizer = make_dense_optimizer(way.dense_optimizer, way.schedule)
+        return recommender, optimizer, Pipeline(recommender, optimizer)
+
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam
-        yield recommender, optimizer, make_train_step(recommender, optimizer)
+        yield {pipeline: model_of(pipeline) for pipeline in ("none", "route", "stale")}
 
 
 def make_batch(recommender: Recommender, seed: int, **bags: Sequence[Sequence[int]]) -> Batch:
@@ -88,27 +95,33 @@ def sufficient(recommender: Recommender) -> Capacities:
 
 
 def train(model, batches: list[Batch], capacities: Capacities) -> tuple[ReplayedSteps, dict, list[Checked]]:
-    recommender, optimizer, step = model
+    recommender, optimizer, pipeline = model
+    pipeline.forget()
     stop = StopSignal(recommender.tables.mesh)
-    steps = ReplayedSteps(
-        recommender, step, init_train_state(recommender, optimizer), step=0, capacities=capacities, stop=stop
-    )
+    state = init_train_state(recommender, optimizer)
+    steps = ReplayedSteps(recommender, pipeline, state, step=0, capacities=capacities, stop=stop)
     first, second = steps.new_window(), steps.new_window()
     checked: list[Checked] = []
-    for number, batch in enumerate(batches):
+    upcoming = [*batches[1:], batches[0] if pipeline.needs_next else None]
+    for number, (batch, following) in enumerate(zip(batches, upcoming, strict=True)):
         # The windows change between two steps that are done again together.
-        steps.start(batch, first if number < 6 else second)
+        steps.start(batch, first if number < 6 else second, following)
         checked += steps.checked(ahead=STEPS_AHEAD)
     checked += steps.checked(ahead=0)
     metrics = {"first": first.metrics, "second": second.metrics}
     return steps, jax.device_get(metrics), checked
 
 
-def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_those_of_unlimited_room(model):
-    recommender = model[0]
+@pytest.mark.parametrize(
+    "pipeline", [pytest.param("none", marks=pytest.mark.slow), "route", pytest.param("stale", marks=pytest.mark.slow)]
+)
+def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_those_of_unlimited_room(models, pipeline):
+    recommender = models[pipeline][0]
     batches = skewed(recommender)
-    expected, expected_metrics, _ = train(model, batches, sufficient(recommender))
-    steps, metrics, checked = train(model, batches, tight(recommender))
+    # What is routed ahead changes nothing, with or without room.
+    expected_way = "stale" if pipeline == "stale" else "none"
+    expected, expected_metrics, _ = train(models[expected_way], batches, sufficient(recommender))
+    steps, metrics, checked = train(models[pipeline], batches, tight(recommender))
     assert [entry.step for entry in checked] == list(range(1, len(batches) + 1))
     assert {entry.fault for entry in checked} == {0}
     tiny.assert_identical(steps.state, expected.state)
@@ -121,17 +134,18 @@ def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_thos
 
 
 @pytest.mark.slow
-def test_fault_when_it_comes_after_a_step_without_room_then_the_steps_between_are_done(model):
-    recommender = model[0]
+@pytest.mark.parametrize("pipeline", ["none", "route"])
+def test_fault_when_it_comes_after_a_step_without_room_then_the_steps_between_are_done(models, pipeline):
+    recommender = models[pipeline][0]
     batches = skewed(recommender)
     outside = make_batch(recommender, 8, user=[[tiny.USERS]] * tiny.BATCH_SIZE)
-    steps, _, checked = train(model, [batches[0], batches[5], outside, batches[0]], tight(recommender))
+    steps, _, checked = train(models[pipeline], [batches[0], batches[5], outside, batches[0]], tight(recommender))
     assert [(entry.step, entry.fault) for entry in checked] == [(1, 0), (2, 0), (3, INVALID_IDS), (4, INVALID_IDS)]
     assert int(steps.state.step) == 2
 
 
-def test_prediction_when_ids_need_more_room_then_its_bits_are_those_of_unlimited_room(model):
-    recommender, optimizer, _ = model
+def test_prediction_when_ids_need_more_room_then_its_bits_are_those_of_unlimited_room(models):
+    recommender, optimizer, _ = models["none"]
     state = init_train_state(recommender, optimizer)
     # All ids on one shard, and from one device.
     ordinary, one_row, *_, on_first, on_last, _ = skewed(recommender)

@@ -1,11 +1,14 @@
 """scripts/plan.py: a plan in a file that training takes, and one line for each thing that it cannot use."""
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from configs import CONFIGS
+from dlrm_jax.config import ExchangeConfig
 from dlrm_jax.data.card import Frequencies, SparseColumn
 from dlrm_jax.planning import PlanningInput, feature_load, planning_input
 from scripts import plan as plan_script
@@ -150,6 +153,26 @@ def test_planning_input_of_a_stated_card_then_loads_and_dense_part_are_what_it_s
     assert 5.9 * known.dense.parameters < known.dense.flops_per_sample <= 6 * known.dense.parameters
     # Parameters, gradients and Adagrad's sums.
     assert known.dense.memory_bytes > 3 * 4 * known.dense.parameters
+
+
+def test_planning_input_when_the_config_names_codecs_then_the_planner_costs_those():
+    config = CONFIGS["dcnv2_mlperf"]()
+    card = config.stated
+    assert card is not None
+    known = planning_input(
+        dataclasses.replace(config, exchange=ExchangeConfig(forward="float16", backward="int8")), card, 8
+    )
+    assert (known.settings.forward_codec, known.settings.backward_codec) == ("float16", "int8")
+
+
+def test_plan_when_codes_travel_then_its_exchanges_take_less_time(plan):
+    asked = (*CONFIG, "--topology", "h200:1x2", "--data.batch_size", "65536")
+    milliseconds = []
+    for flags in ((), ("--exchange.forward", "int8")):
+        printed = plan(*asked, *flags)[1]
+        line = next(line for line in printed.splitlines() if "forward inside" in line)
+        milliseconds.append(float(re.findall(r"[\d.]+", line)[0]))
+    assert 0 < milliseconds[1] < milliseconds[0] / 2
 
 
 def test_feature_load_when_the_card_has_counted_ids_then_shares_are_of_all_of_them():

@@ -158,7 +158,13 @@ def fake_mesh(nodes: int, chips: int, *, device_kind: str, bytes_limit: int) -> 
 
 @pytest.mark.parametrize(
     ("device_kind", "kind"),
-    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "zionex"), ("TPU v6 lite", "v6e"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p")],
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "zionex"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+    ],
 )
 def test_topology_of_devices_of_a_known_kind_then_memory_is_what_they_say_and_the_rest_is_the_preset(device_kind, kind):
     found = measure.topology_of(fake_mesh(1, 4, device_kind=device_kind, bytes_limit=12345))  # pyright: ignore[reportArgumentType]  # a mesh of accelerators cannot be made here

@@ -1,0 +1,244 @@
+"""What runs beside a step: routing ahead changes no bit, stale embeddings lack exactly one update."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import processes
+import pytest
+import tiny
+
+from dlrm_jax.config import EmbeddingConfig, TableConfig
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.card import SparseColumn
+from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.pipeline import Pipeline
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.replay import ReplayedSteps
+from dlrm_jax.report import read_log
+from dlrm_jax.stop_signal import StopSignal
+from dlrm_jax.train_state import init_train_state, make_dense_optimizer
+from dlrm_jax.train_step import learn
+from dlrm_jax.workdir import Workdir
+from scripts.command_line import parse_config
+from sharding import InputError, KeyedJagged, TableSpec
+from sharding.mesh import make_mesh
+from sharding.plan import (
+    Placement,
+    ShardingPlan,
+    column_wise,
+    data_parallel,
+    grid,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+
+NODES, CHIPS = 2, 4
+ROWS = {"user": 40, "item": 30, "tags": 20, "shop": 9, "city": 24, "hour": 16}
+LONGEST_BAG = 3
+
+
+@pytest.fixture(autouse=True)
+def lenient_promotion():
+    # optax's Adam raises a float to an integer power, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+def mixed_recommender(pipeline: str) -> Recommender:
+    """Six tables on eight devices, each placed in another way."""
+    embedding = EmbeddingConfig(
+        default=TableConfig(dim=32, learning_rate=0.05),
+        tables={"tags": TableConfig(dim=32, optimizer="adagrad", dtype="bfloat16", rounding="stochastic")},
+        default_pooling="mean",
+    )
+    config = tiny.with_train(dataclasses.replace(tiny.config(None, Path("unused")), embedding=embedding))
+    config = tiny.with_train(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, bottom_mlp=(32,))), pipeline=pipeline
+    )
+    sparse = tuple(
+        SparseColumn(name=name, num_rows=rows, bag=True, max_pooling_factor=LONGEST_BAG, mean_pooling_factor=2.0)
+        for name, rows in ROWS.items()
+    )
+
+    def table(name: str) -> TableSpec:
+        settings = embedding.tables.get(name, embedding.default)
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        return TableSpec(name=name, num_rows=ROWS[name], **fields)
+
+    placements: tuple[Placement, ...] = (
+        row_wise(table("user"), returns="rows"),
+        column_wise(table("item"), [6, 1]),
+        table_row_wise(table("tags"), 1, returns="partial_sums"),
+        data_parallel(table("shop")),
+        grid(table("city"), [1, 0], returns="partial_sums"),
+        table_wise(table("hour"), 3),
+    )
+    plan = ShardingPlan(nodes=NODES, chips=CHIPS, placements=placements)
+    return Recommender(config, tiny.card(sparse=sparse), mesh=make_mesh(NODES, CHIPS), plan=plan)
+
+
+def random_batch(recommender: Recommender, seed: int) -> Batch:
+    """Bags of random ids, from none to the longest."""
+    random = np.random.default_rng(seed)
+    size = tiny.BATCH_SIZE
+    bags = {}
+    for column in recommender.card.sparse:
+        lengths = random.integers(min(LONGEST_BAG, column.max_pooling_factor or 1) + 1, size=size)
+        bags[column.name] = [random.integers(column.num_rows, size=length).tolist() for length in lengths]
+    return Batch(
+        dense=random.normal(size=(size, 2)).astype(np.float32),
+        ids=KeyedJagged.from_bags(bags, capacity=size * LONGEST_BAG * len(bags)),
+        label=random.integers(2, size=size).astype(np.float32),
+        weight=random.choice([0.5, 1.0], size=size).astype(np.float32),
+    )
+
+
+def train(recommender: Recommender, batches: list[Batch]) -> tuple[ReplayedSteps, BinnedMetrics, Pipeline]:
+    """Trains on batches with room for any ids."""
+    optimizer = make_dense_optimizer(recommender.config.dense_optimizer, recommender.config.schedule)
+    pipeline = Pipeline(recommender, optimizer)
+    devices = recommender.tables.num_devices
+    ids = tiny.BATCH_SIZE * LONGEST_BAG * len(recommender.features) // devices
+    steps = ReplayedSteps(
+        recommender,
+        pipeline,
+        init_train_state(recommender, optimizer),
+        step=0,
+        capacities=recommender.tables.sufficient_capacities(tiny.BATCH_SIZE // devices, ids),
+        stop=StopSignal(recommender.tables.mesh),
+    )
+    window = steps.new_window()
+    last = batches[0] if pipeline.needs_next else None
+    for batch, upcoming in zip(batches, [*batches[1:], last], strict=True):
+        steps.start(batch, window, upcoming)
+        assert pipeline.ahead is (upcoming if pipeline.looks_ahead else None)
+    assert [entry.fault for entry in steps.checked(ahead=0)] == [0] * len(batches)
+    return steps, window.metrics, pipeline
+
+
+def test_steps_on_eight_devices_when_routed_ahead_then_the_bits_of_plain_steps_from_one_program():
+    plain, routed_ahead = mixed_recommender("none"), mixed_recommender("route")
+    batches = [random_batch(plain, seed) for seed in range(5)]
+    expected, expected_metrics, _ = train(plain, batches)
+    steps, metrics, pipeline = train(routed_ahead, batches)
+    tiny.assert_identical(steps.state, expected.state)
+    tiny.assert_identical(metrics, expected_metrics)
+    assert pipeline.main_step._cache_size() == 1
+
+
+def test_stale_steps_then_those_of_a_loop_that_looks_up_before_each_update(data, tmp_path):
+    config = tiny.config(data, tmp_path)
+    # Tables of one rule, for the sake of the compiler.
+    embedding = EmbeddingConfig(default=config.embedding.default, default_pooling="mean")
+    config = dataclasses.replace(config, embedding=embedding)
+    plain = Recommender(config, tiny.card())
+    stale = Recommender(tiny.with_train(config, pipeline="stale"), tiny.card())
+    batches = [random_batch(plain, seed) for seed in range(4)]
+    steps, _, _ = train(stale, batches)
+
+    tables = plain.tables
+    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+    update = jax.jit(partial(learn, recommender=plain, optimizer=optimizer))
+    state, metrics = init_train_state(plain, optimizer), BinnedMetrics.zeros()
+    on_devices = [plain.to_devices(batch) for batch in [*batches, batches[0]]]
+    routed = tables.route(on_devices[0].ids)
+    embeddings = tables.lookup(state.tables, routed)
+    for batch, following in itertools.pairwise(on_devices):
+        following_routed = tables.route(following.ids)
+        before_the_update = tables.lookup(state.tables, following_routed)
+        state, metrics, _ = update(state, metrics, batch, routed, embeddings)
+        routed, embeddings = following_routed, before_the_update
+    tiny.assert_identical(steps.state, dataclasses.replace(state, stale=embeddings))
+
+    for count, same in ((1, True), (2, False)):
+        one, _, _ = train(stale, batches[:count])
+        other, _, _ = train(plain, batches[:count])
+        rows = [plain.tables.read_rows(each.state.tables, "user", range(tiny.USERS)) for each in (one, other)]
+        assert np.array_equal(rows[0], rows[1]) == same
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The config of a run that routes nothing ahead."""
+    config = tiny.config(data, tmp_path_factory.mktemp("plain") / "run", pipeline="none")
+    with jax.numpy_dtype_promotion("standard"):
+        return config, tiny.train_quietly(config)
+
+
+def test_run_when_routed_ahead_then_it_writes_what_a_plain_one_does(data, straight, tmp_path):
+    # Two epochs whose last batches are short, evaluations between steps, and batches that need more room.
+    expected_config, expected = straight
+    config = tiny.config(data, tmp_path / "run", pipeline="route")
+    assert tiny.train_quietly(config) == expected
+    tiny.assert_identical(tiny.restore(config), tiny.restore(expected_config))
+    lines, expected_lines = (read_log(Workdir(each.workdir)) for each in (config, expected_config))
+    for line in (*lines, *expected_lines):
+        line.pop("samples_per_second", None)
+    assert lines == expected_lines
+
+
+def test_run_when_resumed_with_another_pipeline_then_the_same_bits(data, straight, tmp_path):
+    config = tiny.config(data, tmp_path / "run", pipeline="none", max_steps=11)
+    tiny.train_quietly(config)
+    tiny.train_quietly(tiny.with_train(config, pipeline="route", max_steps=22))
+    assert tiny.train_quietly(tiny.with_train(config, pipeline="none", max_steps=None)) == straight[1]
+    tiny.assert_identical(tiny.restore(config), tiny.restore(straight[0]))
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [(2, 4), pytest.param((5, tiny.STEPS_PER_EPOCH, 30, 38), marks=pytest.mark.slow)],
+    ids=["once", "also at the end of an epoch"],
+)
+def test_stale_run_when_stopped_then_it_resumes_to_the_same_bits(data, tmp_path, stops):
+    whole = tiny.config(data, tmp_path / "whole", pipeline="stale", max_steps=stops[-1], eval_every=None)
+    tiny.train_quietly(whole)
+    config = dataclasses.replace(whole, workdir=str(tmp_path / "parts"))
+    for step in stops:
+        tiny.train_quietly(tiny.with_train(config, max_steps=step))
+    tiny.assert_identical(tiny.restore(config), tiny.restore(whole))
+
+
+@pytest.mark.parametrize(("was", "now"), [("route", "stale"), ("stale", "none")])
+def test_workdir_when_a_run_becomes_stale_or_ceases_to_be_then_the_error_names_the_setting(data, tmp_path, was, now):
+    config = tiny.config(data, tmp_path / "run", max_steps=1, eval_split=None, pipeline=was)
+    tiny.train_quietly(config)
+    with pytest.raises(InputError, match=r"holds a run with train\.pipeline = "):
+        tiny.train_quietly(tiny.with_train(config, pipeline=now))
+
+
+def test_profile_when_steps_are_asked_for_then_a_trace_that_names_stages_and_steps(data, tmp_path):
+    config = tiny.config(data, tmp_path / "run", max_steps=7, eval_split=None, profile=2)
+    tiny.train_quietly(config)
+    folder = tmp_path / "run" / "profile"
+    assert list(folder.rglob("*.xplane.pb"))  # TensorBoard's
+    (path,) = folder.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train" and "args" in event}
+    assert steps == {"4", "5"}
+
+
+@pytest.mark.slow
+def test_two_processes_when_batches_are_routed_ahead_then_the_bits_of_plain_steps(data, tmp_path):
+    mesh = processes.mesh(2, 1)
+    states = []
+    for pipeline in ("none", "route"):
+        workdir = tmp_path / pipeline
+        command = processes.flags(data, workdir, "--train.pipeline", pipeline, "--train.max_steps", 22, *mesh)
+        processes.train(command, command)
+        config = parse_config(processes.flags(data, workdir, *mesh), "")
+        states.append(tiny.restore(config))
+    assert int(states[0].step) == 22
+    tiny.assert_identical(*states)
