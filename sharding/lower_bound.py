@@ -36,7 +36,8 @@ from sharding.layout import FAMILIES, Family
 
 # Solves; each adds the rows that the optimum before broke. The last, where that raised the bound by less than a share.
 _ROUNDS = 15
-_QUICK_ROUNDS = 6
+_QUICK_ROUNDS = 4
+_FEW_ROUNDS = 1
 _WHOLE_ROUNDS = 1
 _PROGRESS = 5e-4
 # By how much, in thousandths of the least that tables can take.
@@ -270,13 +271,15 @@ def relax(choices: Choices, num_devices: int, chips: int, memory: float, *, quic
         num_devices: W.
         chips: C.
         memory: Bytes of a device that stores may take.
-        quick: Whether any number of vectors will do, whole or not, and few rows: a looser bound, sooner.
+        quick: Whether any number of vectors will do, whole or not, and few rows: a looser bound, sooner. For starts.
 
     Returns:
         The optimum; None if all devices together have too little memory.
     """
     programme = _Programme(choices, num_devices, chips, memory)
-    solved = _with_rows(programme, "nothing", _QUICK_ROUNDS if quick or programme.num_x > _MEDIUM else _ROUNDS)
+    large = programme.num_x > _MEDIUM
+    rounds = _FEW_ROUNDS if quick and large else _QUICK_ROUNDS if quick or large else _ROUNDS
+    solved = _with_rows(programme, "nothing", rounds)
     if solved is None:
         return None
     seconds, solution = solved

@@ -174,7 +174,7 @@ class _Search:
                         memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
                         buffers = storage.buffers
                         choices = choices.within(max(memory, 0.0))
-                        relaxed = self.relaxed(choices, memory) if memory > 0 else None
+                        relaxed = self.relaxed(choices, memory, quick=True) if memory > 0 else None
                         continue
                 best, name = self.best_start(choices, starts, room)
                 storage = self.cost(best.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
@@ -203,7 +203,7 @@ class _Search:
                 break
             if starts or attempt > 0:
                 choices = choices.within(memory)
-                relaxed = self.relaxed(choices, memory)
+                relaxed = self.relaxed(choices, memory, quick=True)
         raise self.shortage(buffers)
 
     def relaxed(self, choices: Choices, memory: float, *, quick: bool = False) -> Relaxed | None:
