@@ -138,6 +138,7 @@ def test_steps_on_eight_devices_when_routed_ahead_then_the_bits_of_plain_steps_f
     assert pipeline.main_step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_stale_steps_then_those_of_a_loop_that_looks_up_before_each_update(data, tmp_path):
     config = tiny.config(data, tmp_path)
     # Tables of one rule, for the sake of the compiler.
