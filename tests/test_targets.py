@@ -17,7 +17,17 @@ from sharding.aot import target_mesh
 from sharding.mesh import BY_DEVICE, CHIP, NODE, sharding_on
 from sharding.topology import KINDS, device_kind_of, kind_of, parse_topology, tpu_slice
 
-TARGETS = ["zionex:2x4", "a100-80:2x4", "h100:2x4", "h200:2x4", "b200:2x4", "v5p:2x4", "v5e:2x4", "v6e:4x4", "tpu7x:2x8"]
+TARGETS = [
+    "zionex:2x4",
+    "a100-80:2x4",
+    "h100:2x4",
+    "h200:2x4",
+    "b200:2x4",
+    "v5p:2x4",
+    "v5e:2x4",
+    "v6e:4x4",
+    "tpu7x:2x8",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
