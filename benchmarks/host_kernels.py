@@ -7,12 +7,10 @@ same ids and gradients and take turns; FBGEMM is a process of its own in `.venv-
 machine that others use at the same time, only the ratios mean something: the load is written beside them.
 """
 
-import datetime
 import functools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -30,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.peers.environment import peers_python
 from benchmarks.peers.host_case import BATCH_SIZE, EPS, LEARNING_RATE, NUM_ROWS, NUM_TABLES, Case, batch_of
+from benchmarks.record import record
 from pallas_kernels import ROW_OPTIMIZERS, Slots, cpu, xla
 
 Times = dict[str, list[float]]
@@ -181,15 +180,11 @@ def main(
             name = f"{case.width} wide, {case.pooling_factor} ids, {case.ids}"
             table.add_row(name, what, f"{ours:.2f}", *others, f"{load:.1f}")
     Console().print(table)
-    body = {
-        "command": "benchmarks/host_kernels.py",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"jax": jax.__version__, "numpy": np.__version__},
-        "results": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(body, indent=1) + "\n")
+    lists = {"widths": widths, "pooling_factors": pooling_factors, "ids": ids}
+    command = "benchmarks/host_kernels.py"
+    command += "".join(f" --{name} {' '.join(map(str, values))}" for name, values in lists.items())
+    command += f" --turns {turns} --steps {steps} --warm_up_s {warm_up_s}"
+    record(out, command, {"results": results})
 
 
 if __name__ == "__main__":

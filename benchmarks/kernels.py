@@ -27,9 +27,10 @@ import numpy as np
 from benchmarks.record import record
 from pallas_kernels import ROW_OPTIMIZERS, Slots, pooled_lookup, sparse_update
 from pallas_kernels.implementations import Implementation, implementation_of
+from pallas_kernels.lookup import LINE_BYTES
 
 _RULE = ROW_OPTIMIZERS["rowwise_adagrad"]
-_LINE_BYTES, _STATE_LINE = 512, 128
+_STATE_LINE = LINE_BYTES // 4
 _BATCHES = 3
 
 
@@ -132,7 +133,7 @@ class _Ours:
         self._case = case
         self._implementation: Implementation = implementation
         self._ids = [(jnp.asarray(one.rows), jnp.asarray(one.offsets)) for one in ids]
-        elements = _LINE_BYTES // jnp.dtype(case.dtype).itemsize
+        elements = LINE_BYTES // jnp.dtype(case.dtype).itemsize
         num_rows = num_lines * elements // case.width
         self._state = (
             jnp.full((num_lines, elements), 0.5, case.dtype),
@@ -211,9 +212,9 @@ class _Torch:
 
 
 def _measure(case: Case, table_bytes: int, num_ids: int, repetitions: int, torch: bool) -> Iterator[dict[str, Any]]:
-    num_lines = table_bytes // _LINE_BYTES
+    num_lines = table_bytes // LINE_BYTES
     row_bytes = case.width * jnp.dtype(case.dtype).itemsize
-    num_rows = num_lines * _LINE_BYTES // row_bytes
+    num_rows = num_lines * LINE_BYTES // row_bytes
     count = num_ids // case.pooling_factor * case.pooling_factor
     ids = [_ids(case, num_rows, count, seed) for seed in range(_BATCHES)]
     distinct = statistics.mean(one.distinct for one in ids)

@@ -6,22 +6,18 @@ Instances: 20 to 200 tables of log-normal rows and pooling factors on 8 to 64 de
 what the partitioners give for the kinds that the relaxation chose; "final" is the plan after the local search.
 """
 
-import datetime
-import json
 import os
-import platform
 import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
-import scipy
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import record
 from sharding.load import FeatureLoad
 from sharding.planner import make_plan
 from sharding.tables import FeatureSpec, TableSpec
@@ -82,16 +78,8 @@ def main(instances: int = 50, out: Path = Path("benchmarks/results/planner.json"
         f"{max(paddings):.1%}; CPU time: median {summary['median_cpu_s']:.1f} s"
     )
     Console().print(table)
-    body = {
-        "command": f"benchmarks/planner.py --instances {instances}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": platform.machine(),
-        "versions": {"jax": jax.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
-        "summary": summary,
-        "results": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(body, indent=1) + "\n")
+    command = f"benchmarks/planner.py --instances {instances}"
+    record(out, command, {"summary": summary, "results": results}, packages=("scipy",))
 
 
 if __name__ == "__main__":

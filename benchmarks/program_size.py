@@ -7,10 +7,7 @@ ids stays, because XLA cuts sorts and running sums of larger arrays into more st
 time for a machine that need not be here, as by `scripts/plan.py --compile`.
 """
 
-import datetime
-import json
 import os
-import platform
 import resource
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import record
 from dlrm_jax.config import Config, DataConfig, EmbeddingConfig, TableConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
 from dlrm_jax.model import ModelConfig
@@ -130,15 +128,8 @@ def main(
         )
         table.add_row(str(count), f"{instructions:,}", *(f"{each:.1f}" for each in seconds))
     Console().print(table)
-    body = {
-        "command": f"benchmarks/program_size.py --topology {topology} --counts {' '.join(map(str, counts))}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"jax": jax.__version__},
-        "results": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(body, indent=1) + "\n")
+    command = f"benchmarks/program_size.py --topology {topology} --counts {' '.join(map(str, counts))}"
+    record(out, command, {"results": results})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def record(out: Path, command: str, body: Mapping[str, Any], *, packages: Sequen
     head = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{jax.local_devices()[0].device_kind}, {platform.machine()}",
+        "device": f"{jax.local_devices()[0].device_kind}; {os.cpu_count()} cores, {platform.machine()}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "numpy", *packages)},
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def implementation_of(
     target = current_target()
     here = _OF_PLATFORM.get(target.platform, ("xla",))
     for candidate in here if name is None else (name,):
-        if candidate != "xla" and candidate not in here:
+        if candidate not in here:
             raise ValueError(
                 f"implementation {candidate!r} is none for {target.platform}; use {', '.join(here)}, or None"
             )

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.lookup import LINE_BYTES
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS
 from sharding.errors import InputError
 from sharding.groups import FAMILIES, Family, Group, Lookup, Shard, stored_width
 from sharding.plan import Placement, ShardingPlan
 from sharding.tables import FeatureSpec, TableSpec
 
-LINE_BYTES = 512
 # Numbers of one line of optimizer state, which is float32.
 LINE_SCALARS = LINE_BYTES // 4
 FROZEN = "frozen"

@@ -29,7 +29,7 @@ class Storage:
         weights: Line stores.
         element_state: Optimizer state of one number an element.
         row_state: Optimizer state of one number a row.
-        ids: The batch's ids, on their way and as the kernels want them.
+        ids: Ids of the batch that trains and of the next, on their way and as the kernels want them.
         vectors: Pooled vectors and their gradients: of the owner, of the exchange, at home.
         rows: Gradients of single ids, and rows that travel by id.
         dense: The dense part.
