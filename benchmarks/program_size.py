@@ -115,7 +115,7 @@ def main(
         started = _cpu_seconds()
         lowered = lower_train_step(config, config.stated, plan, mesh)
         lowered_after = _cpu_seconds()
-        compiled = compile_for_target(lowered, machine.platform)
+        compiled = compile_for_target(lowered, machine)
         seconds = (lowered_after - started, _cpu_seconds() - lowered_after)
         instructions = (compiled.as_text() or "").count(" = ")
         results.append(

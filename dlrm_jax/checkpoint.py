@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -20,9 +21,11 @@ from orbax.checkpoint import checkpoint_managers
 from dlrm_jax.train_state import TrainState
 from sharding import InputError, ShardedTables
 from sharding.checkpoint import restore_tables, save_tables
+from sharding.mesh import REPLICATED, sharding_on
 
 # Checkpoints on their way out, since one that is half deleted must not look complete.
 _DELETED = "deleted"
+_RESIDUAL = "residual"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,20 +151,36 @@ class Checkpointer:
         """
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps()}")
-        leaves = _dense_leaves(abstract)
-        self._check_model(step, leaves)
+        leaves, shapes, residual = _dense_leaves(abstract), self._saved_shapes(step), abstract.residual
+        if residual is not None and _RESIDUAL in shapes:
+            leaves[_RESIDUAL] = self._as_saved(residual, shapes[_RESIDUAL])
+        self._check_model(step, shapes, leaves)
         saved = self._restore(step, dense=ocp.args.StandardRestore(leaves))
+        if residual is not None:
+            saved["dense"][_RESIDUAL] = _shared_out(saved["dense"][_RESIDUAL], residual)
         tables = restore_tables(self._sharded_tables, self._folder / str(step))
         without_tables = dataclasses.replace(abstract, tables=None)
         dense = jax.tree.unflatten(jax.tree.structure(without_tables), [saved["dense"][name] for name in leaves])
         return dataclasses.replace(dense, tables=tables)
 
-    def _check_model(self, step: int, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """Raises InputError if the checkpoint's dense state has other leaves than the model's."""
+    def _saved_shapes(self, step: int) -> dict[str, tuple[Any, ...]]:
+        """Dtype and shape of each leaf of the checkpoint's dense state."""
         with self._reading(step):
-            saved = {
-                name: (leaf.dtype, *leaf.shape) for name, leaf in self._manager.item_metadata(step).dense.tree.items()
-            }
+            tree = self._manager.item_metadata(step).dense.tree
+            return {name: (leaf.dtype, *leaf.shape) for name, leaf in tree.items()}
+
+    def _as_saved(self, residual: jax.ShapeDtypeStruct, saved: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+        """The residual as a mesh of another number of devices has saved it; every device gets all of that."""
+        devices = saved[1]
+        if devices == residual.shape[0]:
+            return residual
+        replicated = sharding_on(self._sharded_tables.mesh, REPLICATED)
+        return jax.ShapeDtypeStruct((devices, *residual.shape[1:]), residual.dtype, sharding=replicated)
+
+    def _check_model(
+        self, step: int, saved: dict[str, tuple[Any, ...]], leaves: dict[str, jax.ShapeDtypeStruct]
+    ) -> None:
+        """Raises InputError if the checkpoint's dense state has other leaves than the model's."""
         expected = {name: (leaf.dtype, *leaf.shape) for name, leaf in leaves.items()}
         for name in sorted(set(saved) | set(expected)):
             was, now = (
@@ -211,3 +230,13 @@ def _dense_leaves(state: TrainState) -> dict[str, Any]:
     """Everything but the tables, by the name of its path."""
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, tables=None))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _shared_out(residual: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The residual for this mesh: equal shares of what all devices owe together, since only that sum counts."""
+    if residual.shape == wanted.shape:
+        return residual
+    return jax.jit(
+        lambda parts: jnp.broadcast_to(jnp.sum(parts, axis=0)[None] / wanted.shape[0], wanted.shape),
+        out_shardings=wanted.sharding,
+    )(residual)

@@ -8,6 +8,7 @@ from dlrm_jax.model import ModelConfig
 from dlrm_jax.schedules import ScheduleConfig
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.rounding import Rounding
+from sharding.all_reduce import AllReduce
 from sharding.codec import Codec
 from sharding.errors import InputError
 from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
@@ -105,6 +106,8 @@ class ExchangeConfig:
     """Vectors, from the tables to the samples."""
     backward: Codec = "float32"
     """Their gradients, from the samples to the tables."""
+    all_reduce: AllReduce = "float32"
+    """Gradients of the dense part. bfloat16_feedback: what rounding takes is added to the next step's gradients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,9 @@ class TrainConfig:
     """What of the next batch is done while a batch computes. route: its ids travel to their rows, which changes no bit
     of the results. stale: its rows are also looked up, before the batch's update, which changes results: each step
     trains on embeddings that lack the last update. none: nothing. A resumed run cannot change to stale or back."""
+    chunks: int | None = None
+    """Parts of each device's samples whose embeddings travel while another part computes; they divide its samples.
+    None: as many as the cost model says, which is one on hosts. Changes the speed, and sums in the last bit."""
     profile: int | None = None
     """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none."""
 
@@ -205,6 +211,7 @@ class Config:
             ("train.log_every", self.train.log_every),
             ("train.checkpoint_every", self.train.checkpoint_every),
             ("train.keep_checkpoints", self.train.keep_checkpoints),
+            ("train.chunks", self.train.chunks),
             ("train.profile", self.train.profile),
         ):
             if value is not None and value < 1:

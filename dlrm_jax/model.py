@@ -5,19 +5,15 @@ Letters: B samples, k features of one group, D embedding dimension.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dlrm_jax.layers import MLP, LowRankCross, Projection
 from pallas_kernels.interaction import dot_interaction, num_pairs
 from sharding.errors import InputError
-from sharding.mesh import BY_DEVICE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,6 @@ class DLRM(nnx.Module):
         num_dense: int,
         embedding_shapes: Sequence[tuple[int, int]],
         rngs: nnx.Rngs,
-        mesh: Mesh | None = None,
     ):
         """Draws the parameters.
 
@@ -102,7 +97,6 @@ class DLRM(nnx.Module):
             num_dense: Number of dense features; may be 0.
             embedding_shapes: For each group of pooled embeddings, in order, its number of features and their dimension.
             rngs: Its stream `params` gives the random bits.
-            mesh: The devices that batches are spread over, so that each pairs the vectors of its own samples.
 
         Raises:
             InputError: The config does not fit the features.
@@ -116,7 +110,6 @@ class DLRM(nnx.Module):
         dims = tuple(dim for _, dim in embedding_shapes)
         dim = _interaction_dim(config, bottom_width, dims)
         self.config = config
-        self.mesh = mesh
         self.num_dense = num_dense
         self.embedding_shapes = tuple((int(k), int(d)) for k, d in embedding_shapes)
         self.bottom = (
@@ -171,21 +164,13 @@ class DLRM(nnx.Module):
         ]
         if self.config.interaction == "dot":
             vectors = ([x[:, None, :]] if self.num_dense else []) + groups
-            pairs = self._pairs(jnp.concatenate(vectors, axis=1))
+            pairs = dot_interaction(jnp.concatenate(vectors, axis=1), self.config.self_interaction)
             z = jnp.concatenate([x, pairs.astype(dtype)], axis=1)
         else:
             z = jnp.concatenate([x, *(group.reshape(batch_size, -1) for group in groups)], axis=1)
         if self.cross is not None:
             z = self.cross(z)
         return self.top(z)[:, 0]
-
-    def _pairs(self, vectors: Float[Array, "B F D"]) -> Float[Array, "B P"]:
-        interact = partial(dot_interaction, self_interaction=self.config.self_interaction)
-        if self.mesh is None or self.mesh.devices.size == 1:
-            return interact(vectors)
-        # XLA does not divide a foreign function over devices by itself.
-        spread = jax.shard_map(interact, mesh=self.mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)
-        return spread(vectors)
 
     def _check(self, dense, embeddings) -> None:
         if dense.ndim != 2 or dense.shape[1] != self.num_dense:

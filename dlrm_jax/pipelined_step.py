@@ -21,7 +21,7 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.train_state import TrainState, abstract_stale, abstract_train_state
-from dlrm_jax.train_step import StepReport, learn
+from dlrm_jax.train_step import StepReport, jit_step, learn
 from sharding import Embeddings, KeyedJagged
 from sharding.capacities import Capacities
 from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
@@ -73,7 +73,7 @@ def make_pipelined_step(recommender: Recommender, optimizer: optax.GradientTrans
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
     shardings = (_shardings(abstract), replicated, replicated, routed_shardings(recommender))
     step = partial(pipelined_step, recommender=recommender, optimizer=optimizer)
-    return jax.jit(step, donate_argnums=(0, 1), static_argnames="capacities", out_shardings=shardings)
+    return jit_step(step, recommender, shardings)
 
 
 def pipelined_step(
@@ -106,16 +106,19 @@ def pipelined_step(
         is the next step's fault; of a stale step, want of room for them is this one's.
     """
     tables = recommender.tables
-    with jax.named_scope("route_ahead"):
-        next_routed = tables.route(next_ids, capacities)
     learning = partial(learn, stop=stop, recommender=recommender, optimizer=optimizer)
     if state.stale is None:
         with jax.named_scope("lookup"):
-            embeddings = tables.lookup(state.tables, routed)
-        return *learning(state, metrics, batch, routed, embeddings), next_routed
+            pooled = tables.pool(state.tables, routed)
+        # While the first vectors travel there is nothing else to do yet.
+        next_ids, pooled = jax.lax.optimization_barrier((next_ids, pooled))
+    with jax.named_scope("route_ahead"):
+        next_routed = tables.route(next_ids, capacities)
+    if state.stale is None:
+        return *learning(state, metrics, batch, routed, pooled, ahead=next_routed), next_routed
     with jax.named_scope("lookup_stale"):
         stale = tables.lookup(state.tables, next_routed)
-    return *learning(state, metrics, batch, routed, state.stale, ahead=(next_routed, stale)), next_routed
+    return *learning(state, metrics, batch, routed, state.stale, ahead=next_routed, stale=stale), next_routed
 
 
 def make_prologue(recommender: Recommender) -> Any:

@@ -1,13 +1,22 @@
-"""Which plan a model is placed by."""
+"""Which plan a model is placed by, and in how many chunks its batches train."""
 
 from jax.sharding import Mesh
 
 from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.planning import planning_input
+from sharding.chunks import best_chunks
+from sharding.cost import Step
+from sharding.errors import InputError
+from sharding.layout import make_layout
+from sharding.load import loads_by_feature
 from sharding.measure import topology_of
 from sharding.plan import ShardingPlan, one_device_plan
 from sharding.planner import default_plan
+from sharding.topology import kind_of, preset
+
+# Of accelerators whose figures are not known. To measure them would make a number that changes from run to run.
+_CHUNKS_OF_UNKNOWN = 4
 
 
 def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
@@ -40,3 +49,43 @@ def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
         dense=known.dense,
         settings=known.settings,
     )
+
+
+def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> int:
+    """The number of chunks of a batch: the config's; else the cost model's for the kind of devices.
+
+    It is the same in every run. Hosts take one, since XLA's exchanges there let nothing else run.
+
+    Args:
+        config: The experiment.
+        card: The dataset.
+        plan: Where its tables live.
+        mesh: Devices.
+
+    Raises:
+        InputError: The config's number does not divide the samples of a device.
+    """
+    given, samples = config.train.chunks, config.data.batch_size // mesh.devices.size
+    if given is not None:
+        if samples % given:
+            raise InputError(
+                f"train.chunks is {given}, which does not divide the {samples} samples of a device (data.batch_size "
+                f"{config.data.batch_size} over {mesh.devices.size} devices): use a divisor, or leave it out"
+            )
+        return given
+    device = mesh.devices.flat[0]
+    if mesh.devices.size == 1 or device.platform == "cpu":
+        return 1
+    try:
+        topology = preset(kind_of(device.device_kind) or "", *mesh.devices.shape)
+    except InputError:
+        return next(k for k in (_CHUNKS_OF_UNKNOWN, 2, 1) if samples % k == 0)
+    known = planning_input(config, card, mesh.devices.size)
+    step = Step(
+        topology=topology,
+        batch_size=known.batch_size,
+        loads=loads_by_feature(known.features, known.loads),
+        dense=known.dense,
+        settings=known.settings,
+    )
+    return best_chunks(make_layout(known.tables, known.features, plan), known.features, step)

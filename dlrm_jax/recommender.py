@@ -1,9 +1,10 @@
 """Recommender: the static half of a model: its tables, its dense part, and how both meet a batch.
 
-Letters: B samples.
+Letters: B samples, b of one device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.model import DLRM
-from dlrm_jax.plan_choice import choose_plan
+from dlrm_jax.plan_choice import choose_chunks, choose_plan
 from sharding import Embeddings, KeyedJagged, ShardedTables
 from sharding.capacities import Capacities
 from sharding.errors import InputError
@@ -81,8 +82,12 @@ class Recommender:
             num_dense=len(self.card.dense),
             embedding_shapes=[(len(block.names), block.dim) for block in self.tables.blocks],
             rngs=nnx.Rngs(params=self.config.seed),
-            mesh=self.tables.mesh,
         )
+
+    @functools.cached_property
+    def chunks(self) -> int:
+        """Parts of a device's samples that train one after the other, see `ShardedTables.bring_home`."""
+        return choose_chunks(self.config, self.card, self.tables.plan, self.tables.mesh)
 
     @property
     def num_dense_parameters(self) -> int:
@@ -116,6 +121,19 @@ class Recommender:
         Returns:
             Logits, float32.
         """
+        spread = jax.shard_map(
+            self.logits_local,
+            mesh=self.tables.mesh,
+            in_specs=(REPLICATED, BY_DEVICE, BY_DEVICE),
+            out_specs=BY_DEVICE,
+            check_vma=False,
+        )
+        return spread(dense_params, dense, embeddings)
+
+    def logits_local(
+        self, dense_params: nnx.State, dense: Float[Array, "b num_dense"], embeddings: Embeddings
+    ) -> Float[Array, " b"]:
+        """As `logits`, for samples of one device; to be called inside `jax.shard_map`."""
         return nnx.merge(self._graph, dense_params)(dense, embeddings.blocks)
 
     @property

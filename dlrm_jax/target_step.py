@@ -14,13 +14,17 @@ from dlrm_jax.pipelined_step import abstract_routed, make_pipelined_step
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_train_step
+from sharding.compiler_options import CompilerOptions, compiler_options
+from sharding.cost_settings import CostSettings
 from sharding.mesh import REPLICATED, sharding_on
 from sharding.plan import ShardingPlan
-from sharding.topology import Platform
+from sharding.program import parse_program
+from sharding.timeline import Timeline, estimate_timeline
+from sharding.topology import KINDS, Topology, device_kind_of
 
 # XLA has scheduled a program and placed its buffers before it makes machine code, kernel by kernel, which is most of
 # the time that GPU programs take to compile.
-_QUICK_CODE = {"xla_backend_optimization_level": "0", "xla_gpu_disable_gpuasm_optimizations": True}
+_QUICK_CODE: CompilerOptions = {"xla_backend_optimization_level": "0", "xla_gpu_disable_gpuasm_optimizations": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +91,26 @@ def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh
     return step.lower(state, metrics, batch, routed, batch.ids, capacities=capacities)
 
 
-def compile_for_target(lowered: jax.stages.Lowered, platform: Platform) -> jax.stages.Compiled:
+def compile_for_target(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:
     """Compiles a program that is to be looked at, not run: memory and schedule are those that running it would have.
 
     Args:
         lowered: The program.
-        platform: What it is for.
+        topology: What it is for.
     """
-    return lowered.compile(compiler_options=_QUICK_CODE if platform == "gpu" else None)
+    options = compiler_options(topology.platform, device_kind_of(topology.kind)) if topology.kind in KINDS else {}
+    return lowered.compile(compiler_options=options | (_QUICK_CODE if topology.platform == "gpu" else {}) or None)
+
+
+def step_timeline(compiled: jax.stages.Compiled, topology: Topology, settings: CostSettings) -> Timeline:
+    """How a compiled step is estimated to run.
+
+    Args:
+        compiled: The step.
+        topology: What it is for.
+        settings: Efficiencies.
+    """
+    return estimate_timeline(parse_program(compiled.as_text() or ""), topology, settings)
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> DeviceBytes:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from dlrm_jax.config import DenseOptimizerConfig, ScheduleConfig
 from dlrm_jax.recommender import Recommender
@@ -37,6 +37,8 @@ class TrainState:
             until the host has looked.
         stale: With `train.pipeline` "stale", what the next step trains on: the embeddings of its batch, looked up
             before the last update; else None. Part of the state, since no later state could look them up again.
+        residual: With `exchange.all_reduce` "bfloat16_feedback", what each device's rounding still owes to the sums of
+            the dense gradients (`sharding.all_reduce`); else None.
     """
 
     step: Int32[Any, ""]
@@ -45,6 +47,7 @@ class TrainState:
     tables: TableState
     fault: Int32[Any, ""]
     stale: Embeddings | None = None
+    residual: Float[Any, "W P"] | None = None
 
 
 def make_dense_optimizer(config: DenseOptimizerConfig, schedule: ScheduleConfig) -> optax.GradientTransformation:
@@ -106,6 +109,7 @@ def init_train_state(recommender: Recommender, optimizer: optax.GradientTransfor
         tables=load_initial_values(recommender.tables, recommender.tables.init()),
         fault=zero(),
         stale=_zeros_like(abstract_stale(recommender)),
+        residual=_zeros_like(_abstract_residual(recommender)),
     )
 
 
@@ -158,4 +162,12 @@ def abstract_train_state(recommender: Recommender, optimizer: optax.GradientTran
         tables=recommender.tables.abstract_state(),
         fault=on_devices(jax.ShapeDtypeStruct((), jnp.int32)),
         stale=abstract_stale(recommender),
+        residual=_abstract_residual(recommender),
     )
+
+
+def _abstract_residual(recommender: Recommender) -> jax.ShapeDtypeStruct | None:
+    if recommender.config.exchange.all_reduce != "bfloat16_feedback":
+        return None
+    shape = (recommender.tables.num_devices, recommender.num_dense_parameters)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding_on(recommender.tables.mesh, BY_DEVICE))

@@ -14,13 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.losses import weighted_bce
+from dlrm_jax.dense_part import dense_gradients
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.schedules import make_schedule
 from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, abstract_train_state
 from sharding import Embeddings, TableState
 from sharding.capacities import Capacities
+from sharding.compiler_options import compiler_options
+from sharding.embedding import Pooled
 from sharding.mesh import REPLICATED, sharding_on
 from sharding.route import Routed
 
@@ -102,7 +104,25 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
     # The state leaves a step as it came, so that all steps are one program.
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated, replicated)
     step = partial(train_step, recommender=recommender, optimizer=optimizer)
-    return jax.jit(step, donate_argnums=(0, 1), static_argnames="capacities", out_shardings=shardings)
+    return jit_step(step, recommender, shardings)
+
+
+def jit_step(step: Any, recommender: Recommender, shardings: Any) -> Any:
+    """A training step as one program, with what XLA has to be told so that exchanges run beside arithmetic.
+
+    Args:
+        step: A function of state and metrics, which are donated, and more.
+        recommender: The model.
+        shardings: Of what it returns.
+    """
+    device = recommender.tables.mesh.devices.flat[0]
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        static_argnames="capacities",
+        out_shardings=shardings,
+        compiler_options=compiler_options(device.platform, device.device_kind) or None,
+    )
 
 
 def train_step(
@@ -134,8 +154,8 @@ def train_step(
     with jax.named_scope("route"):
         routed = tables.route(batch.ids, capacities)
     with jax.named_scope("lookup"):
-        embeddings = tables.lookup(state.tables, routed)
-    return learn(state, metrics, batch, routed, embeddings, stop=stop, recommender=recommender, optimizer=optimizer)
+        pooled = tables.pool(state.tables, routed)
+    return learn(state, metrics, batch, routed, pooled, stop=stop, recommender=recommender, optimizer=optimizer)
 
 
 def learn(
@@ -143,9 +163,10 @@ def learn(
     metrics: BinnedMetrics,
     batch: Batch,
     routed: Routed,
-    embeddings: Embeddings,
+    source: Pooled | Embeddings,
     *,
-    ahead: tuple[Routed, Embeddings] | None = None,
+    ahead: Routed | None = None,
+    stale: Embeddings | None = None,
     stop: Bool[Array, " W"] | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
@@ -157,9 +178,10 @@ def learn(
         metrics: As in `train_step`.
         batch: The batch; its ids are not looked at.
         routed: Its ids, routed.
-        embeddings: Its embeddings.
-        ahead: The next batch, routed and looked up in the tables before this update (`TrainState.stale`). The step
-            needs its ids to have had room, too: with no later state could they be looked up again.
+        source: Its vectors, as `dense_gradients` takes them.
+        ahead: Ids of the next batch, routed.
+        stale: Its embeddings, if they were looked up before this update (`TrainState.stale`). Then the step needs those
+            ids to have had room, too: with no later state could they be looked up again.
         stop: As in `train_step`.
         recommender: The model.
         optimizer: Optimizer of its dense part.
@@ -167,34 +189,28 @@ def learn(
     Returns:
         As `train_step`.
     """
-
-    def loss_of(dense_params: nnx.State, embeddings: Embeddings) -> tuple[Float[Array, ""], Float[Array, " B"]]:
-        logits = recommender.logits(dense_params, batch.dense, embeddings)
-        return weighted_bce(logits, batch.label, batch.weight), logits
-
     with jax.named_scope("dense"):
-        (loss, logits), (d_dense, d_embeddings) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
-            state.dense_params, embeddings
+        found = dense_gradients(
+            state.dense_params, batch, routed, source, state.residual, ahead=ahead, recommender=recommender
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((d_dense, d_embeddings)))
-        updates, dense_optimizer = optimizer.update(d_dense, state.dense_optimizer, state.dense_params)
+        updates, dense_optimizer = optimizer.update(found.dense, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 
-    overflow, needs, stale = routed.overflow, routed.needs, state.stale
-    if ahead is not None:
-        overflow, needs = overflow | ahead[0].overflow, jnp.maximum(needs, ahead[0].needs)
+    sent, overflow, needs = found.sent, routed.overflow, routed.needs
+    if ahead is not None and stale is not None:
+        overflow, needs = overflow | ahead.overflow, jnp.maximum(needs, ahead.needs)
         # The update is in place. A lookup that came after it would need a copy of the tables.
-        d_embeddings, stale = jax.lax.optimization_barrier((d_embeddings, ahead[1]))
-    found = jnp.where(finite, 0, NON_FINITE) | jnp.where(routed.invalid > 0, INVALID_IDS, 0)
+        sent, stale = jax.lax.optimization_barrier((sent, stale))
+    wrong = jnp.where(found.finite, 0, NON_FINITE) | jnp.where(routed.invalid > 0, INVALID_IDS, 0)
     # Where ids are missing, nothing else that was found is true; nor is it after an earlier fault.
-    found = jnp.where(overflow, OVERFLOW, found)
-    fault = jnp.where(state.fault == 0, found, state.fault)
+    wrong = jnp.where(overflow, OVERFLOW, wrong)
+    fault = jnp.where(state.fault == 0, wrong, state.fault)
     good = fault == 0
     with jax.named_scope("update"):
         new_tables = recommender.tables.update(
             state.tables,
             routed,
-            d_embeddings,
+            sent,
             step=state.step + 1,
             learning_rate_scale=make_schedule(recommender.config.schedule)(state.step),
             enabled=good,
@@ -207,10 +223,11 @@ def learn(
         tables=new_tables,
         fault=fault,
         stale=_select(good, stale, state.stale),
+        residual=_select(good, found.residual, state.residual),
     )
     stopped = jnp.zeros((), bool) if stop is None else jnp.any(stop)
     report = StepReport(fault=fault, needs=needs, stop=stopped)
-    return new_state, metrics.update(logits, batch.label, jnp.where(good, batch.weight, 0.0)), report
+    return new_state, metrics.update(found.logits, batch.label, jnp.where(good, batch.weight, 0.0)), report
 
 
 def make_predict_step(recommender: Recommender) -> Any:

@@ -2,8 +2,9 @@
 
     scripts/plan.py CONFIG [--topology h200:16x8] [--out plan.json] [--picture plan.png] [--field.subfield value ...]
 
-Prints the plan, its time by stage and its memory. --plan FILE judges that plan instead of the planner's; --compile
-compiles the training step for the target, which need not be here, and prints XLA's own bytes beside the estimate.
+Prints the plan, its time by stage and its memory. --plan FILE judges that plan instead of the planner's. --compile
+compiles the training step for the target, which need not be here, and prints XLA's own bytes beside the estimate, every
+collective with what hides it, and the estimated time of a step (docs/overlap.md); --timeline FILE draws that step.
 
 Without --topology the plan is for this machine's devices, --mesh.nodes times --mesh.chips of them. Constraints:
 
@@ -28,24 +29,26 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.planning import PlanningInput, planning_input
 from dlrm_jax.sources import card_of
-from dlrm_jax.target_step import DeviceBytes, compile_for_target, device_bytes, lower_train_step
+from dlrm_jax.target_report import bytes_table
+from dlrm_jax.target_step import compile_for_target, device_bytes, lower_train_step, step_timeline
 from scripts.command_line import ConfigFlags, configure_jax, parse_with_config
 from scripts.constraints import parse_constraints
 from scripts.one_line_errors import run
 from sharding.aot import target_mesh
-from sharding.cost import PlanCost, plan_cost
+from sharding.cost import plan_cost
 from sharding.errors import InputError
 from sharding.measure import topology_of
 from sharding.mesh import make_mesh
 from sharding.plan import ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_report
 from sharding.planner import PartitionerName, PlanResult, make_plan
+from sharding.timeline_picture import draw_timeline
+from sharding.timeline_report import timeline_report
 from sharding.topology import Topology, parse_topology
 
 Constraints = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -73,7 +76,9 @@ class Arguments:
     picture: Path | None = None
     """File for a picture of each device's memory and load; its ending says the format."""
     compile: bool = False
-    """Compile the training step for the target, and compare XLA's bytes with the estimate. Takes minutes."""
+    """Compile the training step for the target: XLA's bytes, its collectives, the estimated step. Takes minutes."""
+    timeline: Path | None = None
+    """File for a picture of the compiled step, which needs --compile; its ending says the format."""
     most_tables: int = 40
     """Most tables that are listed, largest first."""
 
@@ -81,6 +86,8 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Plans what the command line says."""
     given = parse_with_config(Arguments, arguments, __doc__ or "")
+    if given.timeline is not None and not given.compile:
+        raise InputError("--timeline draws the compiled step: give --compile, too")
     topology, mesh = _target(given)
     config = dataclasses.replace(given.config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     card = _card(config)
@@ -110,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         with _progress(f"compiling the training step for {topology.name}"):
             lowered = lower_train_step(config, card, result.plan, mesh)
             try:
-                compiled = compile_for_target(lowered, topology.platform)
+                compiled = compile_for_target(lowered, topology)
             except jax.errors.JaxRuntimeError as error:
                 # Compilers for TPUs refuse what does not fit.
                 raise InputError(
@@ -118,8 +125,12 @@ def main(arguments: Sequence[str]) -> None:
                     f"{estimate / 1e9:.2f} GB a device)"
                 ) from error
         seconds = time.perf_counter() - started
-        console.print(_bytes_table(result.cost, device_bytes(compiled)))
+        timeline = step_timeline(compiled, topology, described.settings)
+        console.print(bytes_table(result.cost.storage, device_bytes(compiled)))
+        console.print(timeline_report(timeline, config.data.batch_size))
         console.print(f"compiled in {seconds:.1f} s", highlight=False)
+        if given.timeline is not None:
+            draw_timeline(timeline, given.timeline)
 
 
 def _card(config: Config) -> DatasetCard:
@@ -191,24 +202,6 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
         settings=described.settings,
     )
     return dataclasses.replace(made, plan=plan, cost=cost, partitioner=f"none (plan of {path})", partitioned=())
-
-
-def _bytes_table(cost: PlanCost, found: DeviceBytes) -> Table:
-    """XLA's bytes of a device beside the estimate."""
-    storage = cost.storage
-    table = Table("memory of a device", "estimate, GB", "XLA, GB", "estimate / XLA", title="estimate and program")
-    rows = (
-        # Arguments hold the dense part's parameters and optimizer state, and the batch, which the estimate has below.
-        ("tables and their optimizer state | arguments", storage.stores, found.arguments),
-        ("buffers and dense part | temporary", storage.buffers + storage.dense, found.temporary),
-        ("results beside the state", None, found.outputs - found.reused),
-        ("all", storage.total, found.total),
-    )
-    for name, estimate, real in rows:
-        estimated = "" if estimate is None else f"{estimate / 1e9:.3f}"
-        ratio = "" if estimate is None or not real else f"{estimate / real:.3f}"
-        table.add_row(name, estimated, f"{real / 1e9:.3f}", ratio)
-    return table
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """ShardedTables: embedding tables on a mesh: init, route, lookup, update.
 
-Letters: b samples, W devices.
+Letters: b samples of a device or of a chunk, W devices, S senders, P vectors a sample of an owner, w stored width.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int32, UInt16
+from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Implementation
 from sharding import rows as logical_rows
@@ -21,18 +20,20 @@ from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.codec import Codec, check_codec
 from sharding.errors import InputError
-from sharding.initial import initial_store
-from sharding.jagged import KeyedJagged, check_arrays, for_devices
-from sharding.layout import LINE_BYTES, Layout, make_layout
-from sharding.lookup import lookup_local
-from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, device_number, make_mesh, sharding_on
-from sharding.place import Place
+from sharding.jagged import KeyedJagged, for_devices
+from sharding.layout import Layout, make_layout
+from sharding.lookup import bring_home_local, pool_local
+from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
+from sharding.place import Place, means_of
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
-from sharding.route import Routed, route_local
-from sharding.state import TableState
+from sharding.route import Routed, check_batch, route_local
+from sharding.state import TableState, abstract_state, init_state
 from sharding.tables import FeatureSpec, TableSpec, check_specs
-from sharding.update import update_local
+from sharding.update import send_back_local, update_local
 from sharding.vectors import Block, Embeddings, blocks_of
+
+# The vectors of each group, or their gradients, where the rows are.
+Pooled = tuple[Float[Array, "S b P w"], ...]
 
 
 class ShardedTables:
@@ -99,16 +100,18 @@ class ShardedTables:
         self._place = Place(
             layout=self.layout,
             sources=block_sources(self.layout, all_blocks, chips),
-            means=tuple(_means_of(block, self._means) for block in all_blocks),
+            means=tuple(means_of(block, self._means) for block in all_blocks),
             nodes=nodes,
             kernels=kernels,
             forward=forward_codec,
             backward=backward_codec,
         )
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
-        self._init = jax.jit(self._init_on_mesh, out_shardings=self.state_shardings())
+        self._init = jax.jit(partial(init_state, self.layout, self.mesh, self.seed), out_shardings=self._sharding())
         self._route = jax.jit(self._route_on_mesh, static_argnums=1)
-        self._lookup = jax.jit(self._lookup_on_mesh)
+        self._pool = jax.jit(self._pool_on_mesh)
+        self._bring_home = jax.jit(self._bring_home_on_mesh, static_argnums=(2, 3))
+        self._send_back = jax.jit(self._send_back_on_mesh, static_argnums=(2, 3))
         self._update = jax.jit(self._update_on_mesh, donate_argnums=0)
 
     @property
@@ -121,10 +124,6 @@ class ShardedTables:
         """Devices of the mesh."""
         return self.mesh.devices.size
 
-    def state_shardings(self) -> TableState:
-        """The sharding of each array of the state, in the state's own shape."""
-        return jax.tree.map(lambda _: self._sharding(), self.abstract_state(sharded=False))
-
     def abstract_state(self, *, sharded: bool = True) -> TableState:
         """Shapes, dtypes and shardings of the state, without making it.
 
@@ -134,20 +133,7 @@ class ShardedTables:
         Returns:
             A state of `jax.ShapeDtypeStruct`.
         """
-        sharding = self._sharding() if sharded else None
-
-        def lines(per_device: int, dtype: str) -> jax.ShapeDtypeStruct:
-            shape = (per_device * self.num_devices, LINE_BYTES // jnp.dtype(dtype).itemsize)
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-
-        stores = self.layout.stores
-        return TableState(
-            weights={s.name: lines(s.lines_per_device, s.dtype) for s in stores},
-            element_state={
-                s.name: tuple(lines(s.state_lines(a.dtype), a.dtype) for a in s.element_state) for s in stores
-            },
-            row_state={s.name: tuple(lines(s.scalar_lines_per_device, a.dtype) for a in s.row_state) for s in stores},
-        )
+        return abstract_state(self.layout, self._sharding() if sharded else None)
 
     def init(self) -> TableState:
         """Makes the tables as their initialisers say, and optimizer state of zeros.
@@ -157,20 +143,6 @@ class ShardedTables:
             `sharding.checkpoint.load_initial_values`.
         """
         return self._init()
-
-    def _init_on_mesh(self) -> TableState:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state(sharded=False))
-        seed = jnp.uint32(self.seed & 0xFFFFFFFF)
-
-        def init_local() -> tuple[dict[str, Float[Array, "lines line"]], dict[str, UInt16[Array, "lines line"]]]:
-            device, stores = device_number(), self.layout.stores
-            high = {store.name: initial_store(store, seed, device) for store in stores}
-            low = {store.name: initial_store(store, seed, device, low_halves=True) for store in stores if store.split}
-            return high, low
-
-        weights, low = jax.shard_map(init_local, mesh=self.mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()
-        state = {name: (*zeros.element_state[name][:-1], of_store) for name, of_store in low.items()}
-        return dataclasses.replace(zeros, weights=weights, element_state={**zeros.element_state, **state})
 
     def to_devices(self, ids: KeyedJagged, capacity: int | None = None) -> KeyedJagged:
         """Gives each device the ids of its part of the samples, on one process.
@@ -210,22 +182,9 @@ class ShardedTables:
             The ids as the lookup and the update want them.
 
         Raises:
-            InputError: A feature is missing from the batch, or its arrays have other shapes or dtypes than their
-                annotations say.
+            InputError: See `sharding.route.check_batch`.
         """
-        missing = sorted({feature.name for feature in self.features} - set(ids.features))
-        if missing:
-            raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
-        check_arrays(ids)
-        if ids.values.ndim == 2 and not self.layout.wide:
-            raise InputError(
-                "ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32"
-            )
-        if ids.batch_size % self.num_devices or ids.capacity % self.num_devices:
-            raise InputError(
-                f"{ids.batch_size} samples with room for {ids.capacity} ids do not divide over {self.num_devices} "
-                "devices: use multiples (see ShardedTables.to_devices)"
-            )
+        check_batch(ids, self.features, self.layout)
         if capacities is None:
             capacities = self.sufficient_capacities(
                 ids.batch_size // self.num_devices, ids.capacity // self.num_devices
@@ -254,16 +213,39 @@ class ShardedTables:
         Returns:
             Embeddings of every feature, float32. Differentiate with respect to these, not to the tables.
         """
-        return self._lookup(state, routed)
+        return self.bring_home(self.pool(state, routed), routed)
 
-    def _lookup_on_mesh(self, state: TableState, routed: Routed) -> Embeddings:
-        blocks = jax.shard_map(
-            partial(lookup_local, place=self._place),
-            mesh=self.mesh,
-            in_specs=(BY_DEVICE, BY_DEVICE, BY_DEVICE),
-            out_specs=BY_DEVICE,
-            check_vma=False,
-        )(state.weights, routed.groups, routed.divisors)
+    def pool(self, state: TableState, routed: Routed) -> Pooled:
+        """The first half of `lookup`: pools rows where they are.
+
+        Args:
+            state: The tables.
+            routed: Routed ids.
+
+        Returns:
+            Vectors at the owners of the rows, for `bring_home`.
+        """
+        return self._pool(state.weights, routed.groups)
+
+    def bring_home(self, pooled: Pooled, routed: Routed, *, chunk: int = 0, chunks: int = 1) -> Embeddings:
+        """The second half: brings vectors home, all or, so that one chunk computes while others travel, a chunk.
+
+        Args:
+            pooled: From `pool`.
+            routed: Routed ids.
+            chunk: Number of the chunk, from 0.
+            chunks: Parts of equal size that each device's samples are cut into, in their order.
+
+        Returns:
+            Embeddings of the chunk, of each device's part device by device.
+
+        Raises:
+            InputError: The chunks do not divide the samples of a device.
+        """
+        samples = routed.divisors.shape[0] // self.num_devices
+        if not 0 <= chunk < chunks or samples % chunks:
+            raise InputError(f"there is no chunk {chunk} of {chunks} of the {samples} samples of a device")
+        blocks = self._bring_home(pooled, routed.divisors, chunk, chunks)
         sequences = zip(self._sequences, blocks[len(self.blocks) :], strict=True)
         return Embeddings(
             blocks=blocks[: len(self.blocks)],
@@ -271,11 +253,26 @@ class ShardedTables:
             names=tuple(block.names for block in self.blocks),
         )
 
+    def send_back(self, routed: Routed, gradients: Embeddings, *, chunk: int = 0, chunks: int = 1) -> Pooled:
+        """The first half of `update`: sends gradients to the owners of the rows.
+
+        Args:
+            routed: The ids that were looked up.
+            gradients: Gradient of the loss with respect to the embeddings of the chunk.
+            chunk: Its number.
+            chunks: Chunks of each device's samples.
+
+        Returns:
+            Gradients of vectors, for `update`.
+        """
+        vectors = (*gradients.blocks, *(gradients.sequences[block.names[0]] for block in self._sequences))
+        return self._send_back(vectors, routed.divisors, chunk, chunks)
+
     def update(
         self,
         state: TableState,
         routed: Routed,
-        gradients: Embeddings,
+        gradients: Embeddings | Sequence[Pooled],
         *,
         step: ArrayLike,
         learning_rate_scale: ArrayLike = 1.0,
@@ -286,7 +283,7 @@ class ShardedTables:
         Args:
             state: The tables; their arrays are donated.
             routed: The ids that were looked up.
-            gradients: Gradient of the loss with respect to the embeddings.
+            gradients: Gradient of the loss with respect to the embeddings; or what `send_back` gave for each chunk.
             step: Number of this update, from 1.
             learning_rate_scale: Multiplies every table's learning rate: the schedule.
             enabled: False makes this a no-op, without a copy of a table.
@@ -294,40 +291,42 @@ class ShardedTables:
         Returns:
             The tables after the update.
         """
+        sent = (self.send_back(routed, gradients),) if isinstance(gradients, Embeddings) else tuple(gradients)
         return self._update(
             state,
-            routed,
-            gradients,
+            routed.groups,
+            sent,
             jnp.asarray(step, jnp.int32),
             jnp.asarray(learning_rate_scale, jnp.float32),
             jnp.asarray(enabled),
         )
 
-    def _update_on_mesh(
-        self,
-        state: TableState,
-        routed: Routed,
-        gradients: Embeddings,
-        step: Int32[Array, ""],
-        learning_rate_scale: Float[Array, ""],
-        enabled: Bool[Array, ""],
-    ) -> TableState:
-        vectors = (*gradients.blocks, *(gradients.sequences[block.names[0]] for block in self._sequences))
-        return jax.shard_map(
-            partial(update_local, place=self._place, seed=self.seed & 0xFFFFFFFF),
+    def _pool_on_mesh(self, *given: Any) -> Pooled:
+        return self._on_mesh(pool_local, given)
+
+    def _bring_home_on_mesh(self, pooled: Pooled, divisors: Array, chunk: int, chunks: int) -> Any:
+        return self._on_mesh(partial(bring_home_local, chunk=chunk, chunks=chunks), (pooled, divisors))
+
+    def _send_back_on_mesh(self, vectors: Any, divisors: Array, chunk: int, chunks: int) -> Pooled:
+        return self._on_mesh(partial(send_back_local, chunk=chunk, chunks=chunks), (vectors, divisors))
+
+    def _update_on_mesh(self, state: TableState, routed: Any, sent: Any, *rest: Any) -> TableState:
+        update = partial(update_local, seed=self.seed & 0xFFFFFFFF)
+        return self._on_mesh(update, (state, routed, sent), *rest)
+
+    def _on_mesh(self, local: Callable, given: Any, *arrays: Any) -> Any:
+        """Runs a function on every device's part of the arrays that are given, and on the others whole."""
+        spread = jax.shard_map(
+            partial(local, place=self._place),
             mesh=self.mesh,
-            in_specs=(BY_DEVICE,) * 4 + (REPLICATED,) * 3,
+            in_specs=(BY_DEVICE,) * len(given) + (REPLICATED,) * len(arrays),
             out_specs=BY_DEVICE,
             check_vma=False,
-        )(state, routed.groups, vectors, routed.divisors, step, learning_rate_scale, enabled)
+        )
+        return spread(*given, *arrays)
 
     def read_rows(self, state: TableState, table: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Reads rows of a table to the host.
-
-        Args:
-            state: The tables.
-            table: Name of the table.
-            rows: Rows to read.
+        """Reads rows of a table, given by name, to the host.
 
         Returns:
             The rows, [len(rows), dim], in the table's dtype.
@@ -386,9 +385,3 @@ def _specs(ids: KeyedJagged) -> KeyedJagged:
         weights=None if ids.weights is None else by_device,
         features=ids.features,
     )
-
-
-def _means_of(block: Block, means: Sequence[FeatureSpec]) -> Int32[np.ndarray, " k"] | None:
-    """Number of the mean that each vector of a block is; beyond all for one that is none. None if none is."""
-    numbers = np.array([means.index(f) if f in means else len(means) for f in block.features], np.int32)
-    return None if (numbers == len(means)).all() else numbers

@@ -1,14 +1,17 @@
 """Look routed ids up, pool their rows, and bring the vectors home.
 
-Letters: W devices, b samples of one device, P vectors a sample of an owner, X vectors a sample at home, w stored width,
-D dim, N ids of an owner.
+The samples of each device may be cut into chunks, whose vectors travel one after the other: those of one chunk while
+the dense part is at work on another. Which numbers travel stays the same.
+
+Letters: W devices, b samples of one device, c of one chunk, P vectors a sample of an owner, X vectors a sample at home,
+w stored width, D dim, N ids of an owner.
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import pooled_lookup
 from sharding import returns
@@ -22,48 +25,77 @@ from sharding.route import RoutedGroup
 from sharding.trip import to_senders
 
 
-def lookup_local(
-    weights: dict[str, Float[Array, "lines line"]],
-    routed: tuple[RoutedGroup, ...],
-    divisors: Float[Array, "b means"],
-    *,
-    place: Place,
-) -> tuple[Float[Array, "b k D"], ...]:
-    """Looks ids up, pools their rows and brings the vectors home.
+def pool_local(
+    weights: dict[str, Float[Array, "lines line"]], routed: tuple[RoutedGroup, ...], *, place: Place
+) -> tuple[Float[Array, "S b P w"], ...]:
+    """Looks ids up and pools their rows.
 
     Args:
         weights: The device's part of each store of weights.
         routed: Ids of each group of the layout.
+        place: Layout and mesh.
+
+    Returns:
+        The vectors of each group, for the samples of each sender: of all devices; but of this one alone where every
+        device holds the rows, or where rows have travelled by id, since many samples share one, which travels once.
+    """
+    pooled: dict[int, Array] = {}
+    for number, group in enumerate(place.layout.groups):
+        if group.family == "rows_by_id":
+            continue
+        with jax.named_scope(f"lookup_{group.family}_{group.width}"):
+            bags = _pool(weights[group.store], routed[number].local or routed[number].owned, group, place)
+            senders = 1 if group.family == "local" else group.num_devices
+            pooled[number] = vectors_of_bags(bags, group, senders, place.device)
+    by_id = place.numbers("rows_by_id")
+    with jax.named_scope("lookup_rows_by_id"):
+        for number, vectors in zip(by_id, _rows_by_id(weights, routed, by_id, place), strict=True):
+            pooled[number] = vectors[None]
+    return tuple(pooled[number] for number in range(len(routed)))
+
+
+def bring_home_local(
+    pooled: tuple[Float[Array, "S b P w"], ...],
+    divisors: Float[Array, "b means"],
+    *,
+    place: Place,
+    chunk: int,
+    chunks: int,
+) -> tuple[Float[Array, "c k D"], ...]:
+    """Brings the vectors of one chunk of every device's samples home.
+
+    Args:
+        pooled: The vectors of each group, from `pool_local`.
         divisors: What each mean is divided by.
         place: Layout and mesh.
+        chunk: Number of the chunk.
+        chunks: Chunks of a device's samples.
 
     Returns:
         The vectors of each block.
     """
-    home: list[Array | None] = [None] * len(routed)
-    owned: dict[int, Array] = {}
-    for number, group in enumerate(place.layout.groups):
-        with jax.named_scope(f"lookup_{group.family}_{group.width}"):
-            ids = routed[number].local or routed[number].owned
-            if group.family == "rows_by_id":
-                continue
-            pooled = _pool(weights[group.store], ids, group, place)
-            senders = 1 if group.family == "local" else group.num_devices
-            vectors = vectors_of_bags(pooled, group, senders, place.device)
-        if group.family == "local":
-            home[number] = vectors[0]
-        else:
-            owned[number] = vectors
-    with jax.named_scope("return"):
-        for family in ("table_wise", "row_wise", "table_row_wise"):
+    home: dict[int, Array] = {}
+    with jax.named_scope(f"return_{chunk}"):
+        for family in ("local", "rows_by_id", "table_wise", "row_wise", "table_row_wise"):
             numbers = place.numbers(family)
-            for number, vectors in zip(numbers, _bring_home(family, [owned[n] for n in numbers], place), strict=True):
-                home[number] = vectors
-    by_id = place.numbers("rows_by_id")
-    for number, vectors in zip(by_id, _rows_by_id(weights, routed, by_id, place), strict=True):
-        home[number] = vectors
-    arrived = [vectors for vectors in home if vectors is not None]
-    return divided([assemble(arrived, source) for source in place.sources], divisors, place)
+            given = [chunk_of(pooled[number], chunk, chunks, axis=1) for number in numbers]
+            home |= dict(zip(numbers, _bring_home(family, given, place), strict=True))
+    arrived = [home[number] for number in range(len(pooled))]
+    blocks = [assemble(arrived, source) for source in place.sources]
+    return divided(blocks, chunk_of(divisors, chunk, chunks), place)
+
+
+def chunk_of(values: Shaped[Array, "..."], chunk: int, chunks: int, *, axis: int = 0) -> Shaped[Array, "..."]:
+    """One chunk of a device's samples.
+
+    Args:
+        values: Something for each sample of the device.
+        chunk: Number of the chunk.
+        chunks: Chunks of a device's samples, all of one size.
+        axis: The axis of samples.
+    """
+    size = values.shape[axis] // chunks
+    return jax.lax.slice_in_dim(values, chunk * size, (chunk + 1) * size, axis=axis)
 
 
 def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group, place: Place) -> Float[Array, "bags w"]:
@@ -98,6 +130,8 @@ def _bring_home(family: str, owned: Sequence[Array], place: Place) -> list[Array
     if not owned:
         return []
     match family:
+        case "local" | "rows_by_id":
+            return [vectors[0] for vectors in owned]
         case "table_wise":
             return returns.bring_home_table_wise(owned, place.forward)
         case "row_wise":

@@ -15,6 +15,8 @@ from sharding.assemble import BlockSource
 from sharding.codec import Codec
 from sharding.layout import Layout
 from sharding.mesh import device_number
+from sharding.tables import FeatureSpec
+from sharding.vectors import Block
 
 
 class Place(NamedTuple):
@@ -59,3 +61,9 @@ def divided(
         else block / divisors.at[:, jnp.asarray(means)].get(mode="fill", fill_value=1.0)[:, :, None]
         for block, means in zip(blocks, place.means, strict=True)
     )
+
+
+def means_of(block: Block, means: Sequence[FeatureSpec]) -> Int32[np.ndarray, " k"] | None:
+    """Number of the mean that each vector of a block is; beyond all for one that is none. None if none is."""
+    numbers = np.array([means.index(f) if f in means else len(means) for f in block.features], np.int32)
+    return None if (numbers == len(means)).all() else numbers

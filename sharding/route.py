@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.scans import bags_of_ids, offsets_of, places_of
 from sharding import words
 from sharding.capacities import Capacities, GroupCapacity
+from sharding.errors import InputError
 from sharding.groups import Group
-from sharding.jagged import KeyedJagged
+from sharding.jagged import KeyedJagged, check_arrays
 from sharding.layout import Layout
 from sharding.mesh import AXES, device_number
 from sharding.owned import OwnedIds, canonical, own
@@ -87,6 +88,31 @@ class Routed:
     invalid: Int32[Any, ""]
     needs: Int32[Any, " needs"]
     overflow: Bool[Any, ""]
+
+
+def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layout) -> None:
+    """Refuses a batch that cannot be routed.
+
+    Args:
+        ids: The batch.
+        features: The features that are to be routed.
+        layout: The layout.
+
+    Raises:
+        InputError: A feature is missing from the batch, its arrays have other shapes or dtypes than their annotations
+            say, or do not divide over the devices.
+    """
+    missing = sorted({feature.name for feature in features} - set(ids.features))
+    if missing:
+        raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
+    check_arrays(ids)
+    if ids.values.ndim == 2 and not layout.wide:
+        raise InputError("ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32")
+    if ids.batch_size % layout.num_devices or ids.capacity % layout.num_devices:
+        raise InputError(
+            f"{ids.batch_size} samples with room for {ids.capacity} ids do not divide over {layout.num_devices} "
+            "devices: use multiples (see ShardedTables.to_devices)"
+        )
 
 
 def route_local(

@@ -1,7 +1,10 @@
 """Send gradients to the owners of the rows that were looked up, and update those.
 
-Letters: W devices, b samples of one device, P vectors a sample of an owner, X vectors a sample at home, w stored width,
-D dim, N ids of an owner.
+Where the samples of each device were cut into chunks (`sharding.lookup`), the gradients of each chunk travel by
+themselves; there is one update with all of them.
+
+Letters: W devices, b samples of one device, c of one chunk, P vectors a sample of an owner, X vectors a sample at home,
+w stored width, D dim, N ids of an owner.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from sharding.assemble import take_apart
 from sharding.bags import bags_at_home, bags_of_vectors
 from sharding.codec import decode, encode
 from sharding.groups import Group
+from sharding.lookup import chunk_of
 from sharding.owned import OwnedIds, of_device
 from sharding.place import Place, divided
 from sharding.records import NO_ROW
@@ -27,11 +31,42 @@ from sharding.state import TableState
 from sharding.trip import Trip, to_owners, to_senders
 
 
+def send_back_local(
+    gradients: tuple[Float[Array, "c k D"], ...],
+    divisors: Float[Array, "b means"],
+    *,
+    place: Place,
+    chunk: int,
+    chunks: int,
+) -> tuple[Float[Array, "S c P w"], ...]:
+    """Sends the gradients of one chunk of every device's samples to the owners of the rows that were looked up.
+
+    Args:
+        gradients: Gradient of the loss with respect to the vectors of each block.
+        divisors: What each mean was divided by.
+        place: Layout and mesh.
+        chunk: Number of the chunk.
+        chunks: Chunks of a device's samples.
+
+    Returns:
+        For each group, gradients of its vectors, as `sharding.lookup.pool_local` gives the vectors. Those of rows that
+        travel by id are still at home: they leave with all others of their row.
+    """
+    blocks = divided(gradients, chunk_of(divisors, chunk, chunks), place)
+    home = take_apart(blocks, place.sources, place.layout, _counts_at_home(place))
+    sent: dict[int, Array] = {}
+    with jax.named_scope(f"send_back_{chunk}"):
+        for family in ("local", "rows_by_id", "table_wise", "row_wise", "table_row_wise"):
+            numbers = place.numbers(family)
+            vectors = _send_family_back(family, [home[number] for number in numbers], place)
+            sent |= dict(zip(numbers, vectors, strict=True))
+    return tuple(sent[number] for number in range(len(home)))
+
+
 def update_local(
     state: TableState,
     routed: tuple[RoutedGroup, ...],
-    gradients: tuple[Float[Array, "b k D"], ...],
-    divisors: Float[Array, "b means"],
+    sent: tuple[tuple[Float[Array, "S c P w"], ...], ...],
     step: Int32[Array, ""],
     learning_rate_scale: Float[Array, ""],
     enabled: Bool[Array, ""],
@@ -39,13 +74,12 @@ def update_local(
     place: Place,
     seed: int,
 ) -> TableState:
-    """Sends gradients to the owners of the rows that were looked up, and updates those.
+    """Updates the rows that were looked up, once.
 
     Args:
         state: The device's part of the tables.
         routed: Ids of each group of the layout.
-        gradients: Gradient of the loss with respect to the vectors of each block.
-        divisors: What each mean was divided by.
+        sent: For each chunk, gradients of the vectors of each group, from `send_back_local`.
         step: Number of this update, from 1.
         learning_rate_scale: Multiplies every learning rate.
         enabled: False: no id names a row.
@@ -55,10 +89,7 @@ def update_local(
     Returns:
         The tables after the update.
     """
-    layout = place.layout
-    blocks = divided(gradients, divisors, place)
-    with jax.named_scope("send_back"):
-        sent = _send_back(take_apart(blocks, place.sources, layout, _counts_at_home(place)), routed, place)
+    of_bags = _gradients_of_bags(sent, routed, place)
     calls = [
         _UpdateCall(
             group=group,
@@ -66,10 +97,10 @@ def update_local(
             bag_offsets=jnp.arange(ids.owned.rows.shape[0] + 1, dtype=jnp.int32)
             if group.family == "rows_by_id"
             else ids.owned.offsets,
-            gradients=of_bags,
+            gradients=gradients,
             slots=_slots(group, place.device, learning_rate_scale),
         )
-        for group, ids, of_bags in zip(layout.groups, routed, sent, strict=True)
+        for group, ids, gradients in zip(place.layout.groups, routed, of_bags, strict=True)
     ]
     statistics = _statistics_of_whole_rows(state, routed, calls, step, place)
     weights, element_state, row_state = dict(state.weights), dict(state.element_state), dict(state.row_state)
@@ -141,38 +172,49 @@ def _counts_at_home(place: Place) -> list[int]:
     ]
 
 
-def _send_back(
-    home: Sequence[Float[Array, "b X w"]], routed: Sequence[RoutedGroup], place: Place
+def _gradients_of_bags(
+    sent: Sequence[Sequence[Float[Array, "S c P w"]]], routed: Sequence[RoutedGroup], place: Place
 ) -> list[Float[Array, "G w"]]:
     """Gradients of each group's bags, at the owners of the rows."""
-    layout = place.layout
-    bags: list[Array | None] = [None] * len(home)
-    for family in ("local", "table_wise", "row_wise", "table_row_wise"):
-        numbers = place.numbers(family)
-        given = [home[number] for number in numbers]
-        if not given:
-            continue
-        match family:
-            case "table_wise":
-                vectors = returns.send_back_table_wise(given, layout.num_devices, place.backward)
-            case "row_wise":
-                vectors = returns.send_back_row_wise(given, place.backward)
-            case "table_row_wise":
-                vectors = returns.send_back_table_row_wise(given, place.nodes, place.backward)
-            case _:
-                several = layout.num_devices > 1
-                vectors = returns.send_everywhere(given, place.backward) if several else [x[None] for x in given]
-        for number, of_bags in zip(numbers, vectors, strict=True):
-            bags[number] = bags_of_vectors(of_bags, layout.groups[number], place.device)
+    groups = place.layout.groups
+    vectors = [_joined([of_chunk[number] for of_chunk in sent]) for number in range(len(groups))]
     by_id = place.numbers("rows_by_id")
     trips = [_trip(routed[number]) for number in by_id]
     of_records = []
     for number in by_id:
-        at_home = encode(bags_at_home(home[number], layout.groups[number]), place.backward)
+        at_home = encode(bags_at_home(vectors[number][0], groups[number]), place.backward)
         of_records.append(at_home.at[_home(routed[number]).bags].get(mode="fill", fill_value=0))
-    for number, of_ids in zip(by_id, to_owners(trips, of_records), strict=True):
-        bags[number] = decode(of_ids, place.backward)
-    return [of_bags for of_bags in bags if of_bags is not None]
+    bags: dict[int, Array] = {}
+    with jax.named_scope("send_back_by_id"):
+        for number, of_ids in zip(by_id, to_owners(trips, of_records), strict=True):
+            bags[number] = decode(of_ids, place.backward)
+    for number, group in enumerate(groups):
+        if number not in bags:
+            bags[number] = bags_of_vectors(vectors[number], group, place.device)
+    return [bags[number] for number in range(len(groups))]
+
+
+def _joined(chunks: Sequence[Float[Array, "S c P w"]]) -> Float[Array, "S b P w"]:
+    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
+
+
+def _send_family_back(
+    family: str, given: Sequence[Float[Array, "c X w"]], place: Place
+) -> list[Float[Array, "S c P w"]]:
+    if not given:
+        return []
+    num_devices = place.layout.num_devices
+    match family:
+        case "table_wise":
+            return returns.send_back_table_wise(given, num_devices, place.backward)
+        case "row_wise":
+            return returns.send_back_row_wise(given, place.backward)
+        case "table_row_wise":
+            return returns.send_back_table_row_wise(given, place.nodes, place.backward)
+        case "local" if num_devices > 1:
+            return returns.send_everywhere(given, place.backward)
+        case _:
+            return [vectors[None] for vectors in given]
 
 
 def _trip(routed: RoutedGroup) -> Trip:

@@ -89,7 +89,7 @@ def compiled_step(
         plan = ShardingPlan(nodes=topology.nodes, chips=topology.chips, placements=placements)
     lowered = lower_train_step(config, card, plan, target_mesh(topology))
     layout = make_layout(tables, features, plan)
-    compiled = compile_for_target(lowered, topology.platform)
+    compiled = compile_for_target(lowered, topology)
     calls = compiled.as_text().count(f'custom_call_target="{KERNEL_CALLS[topology.platform]}')
     assert calls >= 2 * len(layout.groups)
     return device_bytes(compiled), sum(store.lines_per_device * 512 for store in layout.stores)
@@ -209,7 +209,7 @@ def test_exchanges_of_eight_h200s_when_codes_travel_then_they_carry_the_bytes_of
         lowered = jax.jit(lambda *given: tables.update(*given, step=1)).lower(state, routed, gradients)
     else:
         lowered = jax.jit(tables.lookup).lower(state, routed)
-    found = sent_bytes(compile_for_target(lowered, topology.platform).as_text() or "")
+    found = sent_bytes(compile_for_target(lowered, topology).as_text() or "")
     # By id there is room for both ids of every bag on each owner. Gathered gradients are sent as they are, once.
     forward_vectors = (1 + 1 + 1 + 2) * BATCH_SIZE
     backward_vectors = (1 + 2) * BATCH_SIZE + (1 + 1 + 1) * BATCH_SIZE // 8

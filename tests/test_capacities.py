@@ -56,7 +56,7 @@ def tiny() -> Capacities:
 
 @pytest.mark.parametrize(
     "ids",
-    [batch(1), batch(2, rows=1), batch(3, rows=1, senders=1)],
+    [pytest.param(batch(1), marks=pytest.mark.slow), batch(2, rows=1), batch(3, rows=1, senders=1)],
     ids=["spread", "all on one shard", "all on one shard, from one device"],
 )
 def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(ids: KeyedJagged) -> None:
@@ -75,7 +75,7 @@ def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(i
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("rounds", [2, 3])
+@pytest.mark.parametrize("rounds", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_an_exchange_in_rounds_then_the_same_bits(rounds: int) -> None:
     ids = batch(4, rows=20)
     expected, *_ = outcome(ids, None)

@@ -238,12 +238,13 @@ def test_lookup_and_update_on_eight_devices_when_codes_travel_then_within_their_
     assert changed == len(TABLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "values"),
     [
-        pytest.param("float16", [0.0, 1.0, -2.0, 0.25], marks=pytest.mark.slow),
-        pytest.param("bfloat16", [0.0, 1.0, -2.0, 0.25], marks=pytest.mark.slow),
-        pytest.param("float8", [0.0, 1.0, -2.0, 0.25], marks=pytest.mark.slow),
+        ("float16", [0.0, 1.0, -2.0, 0.25]),
+        ("bfloat16", [0.0, 1.0, -2.0, 0.25]),
+        ("float8", [0.0, 1.0, -2.0, 0.25]),
         ("int8", [0.0, 127.0, -127.0]),
     ],
 )

@@ -77,7 +77,7 @@ def make_batch(recommender, figures, step, capacity):
     return recommender.to_devices(batch)
 
 
-@pytest.mark.parametrize("interaction", ["dot", "cat"])
+@pytest.mark.parametrize("interaction", ["dot", pytest.param("cat", marks=pytest.mark.slow)])
 def test_training_when_compared_with_the_dlrm_reference_then_probabilities_losses_tables_and_mlps_agree(
     shared, interaction
 ):

@@ -219,7 +219,8 @@ def test_update_when_a_row_has_more_ids_than_a_block_then_the_bits_of_xla(rule: 
     check_bits(rule, width, ids)
 
 
-@pytest.mark.parametrize("width", [8, pytest.param(64, marks=slow), pytest.param(384, marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [8, 64, 384])
 def test_update_of_a_column_shard_then_statistics_and_bits_of_xla(width: int) -> None:
     ids = a_batch(1)
     ids = dataclasses.replace(ids, offsets=np.minimum(ids.offsets, len(ids.rows) - 4))
@@ -228,7 +229,11 @@ def test_update_of_a_column_shard_then_statistics_and_bits_of_xla(width: int) ->
 
 @pytest.mark.parametrize(
     ("dtype", "storage_rounding"),
-    [(jnp.float16, "stochastic"), (jnp.bfloat16, "split"), pytest.param(jnp.bfloat16, "stochastic", marks=slow)],
+    [
+        (jnp.bfloat16, "split"),
+        pytest.param(jnp.float16, "stochastic", marks=slow),
+        pytest.param(jnp.bfloat16, "stochastic", marks=slow),
+    ],
 )
 def test_update_of_a_16_bit_store_then_the_bits_of_xla(dtype, storage_rounding: str) -> None:
     check_bits("rowwise_adagrad", 16, a_batch(2), dtype=dtype, storage_rounding=storage_rounding)

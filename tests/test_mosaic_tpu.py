@@ -100,9 +100,9 @@ def test_an_update_when_races_are_looked_for_then_none(racing: None) -> None:
     ("rule", "width", "dtype", "storage_rounding"),
     [
         ("partial_rowwise_adam", 8, jnp.float32, "nearest"),
-        ("lamb", 384, jnp.float32, "nearest"),
+        pytest.param("lamb", 384, jnp.float32, "nearest", marks=pytest.mark.slow),
         ("rowwise_adagrad", 64, jnp.bfloat16, "stochastic"),
-        ("adagrad", 384, jnp.bfloat16, "nearest"),
+        pytest.param("adagrad", 384, jnp.bfloat16, "nearest", marks=pytest.mark.slow),
     ],
 )
 def test_an_update_of_many_chunks_then_that_of_xla(rule: str, width: int, dtype, storage_rounding: str) -> None:

@@ -63,7 +63,16 @@ def test_help_when_asked_of_a_config_then_flags_of_plans_and_of_the_config_are_l
     monkeypatch.setenv("COLUMNS", "80")  # a wider terminal has several columns of flags
     code, printed, _ = plan("quickstart", "--help")
     assert code == 0
-    for flag in ("--topology", "--partitioner", "--pin", "--together", "--compile", "--out", "--data.batch_size"):
+    for flag in (
+        "--topology",
+        "--partitioner",
+        "--pin",
+        "--together",
+        "--compile",
+        "--timeline",
+        "--out",
+        "--data.batch_size",
+    ):
         assert flag in printed
 
 
@@ -107,6 +116,7 @@ def test_a_plan_when_its_table_is_pinned_then_it_is_there(plan, tmp_path):
         (("--topology", "h200:1x2", "--returns", "cat_0=row"), "is not one of partial_sums, rows"),
         (("--topology", "h200:1x2", "--plan", "missing.json"), "cannot be read"),
         (("--topology", "h200:1x3"), "use 2049"),
+        (("--topology", "h200:1x2", "--timeline", "step.png"), "give --compile, too"),
         (("--topolgy", "h200:1x2"), "did you mean '--topology'"),
     ],
 )
@@ -126,6 +136,17 @@ def test_a_given_plan_when_it_does_not_fit_then_the_error_says_how_much_it_needs
     code, _, error = plan(*CONFIG, "--topology", "zionex:1x2", "--plan", saved)
     assert code == 2
     assert "GB" in error
+
+
+@pytest.mark.slow
+def test_a_step_when_compiled_then_its_collectives_and_estimated_time_are_printed_and_drawn(plan, tmp_path):
+    picture = tmp_path / "step.png"
+    code, printed, _ = plan("reference_random", "--mesh.chips", "2", "--compile", "--timeline", picture)
+    assert code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"all-to-all +│ lookup +│ chip", printed)
+    milliseconds, samples = re.findall(r"estimated step: ([\d,.]+) ms, ([\d,]+) samples a second", printed)[0]
+    assert float(milliseconds.replace(",", "")) * float(samples.replace(",", "")) == pytest.approx(2048e3, rel=0.01)
 
 
 def test_constraints_when_names_are_patterns_then_each_table_that_fits_is_meant():

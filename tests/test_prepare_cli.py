@@ -88,6 +88,7 @@ def test_synthetic_then_check_reports_a_valid_dataset(tmp_path, prepare):
     assert "weighted" in out
 
 
+@pytest.mark.slow
 def test_kuairand_then_check_reports_a_valid_dataset(tmp_path, prepare, shared):
     code, out, err = prepare("kuairand", shared / "data" / "kuairand", "--out", tmp_path / "out")
     assert code == 0, err

@@ -1,0 +1,172 @@
+"""The middle of a step: vectors come home, the dense part learns from them, and gradients go back, chunk by chunk.
+
+While the dense part is at work on one chunk of every device's samples, the vectors of the next one and the gradients of
+the one before travel. All chunks read the same parameters and their gradients are added, so the number of chunks
+changes the speed and, in the last bit, the order of sums.
+
+XLA would not keep to that order by itself: it makes one matrix product of all those that share a weight, and starts and
+ends exchanges where its scheduler's figures say, which are rough. So optimization barriers say it: chunk j begins when
+the gradients of chunk j - 1 are known and those of chunk j - 2 have arrived, and only then do the vectors of chunk
+j + 1 set out.
+
+Letters: B samples, b of one device, c of one chunk, W devices, P parameters.
+"""
+
+import dataclasses
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dlrm_jax.data.batch import Batch
+from dlrm_jax.losses import weighted_bce
+from dlrm_jax.recommender import Recommender
+from sharding import Embeddings
+from sharding.all_reduce import all_reduce_local
+from sharding.embedding import Pooled
+from sharding.lookup import chunk_of
+from sharding.mesh import AXES, BY_DEVICE, REPLICATED
+from sharding.route import Routed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What a batch asks of the dense part and of the tables.
+
+    Attributes:
+        logits: Logits of its samples.
+        finite: Whether the loss and all gradients are numbers.
+        dense: Gradients of the dense parameters.
+        sent: For each chunk, gradients of vectors at the owners of the rows, as `ShardedTables.update` takes them.
+        residual: What the all-reduce has yet to add, see `all_reduce_local`; None where it owes nothing.
+    """
+
+    logits: Float[Any, " B"]
+    finite: Bool[Any, ""]
+    dense: nnx.State
+    sent: tuple[Pooled, ...]
+    residual: Float[Any, "W P"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OfChunk:
+    """What devices find in their parts of a chunk; the loss is not a number if a gradient of its embeddings is not."""
+
+    loss: Float[Any, " W"]
+    logits: Float[Any, " Wc"]
+    dense: nnx.State
+
+
+def dense_gradients(
+    dense_params: nnx.State,
+    batch: Batch,
+    routed: Routed,
+    source: Pooled | Embeddings,
+    residual: Float[Array, "W P"] | None,
+    *,
+    ahead: Any = None,
+    recommender: Recommender,
+) -> Gradients:
+    """Computes the loss of a batch and its gradients.
+
+    Args:
+        dense_params: Parameters of the dense part.
+        batch: The batch; its ids are not looked at.
+        routed: Its ids, routed.
+        source: Its vectors: at the owners of the rows, to be brought home here; or at home already.
+        residual: What earlier all-reduces owe.
+        ahead: What has to be there when the second chunk begins: exchanges that would else be in the way of later ones.
+        recommender: The model; it says how many chunks there are, and how gradients travel.
+    """
+    tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
+    total_weight = jnp.sum(batch.weight)
+
+    def arrive(source: Pooled | Embeddings, chunk: int) -> Embeddings:
+        if isinstance(source, Embeddings):
+            cut = partial(jax.tree.map, partial(chunk_of, chunk=chunk, chunks=chunks))
+            return jax.shard_map(cut, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)(source)
+        return tables.bring_home(source, routed, chunk=chunk, chunks=chunks)
+
+    found: list[_OfChunk] = []
+    sent: list[Pooled] = []
+    embeddings, d_embeddings = arrive(source, 0), None
+    if chunks > 1:
+        source, embeddings = jax.lax.optimization_barrier((source, embeddings))
+    for chunk in range(chunks):
+        if d_embeddings is not None:
+            done = (sent[chunk - 2] if chunk > 1 else (), ahead if chunk == 1 else ())
+            dense_params, source, d_embeddings, done = jax.lax.optimization_barrier(
+                (dense_params, source, d_embeddings, done)
+            )
+            if chunk > 1:
+                sent[chunk - 2] = done[0]
+            sent.append(tables.send_back(routed, d_embeddings, chunk=chunk - 1, chunks=chunks))
+        following = arrive(source, chunk + 1) if chunk + 1 < chunks else embeddings
+        spread = jax.shard_map(
+            partial(_of_chunk_local, chunk=chunk, recommender=recommender),
+            mesh=mesh,
+            in_specs=(REPLICATED, BY_DEVICE, BY_DEVICE, BY_DEVICE, REPLICATED, BY_DEVICE),
+            out_specs=BY_DEVICE,
+            check_vma=False,
+        )
+        of_chunk, d_embeddings = spread(dense_params, batch.dense, batch.label, batch.weight, total_weight, embeddings)
+        found.append(of_chunk)
+        embeddings = following
+    assert d_embeddings is not None
+    sent.append(tables.send_back(routed, d_embeddings, chunk=chunks - 1, chunks=chunks))
+    logits, finite, dense, residual = jax.shard_map(
+        partial(_add_up_local, recommender=recommender),
+        mesh=mesh,
+        in_specs=BY_DEVICE,
+        out_specs=(BY_DEVICE, REPLICATED, REPLICATED, BY_DEVICE),
+        check_vma=False,
+    )(tuple(found), residual)
+    return Gradients(logits=logits, finite=finite, dense=dense, sent=tuple(sent), residual=residual)
+
+
+def _of_chunk_local(
+    dense_params: nnx.State,
+    dense: Float[Array, "b num_dense"],
+    label: Float[Array, " b"],
+    weight: Float[Array, " b"],
+    total_weight: Float[Array, ""],
+    embeddings: Embeddings,
+    *,
+    chunk: int,
+    recommender: Recommender,
+) -> tuple[_OfChunk, Embeddings]:
+    dense, label, weight = (chunk_of(values, chunk, recommender.chunks) for values in (dense, label, weight))
+
+    def loss_of(dense_params: nnx.State, embeddings: Embeddings) -> tuple[Float[Array, ""], Float[Array, " c"]]:
+        logits = recommender.logits_local(dense_params, dense, embeddings)
+        return weighted_bce(logits, label, weight, total_weight=total_weight), logits
+
+    with jax.named_scope(f"dense_{chunk}"):
+        (loss, logits), (d_dense, d_embeddings) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
+            dense_params, embeddings
+        )
+        loss += jnp.where(jnp.isfinite(optax.tree.norm(d_embeddings)), 0.0, jnp.nan)
+    # An axis for the devices.
+    own = jax.tree.map(lambda x: x[None], d_dense)
+    return _OfChunk(loss=loss[None], logits=logits, dense=own), d_embeddings
+
+
+def _add_up_local(
+    found: tuple[_OfChunk, ...], residual: Float[Array, "1 P"] | None, *, recommender: Recommender
+) -> tuple[Array, Array, nnx.State, Array | None]:
+    """Adds what all devices have found in all chunks."""
+    with jax.named_scope("all_reduce"):
+        own = jax.tree.map(lambda *parts: reduce(jnp.add, (part[0] for part in parts)), *(part.dense for part in found))
+        dense, residual = all_reduce_local(own, recommender.config.exchange.all_reduce, residual)
+        # The update of the tables waits for this, so it must not wait for the all-reduce: no number of that sum is
+        # larger than the largest norm, as often as there are devices.
+        good = jnp.isfinite(optax.tree.norm(own) * recommender.tables.num_devices)
+        loss = sum(part.loss[0] for part in found) + jnp.where(good, 0.0, jnp.nan)
+        finite = jnp.isfinite(jax.lax.psum(loss, AXES))
+    return jnp.concatenate([part.logits for part in found]), finite, dense, residual

@@ -1,0 +1,76 @@
+"""Options of XLA's compilers that let exchanges run beside arithmetic, each with its reason. The one place for them.
+
+What each does was read off schedules that were compiled ahead of time (tests/test_overlap_aot.py holds them).
+"""
+
+from collections.abc import Mapping
+
+from sharding.topology import kind_of
+
+CompilerOptions = dict[str, bool | int | str]
+
+_GPU: CompilerOptions = {
+    # On an A100 every collective is synchronous without it. Hoppers and Blackwells have it anyway.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # By default small collectives are merged into one, which has to wait for the last of them and which all wait for:
+    # the chunks of a batch would no longer follow each other. All-reduces are of dense gradients, all of them wanted at
+    # the end of the step, and may be merged.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+    "xla_gpu_all_gather_combine_threshold_bytes": 0,
+}
+# The scheduler has no figures of its own for an A100: it takes every exchange to be longer than any arithmetic, and
+# runs all but the last synchronously. By XLA's analytical estimates each gets its share of the arithmetic. They know
+# no Blackwell: the compiler aborts.
+_ANALYTICAL: CompilerOptions = {"xla_gpu_enable_analytical_latency_estimator": True}
+_GPU_KINDS: Mapping[str, CompilerOptions] = {"zionex": _ANALYTICAL, "a100-80": _ANALYTICAL}
+# Left alone: xla_gpu_experimental_parallel_collective_overlap_limit. Above 1, several exchanges start at once, but NCCL
+# kernels of communicators that share devices can wait for each other in a circle (openxla/xla pull request 47467), and
+# exchanges over the same links gain nothing from it.
+
+_TPU: CompilerOptions = {
+    # All-to-alls are synchronous without it, on every generation.
+    "xla_tpu_enable_async_all_to_all": True,
+}
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
+# All-gathers, reduce-scatters and all-reduces are synchronous on the TensorCore. SparseCores run them beside it.
+_SPARSE_CORE: CompilerOptions = {
+    f"{_OFFLOAD}_all_gather": True,
+    f"{_OFFLOAD}_reduce_scatter": True,
+    f"{_OFFLOAD}_all_reduce": True,
+}
+_TPU_KINDS: Mapping[str, CompilerOptions] = {
+    # Its torus has three dimensions. Without these, its reduce-scatters are all-reduces of which a part is kept, too.
+    "v5p": _SPARSE_CORE
+    | {
+        f"{_OFFLOAD}_2d_all_gather": True,
+        f"{_OFFLOAD}_3d_all_gather": True,
+        f"{_OFFLOAD}_nd_reduce_scatter": True,
+    },
+    # It has no SparseCores, but can run a collective piece by piece inside matrix products: all-gathers it does by
+    # default, and all-reduces if both options are given. Its reduce-scatters stay synchronous.
+    "v5e": {
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    },
+    "v6e": _SPARSE_CORE,
+    "tpu7x": _SPARSE_CORE,
+}
+
+
+def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
+    """Options for programs that exchange embeddings; for ``jax.jit(..., compiler_options=...)``.
+
+    Args:
+        platform: What JAX calls the platform: "gpu" or "cuda", "tpu", "cpu".
+        device_kind: What JAX calls the device: ``device.device_kind``.
+
+    Returns:
+        The options; none for CPUs, whose programs run collectives one after another.
+    """
+    kind = kind_of(device_kind) or ""
+    match platform:
+        case "gpu" | "cuda":
+            return _GPU | _GPU_KINDS.get(kind, {})
+        case "tpu":
+            return _TPU | _TPU_KINDS.get(kind, {})
+    return {}

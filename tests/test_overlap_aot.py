@@ -1,0 +1,158 @@
+"""Exchanges run beside arithmetic in programs compiled for accelerators that are not here; and how much is hidden.
+
+Needs the extra `aot`, as tests/test_aot.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from configs import CONFIGS
+from dlrm_jax.config import MeshConfig
+from dlrm_jax.planning import planning_input
+from dlrm_jax.target_step import compile_for_target, lower_train_step, step_timeline
+from sharding import FeatureSpec, KeyedJagged, ShardedTables
+from sharding.aot import target_mesh
+from sharding.compiler_options import compiler_options
+from sharding.cost_settings import CostSettings
+from sharding.mesh import AXES, BY_DEVICE, BY_DEVICE_SECOND, CHIP, NODE, REPLICATED, sharding_on
+from sharding.plan import ShardingPlan, row_wise, table_wise
+from sharding.planner import make_plan
+from sharding.tables import TableSpec
+from sharding.timeline import Timeline
+from sharding.topology import KINDS, device_kind_of, parse_topology
+
+BATCH_SIZE, DIM, WIDTH = 8192, 128, 1024
+LONGEST_BAG = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compilation_cache() -> Iterator[None]:
+    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def lookup_beside_products(target: str) -> Timeline:
+    """A lookup and matrix products that do not need it, compiled for a target.
+
+    One table is on one device, so that its vectors come home by an all-to-all; the other's rows are on all devices, and
+    come home as sums.
+    """
+    topology = parse_topology(target)
+    mesh = target_mesh(topology)
+    whole, spread = (TableSpec(name=name, num_rows=100_000, dim=DIM, optimizer="sgd") for name in ("whole", "spread"))
+    placements = (table_wise(whole, 3), row_wise(spread, returns="partial_sums"))
+    tables = ShardedTables(
+        [whole, spread],
+        [FeatureSpec(name=table.name, table=table.name, max_ids=LONGEST_BAG) for table in (whole, spread)],
+        plan=ShardingPlan(nodes=topology.nodes, chips=topology.chips, placements=placements),
+        mesh=mesh,
+    )
+
+    def shaped(shape: tuple[int, ...], dtype: str, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_on(mesh, spec))
+
+    ids = KeyedJagged(
+        values=shaped((2 * LONGEST_BAG * BATCH_SIZE,), "int32", BY_DEVICE),
+        lengths=shaped((2, BATCH_SIZE), "int32", BY_DEVICE_SECOND),
+        features=tables.feature_order,
+    )
+
+    def step(state, routed, x: Array, weights: Array):
+        for _ in range(8):
+            x = jnp.tanh(x @ weights)
+        return tables.lookup(state, routed), x
+
+    lowered = jax.jit(step).lower(
+        tables.abstract_state(),
+        jax.eval_shape(tables.route, ids),
+        shaped((8 * BATCH_SIZE, WIDTH), "float32", BY_DEVICE),
+        shaped((WIDTH, WIDTH), "float32", REPLICATED),
+    )
+    return step_timeline(compile_for_target(lowered, topology), topology, CostSettings())
+
+
+VECTORS = BATCH_SIZE * DIM * 4
+TARGETS = [
+    "h200:1x8",
+    "zionex:2x8",
+    "v6e:2x4",
+    *(pytest.param(target, marks=pytest.mark.slow) for target in ("v5p:2x4", "v5e:2x4", "tpu7x:2x4")),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_vectors_on_their_way_home_then_arithmetic_goes_on_beside_them(target: str) -> None:
+    found = lookup_beside_products(target)
+    topology = parse_topology(target)
+    nodes, chips, devices = topology.nodes, topology.chips, topology.num_devices
+    hops = {
+        (AXES if nodes > 1 else (CHIP,)): VECTORS * (devices - 1) / devices,
+        # Sums are added inside nodes first.
+        (CHIP, "sums"): VECTORS * (chips - 1) / chips,
+        (NODE, "sums"): VECTORS / chips * (nodes - 1) / nodes,
+    }
+    sent = {}
+    for one in found.exchanges:
+        collective = one.collective
+        if collective.kind == "all-to-all":
+            sent[collective.axes] = collective.wire_bytes
+        else:
+            # TPUs turn reduce-scatters of flat buffers into all-reduces, which send each byte twice.
+            twice = 2 if collective.kind == "all-reduce" else 1
+            assert twice == 1 or topology.platform == "tpu"
+            sent[(*collective.axes, "sums")] = collective.wire_bytes / twice
+    assert sent == {way: size for way, size in hops.items() if size}
+    # Eight products of a device's part of the samples.
+    assert found.work.flops == 8 * 2 * (8 * BATCH_SIZE / devices) * WIDTH**2
+    # A v5e has no SparseCores, to run reduce-scatters there.
+    synchronous = {one.collective.kind for one in found.exchanges if not one.asynchronous}
+    assert synchronous <= ({"reduce-scatter"} if topology.kind == "v5e" else set())
+    assert found.hidden_share > (0.5 if topology.kind == "v5e" else 0.8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiler_options_then_every_kind_of_accelerator_has_some(kind: str) -> None:
+    platform = parse_topology(f"{kind}:1x8" if kind != "v5p" else "v5p:1x4").platform
+    assert compiler_options(platform, device_kind_of(kind))
+
+
+def test_compiler_options_of_a_cpu_then_none() -> None:
+    assert compiler_options("cpu", "cpu") == {}
+
+
+@pytest.mark.slow
+def test_dcnv2_mlperf_on_eight_h200s_then_nine_tenths_of_its_exchanges_are_hidden() -> None:
+    topology = parse_topology("h200:1x8")
+    config = CONFIGS["dcnv2_mlperf"]()
+    config = dataclasses.replace(config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
+    assert config.stated is not None
+    known = planning_input(config, config.stated, topology.num_devices)
+    plan = make_plan(
+        known.tables,
+        known.features,
+        topology,
+        batch_size=known.batch_size,
+        loads=known.loads,
+        dense=known.dense,
+        settings=known.settings,
+    ).plan
+    compiled = compile_for_target(lower_train_step(config, config.stated, plan, target_mesh(topology)), topology)
+    found = step_timeline(compiled, topology, known.settings)
+    # The products of the planner's estimate; what the program has on top is the update of the dense part.
+    assert found.work.flops == pytest.approx(
+        known.dense.flops_per_sample * known.batch_size / topology.num_devices, rel=0.02
+    )
+    exchanges = [exchange for exchange in found.exchanges if exchange.collective.wire_bytes > 1e6]
+    assert {exchange.collective.kind for exchange in exchanges} >= {"all-to-all", "all-reduce"}
+    assert found.hidden_share >= 0.9
