@@ -30,6 +30,7 @@ from dlrm_jax.planning import PlanningInput, planning_input
 from sharding.candidates import Constraint
 from sharding.chunks import best_chunks, overlapped_seconds
 from sharding.cost import Step, cost_of_layout
+from sharding.errors import InputError
 from sharding.layout import make_layout
 from sharding.load import loads_by_feature
 from sharding.plan import ShardingPlan
@@ -43,13 +44,13 @@ CHIPS = 8
 STEPS = ("table-wise", "+ placement", "+ float16 tables", "+ quantised exchange", "+ overlap", "+ batch x 4")
 # Of the rows, so that float32 fits in any placement (model F is larger than 128 A100s anyway). Which bytes a step moves
 # depends on ids, not on rows.
-_SHARE_OF_ROWS = {"paper_a": 1 / 4, "paper_f": 1 / 64, "paper_i": 1 / 2}
+_SHARE_OF_ROWS = {"paper_a": 1 / 8, "paper_f": 1 / 64, "paper_i": 1 / 8}
 # Queries a second on 128 GPUs, and the share of linear scaling from 8 to 128 GPUs (paper.md says which are recalled).
 _PAPER = {"paper_a": (1.2e6, 0.50), "paper_f": (1.7e6, None), "paper_i": (3.4e6, 0.75)}
 
 
-def _estimates(name: str, config: Config, nodes: int) -> dict[str, float]:
-    """Samples a second with each optimisation added."""
+def _estimates(name: str, config: Config, nodes: int) -> dict[str, float | None]:
+    """Samples a second with each optimisation added; None where the batch does not fit."""
     topology = preset("zionex", nodes, CHIPS)
     share = _SHARE_OF_ROWS[name] * nodes / max(NODES)
     batch_size = config.data.batch_size * nodes // max(NODES)
@@ -65,15 +66,19 @@ def _estimates(name: str, config: Config, nodes: int) -> dict[str, float]:
         tables=tuple(whole), forbidden=("column_wise", "row_wise", "table_row_wise", "grid", "data_parallel")
     )
     by_coded = _plan(coded, topology, ())
-    seconds = (
+    seconds = [
         _seconds(single, topology, _plan(single, topology, (simple,)), overlap=False),
         _seconds(single, topology, _plan(single, topology, ()), overlap=False),
         _seconds(half, topology, _plan(half, topology, ()), overlap=False),
         _seconds(coded, topology, by_coded, overlap=False),
         _seconds(coded, topology, by_coded, overlap=True),
-        _seconds(large, topology, _plan(large, topology, ()), overlap=True) / 4,
-    )
-    return {step: batch_size / each for step, each in zip(STEPS, seconds, strict=True)}
+    ]
+    rates: dict[str, float | None] = {step: batch_size / each for step, each in zip(STEPS[:-1], seconds, strict=True)}
+    try:
+        by_large = _plan(large, topology, ())
+    except InputError:  # Its buffers are larger than the memory.
+        return rates | {STEPS[-1]: None}
+    return rates | {STEPS[-1]: large.batch_size / _seconds(large, topology, by_large, overlap=True)}
 
 
 def _described(config: Config, topology: Topology, share: float, batch_size: int, dtype: Any) -> PlanningInput:
@@ -136,7 +141,7 @@ def main(
         out: Where to write the figures.
         picture: Where to draw them.
     """
-    results: dict[str, dict[int, dict[str, float]]] = {}
+    results: dict[str, dict[int, dict[str, float | None]]] = {}
     for name in models:
         results[name] = {nodes * CHIPS: _estimates(name, MODELS[name](), nodes) for nodes in NODES}
         Console().print(_table(name, results[name]))
@@ -146,7 +151,7 @@ def main(
         _draw(results, picture)
 
 
-def _table(name: str, sizes: dict[int, dict[str, float]]) -> Table:
+def _table(name: str, sizes: dict[int, dict[str, float | None]]) -> Table:
     rate, efficiency = _PAPER[name]
     recalled = f"{rate / 1e6:.1f} M" + (f", {efficiency:.0%} of linear" if efficiency else "")
     table = Table(
@@ -158,19 +163,21 @@ def _table(name: str, sizes: dict[int, dict[str, float]]) -> Table:
     first, last = min(sizes), max(sizes)
     for step in STEPS:
         rates = [sizes[gpus][step] for gpus in sizes]
-        scaling = sizes[last][step] / sizes[first][step] * first / last
-        table.add_row(step, *(f"{rate / 1e6:.2f} M" for rate in rates), f"{scaling:.0%}")
+        small, large = sizes[first][step], sizes[last][step]
+        scaling = f"{large / small * first / last:.0%}" if small and large else ""
+        table.add_row(step, *("does not fit" if each is None else f"{each / 1e6:.2f} M" for each in rates), scaling)
     return table
 
 
-def _draw(results: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+def _draw(results: dict[str, dict[int, dict[str, float | None]]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(results), 3.6), layout="constrained")
     # The same file from the same figures.
     matplotlib.rcParams["svg.hashsalt"] = "dlrm_jax"
     axes = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, (name, sizes) in zip(axes, results.items(), strict=True):
         for step in STEPS:
-            axis.plot(list(sizes), [sizes[gpus][step] / 1e6 for gpus in sizes], marker="o", label=step)
+            known = {gpus: rate / 1e6 for gpus, of_size in sizes.items() if (rate := of_size[step]) is not None}
+            axis.plot(list(known), list(known.values()), marker="o", label=step)
         axis.plot([max(sizes)], [_PAPER[name][0] / 1e6], "k*", markersize=10, label="the paper")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(sizes), [str(gpus) for gpus in sizes])

@@ -5,55 +5,51 @@ rows, ...) device d then has the load ``X_gq(d)``, in seconds, and a step costs 
 the same on every device. The bound is the optimum of a mixed integer programme with less in it, so it is at most that::
 
     minimise    sum_gq Z_gq + sum_tc x_tc fixed_tc
-    subject to  sum_c x_tc = 1 for each table, 0 <= x <= 1                              (a table may be in two halves)
-                Z_gq >= sum_tc x_tc total_tcq / W                                       (a maximum is at least the mean)
-                Z_gq >= sum_i (m_i - m_i+1) x_i, m_i the max_d profile_q(d) of any members of g, falling     (nests)
-                Z_gq >= sum_tc x_tc profile_tcq(d)                                      (row-wise: where hot rows are)
-                Z_gq = seconds of a vector * P_g, P_g a whole number                    (q: vectors a sample)
-                P_g * bins >= sum_tc x_tc vectors_tc       (bins: W devices, or for table-row-wise N nodes)
+    subject to  sum_c x_tc = 1 for each table
+                Z_gq >= sum_tc x_tc total_tcq / W                              (a maximum is at least the mean)
+                Z_gq = seconds of a vector * P_g, P_g a whole number           (q: vectors a sample)
+                P_g * bins >= sum_tc x_tc vectors_tc                           (bins: W devices, or N nodes)
                 sum_tc x_tc bytes_tc <= W * bytes of a device
+                the cuts of `sharding.cuts`, where an optimum breaks them      (what whole slices on whole bins mean)
 
-The third line has the profile of a table that is spread over the chips of a node averaged over nodes, and that of one
-on a device averaged over devices: it, too, holds for every plan. A nest says that no slice is divisible: where tables
-are whole, and i is the first member with x_i = 1, the sum is at most m_i, which the maximum has to reach. A nest of one
-member is the plainest. Both are added only where an optimum breaks them. Of programmes that are large, the vectors need
-not be whole; of those that are small, tables have to be, too (x is 0 or 1). A search that stops early gives the bound
-that it has proved by then. What limits the bound: nothing says that the items of a group can be dealt out evenly.
+First x and P may be fractions (a table may be in two halves), and cuts are added until that hardly raises the optimum.
+Then P is whole, and of programmes that are not large, x. Both are searched by branch and bound, which stops after a
+number of nodes and gives the bound that it has proved by then. What limits the bound: the cuts say little of how
+several large slices fit together.
 
-Letters: W devices, C chips of a node, L devices of one slice.
+Letters: W devices, C chips of a node.
 """
 
 import dataclasses
 from typing import Literal
 
+import highspy
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize, sparse
 
-from sharding.candidates import SPREAD, Candidate, Choices
-from sharding.cost import VECTORS
+from sharding.candidates import SPREAD, Choices
+from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.layout import FAMILIES, Family
 
-# Solves; each adds the rows that the optimum before broke. The last, where that raised the bound by less than a share.
-_ROUNDS = 15
+# Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
+# than a share.
+_ROUNDS = 30
 _QUICK_ROUNDS = 4
-_FEW_ROUNDS = 1
-_WHOLE_ROUNDS = 1
-_PROGRESS = 5e-4
-# By how much, in thousandths of the least that tables can take.
-_BROKEN = 0.03
+_PROGRESS = 3e-4
+# Searches for whole vectors, likewise, up to as many candidates.
+_VECTOR_ROUNDS = 3
+_MEDIUM = 4000
+# Searches for whole tables: up to so many candidates, so many rounds.
+_TABLE_ROUNDS = ((400, 3), (700, 2), (1300, 1))
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
 _NODES = 20
-_GAP = 2e-3
-# Candidates up to which the programme is solved with whole numbers of vectors, and with whole tables.
-_MEDIUM = 4000
-_SMALL = 250
+_GAP = 3e-3
+# Improving solutions of one search that are worth a start.
+_SOLUTIONS = 3
 # Times that the relaxation is solved again with what cannot be whole left out.
 _DIVES = 2
-_VECTORS = SPREAD.index(VECTORS)
 
-
-Whole = Literal["nothing", "vectors", "all"]
+Whole = Literal["vectors", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,76 +81,76 @@ class Relaxed:
     shares: tuple[tuple[Float[np.ndarray, " candidates"], ...], ...]
 
 
-def at_device(candidate: Candidate, quantity: int, device: int, num_devices: int) -> float:
-    """Seconds of one quantity that a candidate adds to a device, averaged over where its slices may be."""
-    profile = candidate.profile[quantity]
-    return float(profile[device % candidate.span]) * candidate.num_slices * candidate.span / num_devices
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Solved:
+    """A bound in units, all columns of the optimum (or of the best there is), and of solutions before it."""
+
+    bound: float
+    columns: Float[np.ndarray, " columns"]
+    others: tuple[Float[np.ndarray, " columns"], ...] = ()
 
 
 class _Programme:
-    """Rows of the programme. Columns: the candidates, Z of each group and quantity, P of each group."""
+    """The programme in HiGHS, which goes on from the last optimum when rows are added.
 
-    def __init__(self, choices: Choices, num_devices: int, chips: int, memory: float):
-        self.choices = choices
-        self.num_devices = num_devices
-        self.candidates = [candidate for group in choices.of_table for candidate in group]
+    Columns: x of the candidates, Z of each group and quantity, P of each group, y of each part of the step.
+    """
+
+    def __init__(self, choices: Choices, num_devices: int, memory: float):
+        self.choices, self.num_devices = choices, num_devices
+        candidates = [candidate for options in choices.of_table for candidate in options]
         # The unit of seconds, so that the solver's tolerances fit.
-        least = sum(min(c.fixed + c.seconds / num_devices for c in group) for group in choices.of_table if group)
+        least = sum(min(c.fixed + c.seconds / num_devices for c in options) for options in choices.of_table if options)
         self.unit = least / 1000.0 or 1.0
-        self.num_x, self.num_z = len(self.candidates), len(choices.groups) * len(SPREAD)
-        self.first_y = self.num_x + self.num_z + len(choices.groups)
+        self.cuts = Cuts(choices, num_devices, self.unit)
+        self.costs = np.array([c.fixed + c.seconds / num_devices for c in candidates]) / self.unit
+        self.num_x = len(candidates)
+        self.first_p = self.num_x + len(choices.groups) * len(SPREAD)
+        self.first_y = self.first_p + len(choices.groups)
         self.num_columns = self.first_y + len(_PARTS)
-        self._entries: list[tuple[np.ndarray, np.ndarray]] = []
-        self._lower: list[float] = []
-        self._upper: list[float] = []
-        self.cuts: set[tuple[int, ...]] = set()
-        self.lower = np.zeros(self.num_columns)
-        self.upper = np.full(self.num_columns, np.inf)
-        self.upper[: self.num_x] = 1.0
-        self.groups = np.array([c.group for c in self.candidates])
-        self.totals = np.array([c.profile.sum(axis=1) * c.num_slices for c in self.candidates])
-        self.costs = np.array([c.fixed + c.seconds / num_devices for c in self.candidates]) / self.unit
-        self.peaks = np.array([c.profile.max(axis=1) for c in self.candidates]) / self.unit
-        # Members of each group, by falling size of their slices in a quantity.
-        self.nests: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        for group, quantity in np.ndindex(len(choices.groups), len(SPREAD)):
-            members = np.flatnonzero((self.groups == group) & (self.peaks[:, quantity] > 0))
-            if len(members):
-                order = members[np.argsort(-self.peaks[members, quantity], kind="stable")]
-                self.nests[group, quantity] = order, self.peaks[order, quantity]
+        self._rows: list[tuple[np.ndarray, np.ndarray, float, float]] = []
+        objective = np.zeros(self.num_columns)
+        objective[: self.num_x] = [c.fixed / self.unit for c in candidates]
+        objective[self.num_x : self.first_p] = 1.0
+        objective[self.first_y :] = [part.exchanges * choices.exchange_seconds / self.unit for part in _PARTS]
+        upper = np.full(self.num_columns, highspy.kHighsInf)
+        upper[: self.num_x] = 1.0
+        programme = highspy.HighsLp()
+        programme.num_col_ = self.num_columns
+        programme.col_cost_, programme.col_lower_, programme.col_upper_ = objective, np.zeros(self.num_columns), upper
+        programme.a_matrix_.start_ = np.zeros(self.num_columns + 1, np.int32)
+        self._highs = _solver()
+        self._highs.passModel(programme)
         first = 0
-        for group in choices.of_table:
-            self._row(np.arange(first, first + len(group)), np.ones(len(group)), 1.0, 1.0)
-            first += len(group)
-        for number, key in enumerate(choices.groups):
-            members = np.flatnonzero(self.groups == number)
-            for quantity in range(len(SPREAD)):
-                mean = self.totals[members, quantity] / num_devices / self.unit
-                self._at_most(members, mean, self.num_x + number * len(SPREAD) + quantity)
-            if choices.vector_seconds[number] > 0 and key.family in ("table_wise", "table_row_wise"):
-                bins = num_devices if key.family == "table_wise" else num_devices // chips
-                spans = np.array([self.candidates[i].span for i in members])
-                vectors = self.totals[members, _VECTORS] / spans / choices.vector_seconds[number]
-                whole = self.num_x + self.num_z + number
-                self._at_most(members, vectors / bins, whole)
-                z = self.num_x + number * len(SPREAD) + _VECTORS
-                self._row(
-                    np.array([whole, z]), np.array([choices.vector_seconds[number] / self.unit, -1.0]), -np.inf, 0
-                )
-        self._count_exchanges()
-        sizes = np.array([c.total_bytes for c in self.candidates], np.float64)
-        self._row(np.arange(self.num_x), sizes / (memory * num_devices), -np.inf, 1.0)
+        for options in choices.of_table:
+            self._row(np.arange(first, first + len(options)), np.ones(len(options)), 1.0, 1.0)
+            first += len(options)
+        self._maxima()
+        self._exchanges()
+        sizes = np.array([c.total_bytes for c in candidates], np.float64)
+        self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
+        self._add_rows()
 
-    def _count_exchanges(self) -> None:
-        """Seconds that exchanges take to start: of each part of the step that there is, y = 1."""
-        self.objective = np.zeros(self.num_columns)
-        self.objective[: self.num_x] = [c.fixed / self.unit for c in self.candidates]
-        self.objective[self.num_x : self.num_x + self.num_z] = 1.0
+    def _maxima(self) -> None:
+        """A maximum is at least the mean; vectors are counted in whole numbers."""
+        cuts = self.cuts
+        for group, mine in enumerate(cuts.members):
+            if not len(mine):
+                continue
+            shares = cuts.slices[mine] * cuts.spans[mine] / self.num_devices
+            for quantity in range(len(SPREAD)):
+                self._at_most(mine, cuts.means[mine, quantity] * shares, self._z(group, quantity))
+            if cuts.counts_vectors[group]:
+                self._at_most(mine, cuts.vectors[mine] * shares, self.first_p + group)
+                seconds = self.choices.vector_seconds[group] / self.unit
+                self._at_most(np.array([self.first_p + group]), np.array([seconds]), self._z(group, VECTORS_PLACE))
+
+    def _exchanges(self) -> None:
+        """Of each part of the step that there is, y = 1: seconds that its exchanges take to start."""
         for number, part in enumerate(_PARTS):
-            self.objective[self.first_y + number] = part.exchanges * self.choices.exchange_seconds / self.unit
             members = [
                 i
-                for i, candidate in enumerate(self.candidates)
+                for i, candidate in enumerate(self.cuts.candidates)
                 if self.choices.groups[candidate.group].family in part.families
                 and (candidate.has_second_pass or not part.second_pass)
             ]
@@ -162,160 +158,155 @@ class _Programme:
                 for member in members:
                     self._at_most(np.array([member]), np.ones(1), self.first_y + number)
 
+    def _z(self, group: int, quantity: int) -> int:
+        return self.num_x + group * len(SPREAD) + quantity
+
     def _row(self, columns: np.ndarray, values: np.ndarray, lower: float, upper: float) -> None:
-        self._entries.append((columns, values))
-        self._lower.append(lower)
-        self._upper.append(upper)
+        self._rows.append((columns, values, lower, upper))
 
     def _at_most(self, members: np.ndarray, values: np.ndarray, column: int) -> None:
-        """``values @ x[members] <= column``."""
-        self._row(np.append(members, column), np.append(values, -1.0), -np.inf, 0.0)
+        """``values @ columns[members] <= column``."""
+        self._row(np.append(members, column), np.append(values, -1.0), -highspy.kHighsInf, 0.0)
 
-    def solve(self, whole: Whole) -> tuple[float, np.ndarray] | None:
-        """The bound in units, and all columns; None if nothing is feasible."""
-        rows = np.repeat(np.arange(len(self._entries)), [len(columns) for columns, _ in self._entries])
-        columns = np.concatenate([columns for columns, _ in self._entries])
-        values = np.concatenate([values for _, values in self._entries])
-        matrix = sparse.csr_array((values, (rows, columns)), shape=(len(self._entries), self.num_columns))
-        integral = np.zeros(self.num_columns)
-        integral[self.num_x + self.num_z :] = whole != "nothing"
-        integral[: self.num_x] = whole == "all"
-        result = optimize.milp(
-            self.objective,
-            integrality=integral,
-            # pyright takes the types of scipy's defaults for those of its arguments.
-            bounds=optimize.Bounds(self.lower, self.upper),  # pyright: ignore[reportArgumentType]
-            constraints=optimize.LinearConstraint(matrix, self._lower, self._upper),  # pyright: ignore[reportArgumentType]
-            options={"node_limit": _NODES, "mip_rel_gap": _GAP},
-        )
-        if result.x is None:
+    def _add_rows(self) -> bool:
+        """Gives the solver the rows that are new; says whether there are any."""
+        rows, self._rows = self._rows, []
+        if rows:
+            lengths = [len(columns) for columns, *_ in rows]
+            self._highs.addRows(
+                len(rows),
+                np.array([lower for *_, lower, _ in rows]),
+                np.array([upper for *_, upper in rows]),
+                sum(lengths),
+                np.cumsum([0, *lengths[:-1]], dtype=np.int32),
+                np.concatenate([columns for columns, *_ in rows]).astype(np.int32),
+                np.concatenate([values for _, values, *_ in rows]),
+            )
+        return bool(rows)
+
+    def add_cuts(self, columns: np.ndarray) -> bool:
+        """Adds the cuts that a solution breaks; says whether there are any."""
+        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD))
+        for cut in self.cuts.broken(columns[: self.num_x], z, columns[self.first_p : self.first_y]):
+            members, values = cut.members, cut.values
+            if cut.of_vectors:
+                members, values = np.append(members, self.first_p + cut.group), np.append(values, -cut.of_vectors)
+            self._at_most(members, values, self._z(cut.group, cut.quantity))
+        return self._add_rows()
+
+    def solve(self) -> _Solved | None:
+        """The optimum where all may be fractions; None if nothing is feasible."""
+        self._highs.run()
+        if self._highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
-        bound = result.fun if whole == "nothing" else result.mip_dual_bound
-        return (result.fun if bound is None else bound), result.x
+        return _Solved(
+            bound=self._highs.getInfo().objective_function_value,
+            columns=np.array(self._highs.getSolution().col_value),
+        )
 
-    def add_all_peaks(self) -> None:
-        """Adds that no slice is divisible, for all of them: needed once tables are whole."""
-        for (group, quantity), (members, peaks) in self.nests.items():
-            column = self.num_x + group * len(SPREAD) + quantity
-            for member, peak in zip(members.tolist(), peaks.tolist(), strict=True):
-                self._at_most(np.array([member]), np.array([peak]), column)
+    def search(self, whole: Whole, start: np.ndarray | None) -> _Solved | None:
+        """Branch and bound with whole numbers, from whole x if there are any; None if it found no solution."""
+        highs = _solver()
+        highs.passModel(self._highs.getLp())
+        integral = np.arange(0 if whole == "all" else self.first_p, self.num_columns, dtype=np.int32)
+        integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
+        kind = np.full(len(integral), int(highspy.HighsVarType.kInteger), np.uint8)
+        highs.changeColsIntegrality(len(integral), integral, kind)
+        highs.setOptionValue("mip_max_nodes", _NODES)
+        highs.setOptionValue("mip_rel_gap", _GAP)
+        # A restart costs more here than it gives.
+        highs.setOptionValue("mip_allow_restart", False)
+        if start is not None:
+            highs.setSolution(self.num_x, np.arange(self.num_x, dtype=np.int32), np.round(start[: self.num_x]))
+        found: list[np.ndarray] = []
+        highs.cbMipImprovingSolution.subscribe(lambda event: found.append(np.array(event.data_out.mip_solution)))
+        highs.run()
+        info = highs.getInfo()
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return None
+        columns = np.array(highs.getSolution().col_value)
+        return _Solved(bound=info.mip_dual_bound, columns=columns, others=tuple(found[-_SOLUTIONS:-1]))
 
-    def keep_whole(self, solution: np.ndarray) -> None:
+    def keep_whole(self, columns: np.ndarray) -> None:
         """Leaves out the candidates that the maxima of a solution have no room for.
 
         A table in two halves hides how large it is; this is how the search gets kinds that can be whole.
         """
-        z = solution[self.num_x : self.num_x + self.num_z].reshape(-1, len(SPREAD))
-        excess = (self.peaks - z[self.groups] * 1.1).clip(min=0.0).sum(axis=1)
+        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD))
+        excess = (self.cuts.peaks - z[self.cuts.groups] * 1.1).clip(min=0.0).sum(axis=1)
+        kept = excess <= 0.01
         first = 0
-        for group in self.choices.of_table:
-            mine = slice(first, first + len(group))
-            first += len(group)
+        for options in self.choices.of_table:
+            mine = slice(first, first + len(options))
+            first += len(options)
             # The least of the evils, where all are too large: what rises then, rises.
-            kept = excess[mine] <= 0.01
-            kept[(excess[mine] + self.costs[mine]).argmin()] |= not kept.any()
-            self.upper[mine] = kept
-
-    def add_broken_rows(self, solution: np.ndarray) -> bool:
-        """Adds rows that a solution breaks; says whether there are any."""
-        found = len(self._entries)
-        x = solution[: self.num_x]
-        z = solution[self.num_x : self.num_x + self.num_z].reshape(-1, len(SPREAD))
-        # A slice alone is the simplest nest: many at a time, so that few solves do.
-        for candidate, quantity in np.argwhere(x[:, None] * self.peaks > z[self.groups] + _BROKEN).tolist():
-            if (candidate, quantity) not in self.cuts:
-                self.cuts.add((candidate, quantity))
-                column = self.num_x + int(self.groups[candidate]) * len(SPREAD) + quantity
-                self._at_most(np.array([candidate]), self.peaks[candidate, quantity, None], column)
-        for (group, quantity), (members, peaks) in self.nests.items():
-            highest = np.maximum.accumulate(x[members])
-            if float(highest @ -np.diff(peaks, append=0.0)) <= z[group, quantity] + _BROKEN:
-                continue
-            # Those that are more chosen than all that are larger.
-            records = np.flatnonzero(np.diff(highest, prepend=0.0) > 0)
-            steps = -np.diff(peaks[records], append=0.0)
-            key = (-2, group, quantity, *records[steps > 0].tolist())
-            if key not in self.cuts:
-                self.cuts.add(key)
-                self._at_most(
-                    members[records[steps > 0]], steps[steps > 0], self.num_x + group * len(SPREAD) + quantity
-                )
-        used = np.flatnonzero(x > 1e-6)
-        for group in np.unique(self.groups[used]).tolist():
-            members = [i for i in used.tolist() if self.groups[i] == group and self.candidates[i].span > 1]
-            for quantity in range(len(SPREAD)) if members else ():
-                load = np.zeros(self.num_devices)
-                for i in members:
-                    c = self.candidates[i]
-                    tiled = np.tile(c.profile[quantity], self.num_devices // c.span)
-                    load += x[i] * tiled * c.num_slices * c.span / self.num_devices
-                device = int(load.argmax())
-                key = (-1, group, quantity, device)
-                spread = load[device] / self.unit
-                if spread > z[group, quantity] + 0.02 and key not in self.cuts:
-                    self.cuts.add(key)
-                    all_members = np.flatnonzero(self.groups == group)
-                    values = [
-                        at_device(self.candidates[i], quantity, device, self.num_devices) / self.unit
-                        for i in all_members.tolist()
-                    ]
-                    self._at_most(all_members, np.array(values), self.num_x + group * len(SPREAD) + quantity)
-        return len(self._entries) > found
+            kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
+        every = np.arange(self.num_x, dtype=np.int32)
+        self._highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), kept.astype(np.float64))
 
 
-def relax(choices: Choices, num_devices: int, chips: int, memory: float, *, quick: bool = False) -> Relaxed | None:
+def _solver() -> highspy.Highs:
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    # Of several threads, which one is first would decide.
+    highs.setOptionValue("threads", 1)
+    return highs
+
+
+def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = False) -> Relaxed | None:
     """Solves the relaxation.
 
     Args:
         choices: Candidates of each table; none may be without.
         num_devices: W.
-        chips: C.
         memory: Bytes of a device that stores may take.
-        quick: Whether any number of vectors will do, whole or not, and few rows: a looser bound, sooner. For starts.
+        quick: Whether fractions will do, and few cuts: a looser bound, sooner. For starts.
 
     Returns:
         The optimum; None if all devices together have too little memory.
     """
-    programme = _Programme(choices, num_devices, chips, memory)
+    programme = _Programme(choices, num_devices, memory)
     large = programme.num_x > _MEDIUM
-    rounds = _FEW_ROUNDS if quick and large else _QUICK_ROUNDS if quick or large else _ROUNDS
-    solved = _with_rows(programme, "nothing", rounds)
+    solved = programme.solve()
+    for _ in range(_QUICK_ROUNDS if quick or large else _ROUNDS):
+        if solved is None or not programme.add_cuts(solved.columns):
+            break
+        before, solved = solved, programme.solve()
+        if solved is None or solved.bound < before.bound * (1.0 + _PROGRESS):
+            break
     if solved is None:
         return None
-    seconds, solution = solved
-    found: list[np.ndarray] = []
-    if programme.num_x <= _MEDIUM and not quick:
-        whole = _with_rows(programme, "vectors", _WHOLE_ROUNDS)
-        if whole is not None:
-            seconds, solution = max(seconds, whole[0]), whole[1]
-    if programme.num_x <= _SMALL and not quick:
-        programme.add_all_peaks()
-        whole = programme.solve("all")
-        if whole is not None:
-            seconds = max(seconds, whole[0])
-            found.append(whole[1])
+    seconds, columns = solved.bound, solved.columns
+    starts: list[np.ndarray] = []
+    for whole, rounds in () if quick or large else _searches(programme.num_x):
+        for _ in range(rounds):
+            searched = programme.search(whole, starts[-1] if starts else None)
+            if searched is None:
+                break
+            before, seconds = seconds, max(seconds, searched.bound)
+            if whole == "all":
+                starts += [*searched.others, searched.columns]
+            else:
+                columns = searched.columns
+            if not programme.add_cuts(searched.columns) or (
+                whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)
+            ):
+                break
     for _ in range(_DIVES):
-        programme.keep_whole(solution)
-        dived = programme.solve("nothing")
+        programme.keep_whole(columns)
+        dived = programme.solve()
         if dived is None:
             break
-        solution = dived[1]
-    ends = np.cumsum([len(group) for group in choices.of_table])[:-1]
+        columns = dived.columns
+    ends = np.cumsum([len(options) for options in choices.of_table])[:-1]
     return Relaxed(
         # Less what the solver may be off by.
         seconds=seconds * programme.unit * (1.0 - 1e-5),
-        shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (solution, *found)),
+        shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (columns, *starts)),
     )
 
 
-def _with_rows(programme: _Programme, whole: Whole, rounds: int) -> tuple[float, np.ndarray] | None:
-    """Solves, adds the rows that the optimum breaks, and again; the best bound, and the last optimum."""
-    solved = programme.solve(whole)
-    for _ in range(rounds):
-        if solved is None or not programme.add_broken_rows(solved[1]):
-            break
-        before, (bound, solution) = solved[0], programme.solve(whole) or solved
-        solved = max(before, bound), solution
-        if bound < before * (1.0 + _PROGRESS):
-            break
-    return solved
+def _searches(num_candidates: int) -> list[tuple[Whole, int]]:
+    """What is to be whole, and the rounds of each."""
+    tables = next((rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most), 0)
+    return [("vectors", _VECTOR_ROUNDS), ("all", tables)]

@@ -31,7 +31,7 @@ _BUFFERS = 0.12
 # Widths that further starts cut all tables to, the first of which cuts none: fewer groups, which round up less.
 _WIDTHS = (1 << 20, 128, 64, 32)
 # The cheapest of the starts, which are searched on from before one is picked.
-_SEARCHED = 4
+_SEARCHED = 6
 # Up to how many tables there is time for such.
 _FEW_TABLES = 300
 # What the runtime keeps for itself.
@@ -210,7 +210,7 @@ class _Search:
         if not all(choices.of_table):
             return None
         topology = self.step.topology
-        return relax(choices, topology.num_devices, topology.chips, memory, quick=quick)
+        return relax(choices, topology.num_devices, memory, quick=quick)
 
     def best_start(
         self, choices: Choices, starts: list[tuple[Assignment, str]], memory: float
@@ -251,10 +251,14 @@ class _Search:
     def starts(self, choices: Choices, relaxed: Relaxed, memory: float) -> list[tuple[Assignment, str]]:
         """What each partitioner makes of the kinds that the relaxation chose; without those that do not fit."""
         found = []
+        seen: list[list[Candidate]] = []
         for solution in relaxed.shares:
             chosen = [
                 candidates[int(shares.argmax())] for candidates, shares in zip(choices.of_table, solution, strict=True)
             ]
+            if chosen in seen:
+                continue
+            seen.append(chosen)
             for name in self.names:
                 start = initial_assignment(choices, _fixed(chosen, choices), PARTITIONERS[name], self.step, memory)
                 if start is not None:

@@ -10,6 +10,7 @@ Letters: W = N * C devices, N nodes, C chips of a node, b samples of one device,
 width.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +22,9 @@ from sharding.codec import Codec, decode, encode
 from sharding.groups import Group
 from sharding.mesh import AXES, CHIP, NODE
 from sharding.trip import exchange
+
+# Numbers of a row of a TPU's registers.
+_LANES = 128
 
 Owned = Sequence[Float[Array, "W b P w"]]
 Home = Sequence[Float[Array, "b X w"]]
@@ -71,8 +75,7 @@ def bring_home_row_wise(owned: Owned, nodes: int, codec: Codec) -> list[Float[Ar
     if codec != "float32":
         return _added_over(_added_over_chips(owned, nodes, codec), NODE, codec)
     joined, shapes = _join(owned)
-    of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
-    return _split(jax.lax.psum_scatter(of_node, NODE, scatter_dimension=0), shapes)
+    return _split(jax.lax.psum_scatter(_of_own_node(joined, nodes), NODE, scatter_dimension=0).reshape(-1), shapes)
 
 
 def send_back_row_wise(gradients: Home, codec: Codec) -> list[Float[Array, "W b P w"]]:
@@ -92,9 +95,8 @@ def bring_home_table_row_wise(owned: Owned, nodes: int, codec: Codec) -> list[Fl
         come = exchange([encode(vectors, between) for vectors in of_node], NODE)
         return [_side_by_side(decode(codes, between)) for codes in come]
     joined, shapes = _join(owned)
-    of_node = jax.lax.psum_scatter(joined.reshape(nodes, -1, joined.shape[1]), CHIP, scatter_dimension=1)
-    come = jax.lax.all_to_all(of_node, NODE, split_axis=0, concat_axis=0, tiled=True)
-    return [_side_by_side(vectors) for vectors in _split_owned(come, shapes)]
+    come = jax.lax.all_to_all(_of_own_node(joined, nodes), NODE, split_axis=0, concat_axis=0, tiled=True)
+    return [_side_by_side(vectors) for vectors in _split_owned(come.reshape(nodes, -1), shapes)]
 
 
 def send_back_table_row_wise(gradients: Home, nodes: int, codec: Codec) -> list[Float[Array, "W b P w"]]:
@@ -123,6 +125,16 @@ def _added_over(parts: Sequence[Float[Array, "M ..."]], axis: str, codec: Codec)
         return [part[0] for part in parts]
     come = exchange([encode(part, codec) for part in parts], axis)
     return [jnp.sum(decode(codes, codec), axis=0) for codes in come]
+
+
+def _of_own_node(joined: Float[Array, "W x"], nodes: int) -> Float[Array, "N rows lanes"]:
+    """Adds over the chips of this node: for each node, what its device with this one's number among its chips gets.
+
+    In rows of 128 numbers where they divide: of one of long rows TPUs make an all-reduce, which sends twice the bytes.
+    """
+    lanes = math.gcd(_LANES, joined.shape[1])
+    by_node = joined.reshape(nodes, joined.shape[0] // nodes, -1, lanes)
+    return jax.lax.psum_scatter(by_node, CHIP, scatter_dimension=1)
 
 
 def _join(owned: Owned) -> tuple[Float[Array, "W x"], list[tuple[int, ...]]]:

@@ -108,10 +108,9 @@ def test_vectors_on_their_way_home_then_arithmetic_goes_on_beside_them(target: s
         if collective.kind == "all-to-all":
             sent[collective.axes] = collective.wire_bytes
         else:
-            # TPUs turn reduce-scatters of flat buffers into all-reduces, which send each byte twice.
-            twice = 2 if collective.kind == "all-reduce" else 1
-            assert twice == 1 or topology.platform == "tpu"
-            sent[(*collective.axes, "sums")] = collective.wire_bytes / twice
+            # An all-reduce would send each byte twice.
+            assert collective.kind == "reduce-scatter"
+            sent[(*collective.axes, "sums")] = collective.wire_bytes
     assert sent == {way: size for way, size in hops.items() if size}
     # Eight products of a device's part of the samples.
     assert found.work.flops == 8 * 2 * (8 * BATCH_SIZE / devices) * WIDTH**2

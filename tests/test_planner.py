@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.assignment import Assignment
-from sharding.candidates import Constraint, make_choices
+from sharding.candidates import Choices, Constraint, make_choices
 from sharding.cost import Step
+from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.errors import InputError
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.lower_bound import relax
-from sharding.plan import ShardingPlan, check_plan
+from sharding.plan import PlacementKind, ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_text
 from sharding.planner import PlanResult, default_plan, make_plan
 from sharding.tables import FeatureSpec, TableSpec
@@ -24,6 +26,13 @@ from sharding.topology import parse_topology
 NODES, CHIPS = 2, 4
 MACHINE = parse_topology(f"h200:{NODES}x{CHIPS}")
 BATCH = 1024
+
+# Machine, kinds, and columns, of which slices have at least 16.
+CUT_CASES = [
+    ("h200:1x3", ("table_wise", "column_wise"), 32),
+    ("h200:1x4", ("table_wise", "column_wise"), 64),
+    ("h200:3x2", ("table_row_wise", "grid"), 48),
+]
 
 random_tables = st.lists(
     st.builds(
@@ -61,7 +70,7 @@ def skewed_model(num_tables: int, seed: int) -> tuple[list[TableSpec], list[Feat
     return model_of(tables, rng.lognormal(2, 1, num_tables).tolist())
 
 
-def plan_of(num_tables: int = 20, seed: int = 0, **arguments) -> PlanResult:
+def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:
     tables, features, loads = skewed_model(num_tables, seed)
     return make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, **arguments)
 
@@ -98,33 +107,74 @@ def test_plan_when_memory_is_short_then_it_fits_or_an_error_says_how_much_is_mis
     assert "\n" not in message
 
 
+def every_assignment(choices: Choices, step: Step) -> Iterator[Assignment]:
+    every_place = [
+        [
+            (candidate, bins)
+            for candidate in candidates
+            for bins in itertools.combinations(range(step.topology.num_devices // candidate.span), candidate.num_slices)
+        ]
+        for candidates in choices.of_table
+    ]
+    for places in itertools.product(*every_place):
+        assignment = Assignment(choices, step, float(step.topology.hbm_bytes))
+        for candidate, bins in places:
+            assignment.place(candidate, bins)
+        yield assignment
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(seed: int):
     tables, features, loads = skewed_model(3, seed)
     machine = parse_topology("h200:1x2")
     step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
     choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
-    relaxed = relax(choices, machine.num_devices, machine.chips, float(machine.hbm_bytes))
+    relaxed = relax(choices, machine.num_devices, float(machine.hbm_bytes))
     assert relaxed is not None
-    every_place = [
-        [
-            (candidate, bins)
-            for candidate in candidates
-            for bins in itertools.combinations(range(machine.num_devices // candidate.span), candidate.num_slices)
-        ]
-        for candidates in choices.of_table
-    ]
-    cheapest = float("inf")
-    for places in itertools.product(*every_place):
-        assignment = Assignment(choices, step, float(machine.hbm_bytes))
-        for candidate, bins in places:
-            assignment.place(candidate, bins)
-        cheapest = min(cheapest, assignment.cost)
+    cheapest = min(assignment.cost for assignment in every_assignment(choices, step))
     assert relaxed.seconds <= cheapest * (1 + 1e-9)
     # Whole tables and whole vectors are all that a programme this small leaves open, but for who sits where.
     assert relaxed.seconds >= 0.8 * cheapest
     planned = make_plan(tables, features, machine, batch_size=BATCH, loads=loads)
     assert planned.cost.total_seconds <= cheapest * 1.05
+
+
+@pytest.mark.parametrize(("machine_name", "kinds", "dim"), CUT_CASES)
+def test_cuts_when_every_plan_is_tried_then_each_obeys_them(
+    machine_name: str, kinds: tuple[PlacementKind, ...], dim: int
+):
+    rng = np.random.default_rng(len(machine_name) + dim)
+    num_tables = 3 if dim > 32 else 4
+    tables = [TableSpec(name="t", num_rows=int(rows), dim=dim) for rows in rng.lognormal(8, 1, num_tables) + 10]
+    tables, features, loads = model_of(tables, rng.lognormal(2, 1.5, num_tables).tolist())
+    # Hot rows, so that the devices of one slice have different loads.
+    loads = [dataclasses.replace(load, top=((number, 0.4),)) for number, load in enumerate(loads)]
+    machine = parse_topology(machine_name)
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    allowed = [Constraint(tables=tuple(table.name for table in tables), kinds=kinds)]
+    choices = make_choices(tables, features, step, allowed, float(machine.hbm_bytes))
+    unit = 1e-6
+    vector_seconds = np.array(choices.vector_seconds)
+    assignments = list(every_assignment(choices, step))
+    # Solutions to break: half of one plan and half of another, with maxima and vectors that are too low for either.
+    cuts = Cuts(choices, machine.num_devices, unit)
+    found = []
+    shares = [
+        np.array([float(c is held.candidate[c.table]) for options in choices.of_table for c in options])
+        for held in assignments
+    ]
+    for one, two in rng.integers(len(assignments), size=(60, 2)).tolist():
+        share = rng.choice([0.0, 0.5])
+        x = (1.0 - share) * shares[one] + share * shares[two]
+        z = assignments[one].most / unit * rng.uniform(0.2, 1.0)
+        vectors = np.ceil(assignments[one].most[:, VECTORS_PLACE] / np.where(vector_seconds > 0, vector_seconds, 1.0))
+        found += cuts.broken(x, z, vectors)
+    assert {cut.of_vectors > 0 for cut in found} == {False, True}
+    for held, x in zip(assignments, shares, strict=True):
+        most_vectors = held.most[:, VECTORS_PLACE] / np.where(vector_seconds > 0, vector_seconds, np.inf)
+        for cut in found:
+            least = float(cut.values @ x[cut.members]) - cut.of_vectors * float(most_vectors[cut.group])
+            assert held.most[cut.group, cut.quantity] / unit >= least * (1 - 1e-9) - 1e-9
 
 
 def test_plan_when_made_twice_then_it_is_the_same():
@@ -223,19 +273,19 @@ def test_large_table_when_one_device_cannot_hold_it_then_it_is_split():
 
 
 def test_report_when_printed_then_it_has_every_table_and_every_device(tmp_path: Path):
-    tables, features, loads = skewed_model(20, 0)
+    tables, features, loads = skewed_model(8, 0)
     result = make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads)
     text = plan_text(result, tables, most_tables=None)
     assert all(f" {table.name} " in text for table in tables)
     assert all(f" {device} ({device // CHIPS}, {device % CHIPS}) " in text for device in range(MACHINE.num_devices))
     assert "above the lower bound" in text
-    assert "and 17 smaller tables" in plan_text(result, tables, most_tables=3)
+    assert "and 5 smaller tables" in plan_text(result, tables, most_tables=3)
     draw_plan(result, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_when_devices_are_many_then_it_sums_them_up():
-    tables, features, loads = skewed_model(20, 0)
+    tables, features, loads = skewed_model(8, 0)
     result = make_plan(tables, features, parse_topology("h200:4x8"), batch_size=4096, loads=loads)
     text = plan_text(result, tables)
     assert "median" in text
