@@ -23,10 +23,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint bench docs clean
+.PHONY: help venv train test test-all lint bench bench-peers docs clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Each sets up $(VENV) first, with Python 3.12 or newer (make PYTHON=/path/to/python names one)."
 	@echo "On a host with accelerators, add their libraries: EXTRAS=gpu make train (NVIDIA, CUDA 13), EXTRAS=tpu make train."
@@ -50,10 +50,13 @@ lint: $(installed)/test$(more)  ## check style, format and types
 	$(bin)/ruff format --check .
 	$(bin)/pyright
 
-bench: $(installed)/$(or $(EXTRAS),base)  ## run every benchmark; figures go to benchmarks/results
-	@for benchmark in $(filter-out benchmarks/record.py benchmarks/codec_quality.py,$(wildcard benchmarks/*.py)); do \
+bench: $(installed)/$(or $(EXTRAS),base)  ## run every benchmark but the next; figures go to benchmarks/results
+	@for benchmark in $(filter-out benchmarks/record.py benchmarks/codec_quality.py benchmarks/peers.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$benchmark"; $(bin)/python $$benchmark || exit 1; \
 	done
+
+bench-peers: $(installed)/$(or $(EXTRAS),base)  ## training steps beside TorchRec, PyTorch and plain JAX, about an hour; needs Python 3.11, too
+	$(bin)/python benchmarks/peers.py
 
 docs: $(installed)/docs$(more)  ## build the pages into docs/_build/html; a warning is an error
 	$(bin)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -b html docs docs/_build/html

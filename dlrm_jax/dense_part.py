@@ -26,10 +26,10 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
 from dlrm_jax.recommender import Recommender
 from sharding import Embeddings
-from sharding.all_reduce import all_reduce_local
+from sharding.all_reduce import AllReduce, all_reduce_local
 from sharding.embedding import Pooled
 from sharding.lookup import chunk_of
-from sharding.mesh import AXES, BY_DEVICE, REPLICATED
+from sharding.mesh import AXES, BY_DEVICE, NODE, REPLICATED
 from sharding.route import Routed
 
 
@@ -81,7 +81,8 @@ def dense_gradients(
         routed: Its ids, routed.
         source: Its vectors: at the owners of the rows, to be brought home here; or at home already.
         residual: What earlier all-reduces owe.
-        ahead: What has to be there when the second chunk begins: exchanges that would else be in the way of later ones.
+        ahead: Exchanges that would else be in the way of later ones: they have to be over when the second chunk begins,
+            or, on several nodes, when the gradients of the only one leave.
         recommender: The model; it says how many chunks there are, and how gradients travel.
     """
     tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
@@ -119,14 +120,29 @@ def dense_gradients(
         found.append(of_chunk)
         embeddings = following
     assert d_embeddings is not None
+    # Between nodes exchanges are under way nearly all the time, and their order counts: what the gradients of vectors
+    # would have to wait for goes first, what waits for nothing goes last, beside the update. Inside a node they are
+    # short, and XLA hides more of them if it is free.
+    several_nodes = mesh.shape[NODE] > 1
+    if several_nodes and chunks == 1:
+        d_embeddings, _ = jax.lax.optimization_barrier((d_embeddings, ahead))
     sent.append(tables.send_back(routed, d_embeddings, chunk=chunks - 1, chunks=chunks))
-    logits, finite, dense, residual = jax.shard_map(
-        partial(_add_up_local, recommender=recommender),
+    logits, finite, own = jax.shard_map(
+        partial(_add_up_local, num_devices=tables.num_devices),
         mesh=mesh,
         in_specs=BY_DEVICE,
-        out_specs=(BY_DEVICE, REPLICATED, REPLICATED, BY_DEVICE),
+        out_specs=(BY_DEVICE, REPLICATED, BY_DEVICE),
         check_vma=False,
-    )(tuple(found), residual)
+    )(tuple(found))
+    if several_nodes:
+        own, sent = jax.lax.optimization_barrier((own, sent))
+    dense, residual = jax.shard_map(
+        partial(_all_reduce_local, how=recommender.config.exchange.all_reduce),
+        mesh=mesh,
+        in_specs=BY_DEVICE,
+        out_specs=(REPLICATED, BY_DEVICE),
+        check_vma=False,
+    )(own, residual)
     return Gradients(logits=logits, finite=finite, dense=dense, sent=tuple(sent), residual=residual)
 
 
@@ -157,16 +173,19 @@ def _of_chunk_local(
     return _OfChunk(loss=loss[None], logits=logits, dense=own), d_embeddings
 
 
-def _add_up_local(
-    found: tuple[_OfChunk, ...], residual: Float[Array, "1 P"] | None, *, recommender: Recommender
-) -> tuple[Array, Array, nnx.State, Array | None]:
-    """Adds what all devices have found in all chunks."""
+def _add_up_local(found: tuple[_OfChunk, ...], *, num_devices: int) -> tuple[Array, Array, nnx.State]:
+    """Adds what this device has found in all chunks, and asks all whether every number is finite."""
+    own = jax.tree.map(lambda *parts: reduce(jnp.add, parts), *(part.dense for part in found))
+    # The update of the tables waits for this, so it must not wait for the all-reduce: no number of that sum is larger
+    # than the largest norm, as often as there are devices.
+    good = jnp.isfinite(optax.tree.norm(own) * num_devices)
+    loss = sum(part.loss[0] for part in found) + jnp.where(good, 0.0, jnp.nan)
+    finite = jnp.isfinite(jax.lax.psum(loss, AXES))
+    return jnp.concatenate([part.logits for part in found]), finite, own
+
+
+def _all_reduce_local(
+    own: nnx.State, residual: Float[Array, "1 P"] | None, *, how: AllReduce
+) -> tuple[nnx.State, Array | None]:
     with jax.named_scope("all_reduce"):
-        own = jax.tree.map(lambda *parts: reduce(jnp.add, (part[0] for part in parts)), *(part.dense for part in found))
-        dense, residual = all_reduce_local(own, recommender.config.exchange.all_reduce, residual)
-        # The update of the tables waits for this, so it must not wait for the all-reduce: no number of that sum is
-        # larger than the largest norm, as often as there are devices.
-        good = jnp.isfinite(optax.tree.norm(own) * recommender.tables.num_devices)
-        loss = sum(part.loss[0] for part in found) + jnp.where(good, 0.0, jnp.nan)
-        finite = jnp.isfinite(jax.lax.psum(loss, AXES))
-    return jnp.concatenate([part.logits for part in found]), finite, dense, residual
+        return all_reduce_local(jax.tree.map(lambda x: x[0], own), how, residual)

@@ -18,6 +18,7 @@ from rich.table import Table
 from configs import CONFIGS
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.distributed import Processes, num_processes, process_id
+from dlrm_jax.host_memory import keep_freed_memory
 from scripts.one_line_errors import one_line_errors
 from sharding import InputError
 
@@ -177,8 +178,9 @@ def take_processes(arguments: Sequence[str]) -> tuple[Processes, list[str]]:
 def configure_jax(mesh: MeshConfig | None = None) -> None:
     """Sets what scripts, not modules, may set: JAX's compilation cache, the CPU where there is nothing else, logging.
 
-    With compilers for accelerators installed, JAX would look for the accelerators themselves and complain. On the CPU
-    it makes as many devices as the mesh needs, so that any mesh can be tried on any machine.
+    A host keeps the memory of a step for the next one. With compilers for accelerators installed, JAX would look for
+    the accelerators themselves and complain. On the CPU it makes as many devices as the mesh needs, so that any mesh
+    can be tried on any machine.
 
     Args:
         mesh: Devices of all processes; one device unless given.
@@ -189,6 +191,8 @@ def configure_jax(mesh: MeshConfig | None = None) -> None:
     # Orbax warns of each option that is not its default.
     logging.getLogger("absl").setLevel(logging.ERROR)
     has_accelerator = any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS)
+    if not has_accelerator:
+        keep_freed_memory()
     if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not has_accelerator:
         jax.config.update("jax_platforms", "cpu")
     devices = 1 if mesh is None else -(-mesh.num_devices // num_processes())

@@ -1,8 +1,8 @@
 """Seconds of a step whose samples are cut into chunks, and the number of chunks that makes it shortest.
 
 With exchanges of F seconds forward and G backward, a dense part of D seconds, and k chunks, the vectors of the first
-chunk travel while the next batch is routed (R seconds), the gradients of the last one while those of its weights are
-computed, a third of the dense part's arithmetic, and the others beside other chunks::
+chunk travel while the next batch's ids are got ready (R seconds), the gradients of the last one while those of its
+weights are computed, a third of the dense part's arithmetic, and the others beside other chunks::
 
     T(k) = max(0, F / k - R) + max(0, (G - D / 3) / k) + max(D, (F + G) (1 - 1 / k)) + (k - 1) (L + M)
 
@@ -28,8 +28,8 @@ _FEWEST_SAMPLES = 256
 _MOST_CHUNKS = 32
 _FLOAT_BYTES = 4
 _PASSES = 5
-# Of memory traffic for each id that is routed: read off the compiled step of dcnv2_mlperf for h200:1x8.
-_ROUTING_BYTES = 2500
+# Of memory traffic for each id until it sets out: read off the compiled step of dcnv2_mlperf for h200:1x8.
+_ROUTING_BYTES = 1500
 
 
 def best_chunks(layout: Layout, features: Sequence[FeatureSpec], step: Step) -> int:

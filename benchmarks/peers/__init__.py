@@ -1,0 +1,1 @@
+"""What this project is measured against, and what those measurements share; each side is a process of its own."""
