@@ -56,7 +56,11 @@ def tiny() -> Capacities:
 
 @pytest.mark.parametrize(
     "ids",
-    [pytest.param(batch(1), marks=pytest.mark.slow), batch(2, rows=1), batch(3, rows=1, senders=1)],
+    [
+        pytest.param(batch(1), marks=pytest.mark.slow),
+        pytest.param(batch(2, rows=1), marks=pytest.mark.slow),
+        batch(3, rows=1, senders=1),
+    ],
     ids=["spread", "all on one shard", "all on one shard, from one device"],
 )
 def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(ids: KeyedJagged) -> None:

@@ -112,9 +112,8 @@ def train(model, batches: list[Batch], capacities: Capacities) -> tuple[Replayed
     return steps, jax.device_get(metrics), checked
 
 
-@pytest.mark.parametrize(
-    "pipeline", [pytest.param("none", marks=pytest.mark.slow), "route", pytest.param("stale", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["none", "route", "stale"])
 def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_those_of_unlimited_room(models, pipeline):
     recommender = models[pipeline][0]
     batches = skewed(recommender)

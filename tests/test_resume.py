@@ -79,6 +79,7 @@ def progress_of(config, step):
         return checkpointer.steps(), checkpointer.progress(step)
 
 
+@pytest.mark.slow
 def test_run_when_stopped_and_killed_again_and_again_then_it_ends_with_the_same_bits(
     data, straight, tmp_path, interrupt
 ):
