@@ -29,18 +29,15 @@ from dlrm_jax.config import Config
 from dlrm_jax.planning import PlanningInput, planning_input
 from sharding.candidates import Constraint
 from sharding.chunks import best_chunks, overlapped_seconds
-from sharding.cost import Step, cost_of_layout
+from sharding.cost import cost_of_layout
 from sharding.errors import InputError
-from sharding.layout import make_layout
-from sharding.load import loads_by_feature
 from sharding.plan import ShardingPlan
-from sharding.planner import make_plan
-from sharding.tables import TableSpec
 from sharding.topology import Topology, preset
 
 MODELS = {"paper_a": paper_a, "paper_f": paper_f, "paper_i": paper_i}
 NODES = (2, 4, 8, 16)
 CHIPS = 8
+_FLOAT_BYTES = 4
 STEPS = ("table-wise", "+ placement", "+ float16 tables", "+ quantised exchange", "+ overlap", "+ batch x 4")
 # Of the rows, so that float32 fits in any placement (model F is larger than 128 A100s anyway). Which bytes a step moves
 # depends on ids, not on rows.
@@ -61,7 +58,9 @@ def _estimates(name: str, config: Config, nodes: int) -> dict[str, float | None]
     )
     large = _described(config, topology, share, 4 * batch_size, "float16")
     large = dataclasses.replace(large, settings=coded.settings)
-    whole = [table.name for table in single.tables if _bytes_of(table) < topology.hbm_bytes // 4]
+    whole = [
+        table.name for table in single.tables if _FLOAT_BYTES * table.num_rows * table.dim < topology.hbm_bytes // 4
+    ]
     simple = Constraint(
         tables=tuple(whole), forbidden=("column_wise", "row_wise", "table_row_wise", "grid", "data_parallel")
     )
@@ -94,35 +93,16 @@ def _described(config: Config, topology: Topology, share: float, batch_size: int
     return dataclasses.replace(known, tables=tables)
 
 
-def _bytes_of(table: TableSpec) -> int:
-    return table.num_rows * table.dim * (4 if table.dtype == "float32" else 2)
-
-
 def _plan(known: PlanningInput, topology: Topology, constraints: Sequence[Constraint]) -> ShardingPlan:
-    return make_plan(
-        known.tables,
-        known.features,
-        topology,
-        batch_size=known.batch_size,
-        loads=known.loads,
-        dense=known.dense,
-        settings=known.settings,
-        constraints=constraints,
-        partitioner="greedy" if constraints else "best",
-        # Whole tables of a few large features may not fit: were they to.
-        memory_limit=2**50 if constraints else None,
-    ).plan
+    # Whole tables of a few large features may not fit: were they to.
+    limit = 2**50 if constraints else None
+    partitioner = "greedy" if constraints else "best"
+    made = known.make_plan(topology, constraints=constraints, partitioner=partitioner, memory_limit=limit)
+    return made.plan
 
 
 def _seconds(known: PlanningInput, topology: Topology, plan: ShardingPlan, *, overlap: bool) -> float:
-    step = Step(
-        topology=topology,
-        batch_size=known.batch_size,
-        loads=loads_by_feature(known.features, known.loads),
-        dense=known.dense,
-        settings=known.settings,
-    )
-    layout = make_layout(known.tables, known.features, plan)
+    step, layout = known.step(topology), known.layout(plan)
     seconds = cost_of_layout(layout, known.features, step).seconds
     if not overlap:
         return sum(seconds)

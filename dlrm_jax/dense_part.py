@@ -88,60 +88,50 @@ def dense_gradients(
     tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
     total_weight = jnp.sum(batch.weight)
 
+    on_devices = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    several_nodes = mesh.shape[NODE] > 1
+
     def arrive(source: Pooled | Embeddings, chunk: int) -> Embeddings:
         if isinstance(source, Embeddings):
             cut = partial(jax.tree.map, partial(chunk_of, chunk=chunk, chunks=chunks))
-            return jax.shard_map(cut, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)(source)
+            return on_devices(cut, in_specs=BY_DEVICE, out_specs=BY_DEVICE)(source)
         return tables.bring_home(source, routed, chunk=chunk, chunks=chunks)
 
     found: list[_OfChunk] = []
     sent: list[Pooled] = []
-    embeddings, d_embeddings = arrive(source, 0), None
+    embeddings = arrive(source, 0)
     if chunks > 1:
         source, embeddings = jax.lax.optimization_barrier((source, embeddings))
     for chunk in range(chunks):
-        if d_embeddings is not None:
-            done = (sent[chunk - 2] if chunk > 1 else (), ahead if chunk == 1 else ())
-            dense_params, source, d_embeddings, done = jax.lax.optimization_barrier(
-                (dense_params, source, d_embeddings, done)
-            )
-            if chunk > 1:
-                sent[chunk - 2] = done[0]
-            sent.append(tables.send_back(routed, d_embeddings, chunk=chunk - 1, chunks=chunks))
         following = arrive(source, chunk + 1) if chunk + 1 < chunks else embeddings
-        spread = jax.shard_map(
+        of_chunk, d_embeddings = on_devices(
             partial(_of_chunk_local, chunk=chunk, recommender=recommender),
-            mesh=mesh,
             in_specs=(REPLICATED, BY_DEVICE, BY_DEVICE, BY_DEVICE, REPLICATED, BY_DEVICE),
             out_specs=BY_DEVICE,
-            check_vma=False,
-        )
-        of_chunk, d_embeddings = spread(dense_params, batch.dense, batch.label, batch.weight, total_weight, embeddings)
+        )(dense_params, batch.dense, batch.label, batch.weight, total_weight, embeddings)
         found.append(of_chunk)
+        if chunk + 1 < chunks:
+            dense_params, source, d_embeddings, sent, ahead = jax.lax.optimization_barrier(
+                (dense_params, source, d_embeddings, sent, ahead)
+            )
+        elif several_nodes and chunks == 1:
+            # Between nodes exchanges are under way nearly all the time, and their order counts: what the gradients of
+            # vectors would have to wait for goes first, what waits for nothing goes last, beside the update. Inside a
+            # node they are short, and XLA hides more of them if it is free.
+            d_embeddings, _ = jax.lax.optimization_barrier((d_embeddings, ahead))
+        sent.append(tables.send_back(routed, d_embeddings, chunk=chunk, chunks=chunks))
         embeddings = following
-    assert d_embeddings is not None
-    # Between nodes exchanges are under way nearly all the time, and their order counts: what the gradients of vectors
-    # would have to wait for goes first, what waits for nothing goes last, beside the update. Inside a node they are
-    # short, and XLA hides more of them if it is free.
-    several_nodes = mesh.shape[NODE] > 1
-    if several_nodes and chunks == 1:
-        d_embeddings, _ = jax.lax.optimization_barrier((d_embeddings, ahead))
-    sent.append(tables.send_back(routed, d_embeddings, chunk=chunks - 1, chunks=chunks))
-    logits, finite, own = jax.shard_map(
+    logits, finite, own = on_devices(
         partial(_add_up_local, num_devices=tables.num_devices),
-        mesh=mesh,
         in_specs=BY_DEVICE,
         out_specs=(BY_DEVICE, REPLICATED, BY_DEVICE),
-        check_vma=False,
     )(tuple(found))
     if several_nodes:
         own, sent = jax.lax.optimization_barrier((own, sent))
-    dense, residual = jax.shard_map(
+    dense, residual = on_devices(
         partial(_all_reduce_local, how=recommender.config.exchange.all_reduce),
-        mesh=mesh,
         in_specs=BY_DEVICE,
         out_specs=(REPLICATED, BY_DEVICE),
-        check_vma=False,
     )(own, residual)
     return Gradients(logits=logits, finite=finite, dense=dense, sent=tuple(sent), residual=residual)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.train_state import TrainState, abstract_stale, abstract_train_state
+from dlrm_jax.train_state import TrainState, abstract_stale, abstract_train_state, shardings_of
 from dlrm_jax.train_step import StepReport, jit_step, learn
 from sharding import Embeddings, KeyedJagged
 from sharding.capacities import Capacities
@@ -71,7 +71,7 @@ def make_pipelined_step(recommender: Recommender, optimizer: optax.GradientTrans
     """
     abstract = abstract_train_state(recommender, optimizer)
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
-    shardings = (_shardings(abstract), replicated, replicated, routed_shardings(recommender))
+    shardings = (shardings_of(abstract), replicated, replicated, routed_shardings(recommender))
     step = partial(pipelined_step, recommender=recommender, optimizer=optimizer)
     return jit_step(step, recommender, shardings)
 
@@ -130,7 +130,7 @@ def make_prologue(recommender: Recommender) -> Any:
     Returns:
         A `Prologue`, under `jax.jit`.
     """
-    shardings = (routed_shardings(recommender), _shardings(abstract_stale(recommender)))
+    shardings = (routed_shardings(recommender), shardings_of(abstract_stale(recommender)))
     step = partial(prologue, recommender=recommender)
     return jax.jit(step, static_argnames="capacities", out_shardings=shardings)
 
@@ -185,7 +185,3 @@ def abstract_routed(recommender: Recommender, ids: KeyedJagged, capacities: Capa
         shardings,
         shapes,
     )
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

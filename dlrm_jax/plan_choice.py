@@ -1,18 +1,16 @@
 """Which plan a model is placed by, and in how many chunks its batches train."""
 
+import math
+
 from jax.sharding import Mesh
 
 from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.planning import planning_input
 from sharding.chunks import best_chunks
-from sharding.cost import Step
 from sharding.errors import InputError
-from sharding.layout import make_layout
-from sharding.load import loads_by_feature
 from sharding.measure import topology_of
 from sharding.plan import ShardingPlan, one_device_plan
-from sharding.planner import default_plan
 from sharding.topology import kind_of, preset
 
 # Of accelerators whose figures are not known. To measure them would make a number that changes from run to run.
@@ -39,16 +37,7 @@ def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
         return ShardingPlan.load(config.plan)
     if mesh.devices.size == 1:
         return one_device_plan(make_specs(config.embedding, card)[0])
-    known = planning_input(config, card, mesh.devices.size)
-    return default_plan(
-        known.tables,
-        known.features,
-        topology_of(mesh),
-        batch_size=known.batch_size,
-        loads=known.loads,
-        dense=known.dense,
-        settings=known.settings,
-    )
+    return planning_input(config, card, mesh.devices.size).make_plan(topology_of(mesh)).plan
 
 
 def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> int:
@@ -79,13 +68,6 @@ def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: M
     try:
         topology = preset(kind_of(device.device_kind) or "", *mesh.devices.shape)
     except InputError:
-        return next(k for k in (_CHUNKS_OF_UNKNOWN, 2, 1) if samples % k == 0)
+        return math.gcd(_CHUNKS_OF_UNKNOWN, samples)
     known = planning_input(config, card, mesh.devices.size)
-    step = Step(
-        topology=topology,
-        batch_size=known.batch_size,
-        loads=loads_by_feature(known.features, known.loads),
-        dense=known.dense,
-        settings=known.settings,
-    )
-    return best_chunks(make_layout(known.tables, known.features, plan), known.features, step)
+    return best_chunks(known.layout(plan), known.features, known.step(topology))

@@ -16,10 +16,16 @@ from dlrm_jax.config import Config, DenseOptimizerConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import DLRM
 from pallas_kernels.interaction import num_pairs
-from sharding.cost import CostSettings, DenseLoad
+from sharding.candidates import Constraint
+from sharding.cost import Step
+from sharding.cost_settings import CostSettings, DenseLoad
 from sharding.errors import InputError
-from sharding.load import FeatureLoad
+from sharding.layout import Layout, make_layout
+from sharding.load import FeatureLoad, loads_by_feature
+from sharding.plan import ShardingPlan
+from sharding.planner import PartitionerName, PlanResult, make_plan
 from sharding.tables import FeatureSpec, TableSpec
+from sharding.topology import Topology
 from sharding.vectors import blocks_of
 
 _FLOAT_BYTES = 4
@@ -29,7 +35,7 @@ _FLOPS_PER_PRODUCT = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanningInput:
-    """An experiment as the planner sees it. The fields are arguments of `make_plan` and `plan_cost`.
+    """An experiment as the planner sees it.
 
     Attributes:
         tables: Its tables.
@@ -46,6 +52,42 @@ class PlanningInput:
     loads: tuple[FeatureLoad, ...]
     dense: DenseLoad
     settings: CostSettings
+
+    def make_plan(
+        self,
+        topology: Topology,
+        *,
+        constraints: Sequence[Constraint] = (),
+        partitioner: PartitionerName = "best",
+        memory_limit: int | None = None,
+    ) -> PlanResult:
+        """Plans for a machine; see `sharding.planner.make_plan`."""
+        return make_plan(
+            self.tables,
+            self.features,
+            topology,
+            batch_size=self.batch_size,
+            loads=self.loads,
+            dense=self.dense,
+            settings=self.settings,
+            constraints=constraints,
+            partitioner=partitioner,
+            memory_limit=memory_limit,
+        )
+
+    def step(self, topology: Topology) -> Step:
+        """What a training step asks of a machine, plan aside."""
+        return Step(
+            topology=topology,
+            batch_size=self.batch_size,
+            loads=loads_by_feature(self.features, self.loads),
+            dense=self.dense,
+            settings=self.settings,
+        )
+
+    def layout(self, plan: ShardingPlan) -> Layout:
+        """A plan, laid out."""
+        return make_layout(self.tables, self.features, plan)
 
 
 def planning_input(config: Config, card: DatasetCard, num_devices: int) -> PlanningInput:

@@ -1,6 +1,7 @@
 """TrainState: everything that a step changes, in one donated pytree."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,11 +114,14 @@ def init_train_state(recommender: Recommender, optimizer: optax.GradientTransfor
     )
 
 
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def _zeros_like(abstract: Any) -> Any:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
-    )()
+    zeros = partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    return jax.jit(zeros, out_shardings=shardings_of(abstract))()
 
 
 def abstract_stale(recommender: Recommender) -> Embeddings | None:

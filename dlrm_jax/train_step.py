@@ -18,7 +18,7 @@ from dlrm_jax.dense_part import dense_gradients
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.schedules import make_schedule
-from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, abstract_train_state
+from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, abstract_train_state, shardings_of
 from sharding import Embeddings, TableState
 from sharding.capacities import Capacities
 from sharding.compiler_options import compiler_options
@@ -102,7 +102,7 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
     abstract = abstract_train_state(recommender, optimizer)
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
     # The state leaves a step as it came, so that all steps are one program.
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated, replicated)
+    shardings = (shardings_of(abstract), replicated, replicated)
     step = partial(train_step, recommender=recommender, optimizer=optimizer)
     return jit_step(step, recommender, shardings)
 

@@ -40,13 +40,13 @@ from scripts.command_line import ConfigFlags, configure_jax, parse_with_config
 from scripts.constraints import parse_constraints
 from scripts.one_line_errors import run
 from sharding.aot import target_mesh
-from sharding.cost import plan_cost
+from sharding.cost import cost_of_layout
 from sharding.errors import InputError
 from sharding.measure import topology_of
 from sharding.mesh import make_mesh
 from sharding.plan import ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_report
-from sharding.planner import PartitionerName, PlanResult, make_plan
+from sharding.planner import PartitionerName, PlanResult
 from sharding.timeline_picture import draw_timeline
 from sharding.timeline_report import timeline_report
 from sharding.topology import Topology, parse_topology
@@ -172,14 +172,8 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
         # Before the planner takes its time.
         plan = ShardingPlan.load(path)
         check_plan(plan, described.tables, topology.nodes, topology.chips)
-    made = make_plan(
-        described.tables,
-        described.features,
+    made = described.make_plan(
         topology,
-        batch_size=described.batch_size,
-        loads=described.loads,
-        dense=described.dense,
-        settings=described.settings,
         constraints=parse_constraints(
             described.tables,
             pin=given.pin,
@@ -191,16 +185,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
     )
     if plan is None:
         return made
-    cost = plan_cost(
-        plan,
-        described.tables,
-        described.features,
-        topology,
-        batch_size=described.batch_size,
-        loads=described.loads,
-        dense=described.dense,
-        settings=described.settings,
-    )
+    cost = cost_of_layout(described.layout(plan), described.features, described.step(topology))
     return dataclasses.replace(made, plan=plan, cost=cost, partitioner=f"none (plan of {path})", partitioned=())
 
 

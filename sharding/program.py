@@ -227,15 +227,11 @@ def _parse_instruction(line: str, earlier: Mapping[str, Instruction]) -> Instruc
         opcode=opcode,
         results=_arrays(results),
         operands=operands,
-        inputs=tuple(_inputs(operand, earlier) for operand in operands),
+        inputs=tuple(earlier[operand].results for operand in operands),
         called=tuple(dict.fromkeys(called)),
         attributes=f"{inside}){attributes}" if leaf else attributes,
         is_root=start[1] is not None,
     )
-
-
-def _inputs(operand: str, earlier: Mapping[str, Instruction]) -> tuple[ArrayShape, ...]:
-    return earlier[operand].results
 
 
 def _split_type(text: str) -> tuple[str, str]:

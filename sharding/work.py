@@ -92,9 +92,7 @@ def work_of(instruction: Instruction, program: Program) -> Work:
     if opcode == "conditional":
         branches = [_total(branch, program) for branch in program.called_by(instruction)]
         return max(branches, key=lambda work: work.num_bytes, default=Work())
-    if opcode == "call":
-        return sum((_total(called, program) for called in program.called_by(instruction)), Work())
-    if opcode == "async-start":
+    if opcode in ("call", "async-start"):
         # Work in the background competes for the same memory: it is charged where it starts.
         return sum((_total(called, program) for called in program.called_by(instruction)), Work())
     if opcode == "custom-call" and instruction.attribute("custom_call_target") in _NO_KERNELS:

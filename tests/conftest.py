@@ -1,6 +1,7 @@
 """JAX as strict as it gets, a shared compilation cache, and where the shared material lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX is imported. The compilers of the extra `aot` would otherwise look for their hardware, and libtpu refuse a
@@ -11,6 +12,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,3 +30,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")
     return folder
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

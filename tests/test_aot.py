@@ -6,11 +6,10 @@ Needs the extra `aot`: libtpu for TPUs, ptxas and libdevice for GPUs. Without th
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from configs.quickstart import quickstart
 from dlrm_jax.config import DataConfig, EmbeddingConfig, TableConfig, make_specs
@@ -43,14 +42,7 @@ SMALL = 64 * 2**20
 Places = tuple[Callable[[TableSpec], Placement], Callable[[TableSpec], Placement]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_compilation_cache() -> Iterator[None]:
-    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 
 
 # How compiled programs call Pallas kernels.

@@ -6,14 +6,13 @@ test_sparse_update.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Ids, lines_of, table_of
 from update_cases import Tables, a_batch, gradients_of, logical_rows, slots_of, slots_of_ids
@@ -33,16 +32,6 @@ H200 = "NVIDIA H200"
 FAST_LOOKUPS = ((16, jnp.float32), (64, jnp.bfloat16), (128, jnp.float32), (384, jnp.float16))
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture
-def no_compilation_cache() -> Iterator[None]:
-    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 def compiled_for_an_h200(function: Callable, *shapes, donated: tuple[int, ...] = ()):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -131,16 +130,6 @@ def test_unable_then_says_why(call: dict, reason: str | None) -> None:
     said = mosaic_tpu.unable(**({"device_kind": KIND, "dtype": jnp.float32, "width": 64} | call))
     assert (said is None) == (reason is None)
     assert (reason or "") in (said or "")
-
-
-@pytest.fixture
-def no_compilation_cache() -> Iterator[None]:
-    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 def compiled_for(kind: str, function: Callable, shapes: tuple, donated: tuple[int, ...] = ()):

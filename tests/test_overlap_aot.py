@@ -4,12 +4,10 @@ Needs the extra `aot`, as tests/test_aot.py.
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -23,7 +21,6 @@ from sharding.compiler_options import compiler_options
 from sharding.cost_settings import CostSettings
 from sharding.mesh import AXES, BY_DEVICE, BY_DEVICE_SECOND, CHIP, NODE, REPLICATED, sharding_on
 from sharding.plan import ShardingPlan, row_wise, table_wise
-from sharding.planner import make_plan
 from sharding.tables import TableSpec
 from sharding.timeline import Timeline
 from sharding.topology import KINDS, device_kind_of, parse_topology
@@ -32,14 +29,7 @@ BATCH_SIZE, DIM, WIDTH = 8192, 128, 1024
 LONGEST_BAG = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_compilation_cache() -> Iterator[None]:
-    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 
 
 def lookup_beside_products(target: str) -> Timeline:
@@ -137,15 +127,7 @@ def test_dcnv2_mlperf_on_eight_h200s_then_nine_tenths_of_its_exchanges_are_hidde
     config = dataclasses.replace(config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     assert config.stated is not None
     known = planning_input(config, config.stated, topology.num_devices)
-    plan = make_plan(
-        known.tables,
-        known.features,
-        topology,
-        batch_size=known.batch_size,
-        loads=known.loads,
-        dense=known.dense,
-        settings=known.settings,
-    ).plan
+    plan = known.make_plan(topology).plan
     compiled = compile_for_target(lower_train_step(config, config.stated, plan, target_mesh(topology)), topology)
     found = step_timeline(compiled, topology, known.settings)
     # The products of the planner's estimate; what the program has on top is the update of the dense part.

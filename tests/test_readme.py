@@ -17,9 +17,9 @@ import dlrm_jax.data.kuairand
 import dlrm_jax.data.synthetic
 import dlrm_jax.distributed
 import dlrm_jax.loop
+import dlrm_jax.planning
 import dlrm_jax.predict
 import scripts.command_line
-import sharding.planner
 from configs import CONFIGS
 from configs.quickstart import quickstart
 from dlrm_jax.config import Config, make_specs
@@ -81,7 +81,7 @@ def parse(monkeypatch, tmp_path, capsys):
         (dlrm_jax.data.criteo, "prepare_criteo"),
         (dlrm_jax.data.kuairand, "prepare_kuairand"),
         (dlrm_jax.data.synthetic, "prepare_synthetic"),
-        (sharding.planner, "make_plan"),
+        (dlrm_jax.planning, "make_plan"),
     ):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.setattr(scripts.command_line, "configure_jax", lambda *_: None)

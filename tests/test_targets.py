@@ -4,13 +4,11 @@ Needs the extra `aot`: libtpu for TPUs, ptxas and libdevice for GPUs. Without th
 """
 
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental.compilation_cache import compilation_cache
 
 from sharding import InputError, aot
 from sharding.aot import target_mesh
@@ -30,14 +28,7 @@ TARGETS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_compilation_cache() -> Iterator[None]:
-    """What was compiled for a device that is not here can be written to the cache, but never be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 
 
 def exchange_local(x: jax.Array) -> jax.Array:
