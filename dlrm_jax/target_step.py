@@ -20,7 +20,7 @@ from sharding.mesh import REPLICATED, sharding_on
 from sharding.plan import ShardingPlan
 from sharding.program import parse_program
 from sharding.timeline import Timeline, estimate_timeline
-from sharding.topology import KINDS, Topology, device_kind_of
+from sharding.topology import Topology
 
 # XLA has scheduled a program and placed its buffers before it makes machine code, kernel by kernel, which is most of
 # the time that GPU programs take to compile.
@@ -98,7 +98,7 @@ def compile_for_target(lowered: jax.stages.Lowered, topology: Topology) -> jax.s
         lowered: The program.
         topology: What it is for.
     """
-    options = compiler_options(topology.platform, device_kind_of(topology.kind)) if topology.kind in KINDS else {}
+    options = compiler_options(topology.platform, topology.device_kind)
     return lowered.compile(compiler_options=options | (_QUICK_CODE if topology.platform == "gpu" else {}) or None)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
-from pallas_kernels.target import current_target
+from pallas_kernels.target import Target, current_target
 
 Implementation = Literal["cpu", "mosaic_gpu", "mosaic_tpu", "sparsecore", "xla"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
@@ -29,6 +29,7 @@ def implementation_of(
     optimizer: RowOptimizer | None = None,
     storage_rounding: Rounding = "nearest",
     in_lines: bool = True,
+    target: Target | None = None,
 ) -> ModuleType:
     """The module that serves a call, with `xla`'s signatures.
 
@@ -39,13 +40,14 @@ def implementation_of(
         optimizer: The rule of an update; None for a lookup.
         storage_rounding: How an update is rounded.
         in_lines: Whether the store is one of lines of 512 bytes, which kernels for TPUs ask for.
+        target: The device; the one that this is traced for unless given.
 
     Raises:
         ValueError: The implementation does not exist, or cannot serve this call here: the message says why.
     """
     if name not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {name!r} does not exist; there are {', '.join(IMPLEMENTATIONS)}, or None")
-    target = current_target()
+    target = target or current_target()
     here = _OF_PLATFORM.get(target.platform, ("xla",))
     for candidate in here if name is None else (name,):
         if candidate not in here:

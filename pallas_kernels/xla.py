@@ -17,6 +17,9 @@ from pallas_kernels.slots import Slots
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
 # blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
 RUN_BLOCK = 128
+# Float32 vectors of a row's width that an update holds for each id at its height: sums of blocks and of rows. Weighted
+# contributions are a third.
+VECTORS_PER_ID = 2
 # Positions of a bag that one iteration of the pooling loop covers.
 MAX_UNROLL = 8
 
@@ -104,22 +107,27 @@ def _touched_rows(
     first_places, upto = places_of(starts)
     runs = upto - 1
 
-    contributions = gradients.at[bags[order]].get(mode="fill", fill_value=0)
-    if weights is not None:
-        contributions = contributions * weights[order][:, None]
     place_in_run = ids - first_places[runs]
     cut = starts | (place_in_run % RUN_BLOCK == 0)
     # The rows of padding form the last run; how they are added is nobody's business.
     long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
 
+    # In each branch, so that XLA for GPUs reads them where it adds them and writes them nowhere.
+    def contributions() -> Float[Array, "n w"]:
+        of_ids = gradients.at[bags[order]].get(mode="fill", fill_value=0)
+        if weights is None:
+            return of_ids
+        # A product that is added where it is made may be rounded once or twice, as the compiler pleases.
+        return jax.lax.optimization_barrier(of_ids * weights[order][:, None])
+
     def add_blocks() -> Float[Array, "n w"]:
         block_places, upto_block = places_of(cut)
-        sums = jax.ops.segment_sum(contributions, upto_block - 1, num_ids, indices_are_sorted=True)
+        sums = jax.ops.segment_sum(contributions(), upto_block - 1, num_ids, indices_are_sorted=True)
         runs_of_blocks = runs.at[block_places].get(mode="fill", fill_value=num_ids)
         return jax.ops.segment_sum(sums, runs_of_blocks, num_ids, indices_are_sorted=True)
 
     def add_runs() -> Float[Array, "n w"]:
-        return jax.ops.segment_sum(contributions, runs, num_ids, indices_are_sorted=True)
+        return jax.ops.segment_sum(contributions(), runs, num_ids, indices_are_sorted=True)
 
     sums = jax.lax.cond(long_runs, add_blocks, add_runs)
     first_ids = order.at[first_places].get(mode="fill", fill_value=0)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sharding.errors import InputError
 from sharding.mesh import make_mesh
-from sharding.topology import Topology, device_kind_of, tpu_slice
+from sharding.topology import Topology, tpu_slice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def gpu_target(topology: Topology) -> str:
     cores = _CORES[topology.kind]
     major, minor = cores.cuda_compute_capability
     return _TARGET.format(
-        name=device_kind_of(topology.kind),
+        name=topology.device_kind,
         cores=cores,
         major=major,
         minor=minor,

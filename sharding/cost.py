@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
+from pallas_kernels.target import Target
 from sharding.codec import Codec, code_bytes
 from sharding.cost_settings import STAGES, CostSettings, DenseLoad
 from sharding.layout import Family, Group, Layout, Shard, make_layout
@@ -299,6 +300,7 @@ def cost_of_layout(layout: Layout, features: Sequence[FeatureSpec], step: Step) 
             ids_per_sample=mean_ids,
             weighted=step.weighted,
             dense_bytes=step.dense.memory_bytes,
+            target=Target(platform=step.topology.platform, device_kind=step.topology.device_kind),
             codecs=(step.settings.forward_codec, step.settings.backward_codec),
         ),
     )

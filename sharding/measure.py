@@ -96,6 +96,7 @@ def measure(mesh: Mesh | None = None) -> Topology:
     measured = Topology(
         name=f"{device.device_kind}:{nodes}x{chips}",
         platform=platform,
+        device_kind=device.device_kind,
         nodes=nodes,
         chips=chips,
         hbm_bytes=0,

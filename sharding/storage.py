@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels import xla
+from pallas_kernels.implementations import implementation_of
+from pallas_kernels.target import Target
 from sharding.codec import Codec, code_bytes
 from sharding.groups import Group
 from sharding.layout import LINE_BYTES, Layout, StoreLayout, state_of_store, store_name
@@ -15,8 +18,6 @@ from sharding.tables import TableSpec
 _WORD_BYTES = 4
 # Capacities have room beyond the mean (`sharding.capacities`).
 _SPARE = 1.25
-# Arrays of one vector an id that an update holds at a time (`pallas_kernels.xla`).
-_COPIES = 3
 # The ids of the next batch are routed while a batch trains.
 _BATCHES = 2
 
@@ -86,6 +87,23 @@ def _words_of_sent_row(group: Group, codec: Codec) -> float:
     return 2 * stored / _WORD_BYTES if stored <= coded else coded / _WORD_BYTES + _words_of_read(codec, group.width)
 
 
+def _vectors_per_id(group: Group, target: Target, weighted: bool) -> float:
+    """Float32 vectors of a row's width that the update of a group holds for each id."""
+    table = group.table
+    if table.rule is None:
+        return 0.0
+    kernels = implementation_of(
+        None,
+        dtype=jnp.dtype(group.dtype),
+        width=group.width,
+        optimizer=table.rule,
+        storage_rounding=table.rounding,
+        target=target,
+    )
+    # The others write sums of blocks of long runs alone.
+    return xla.VECTORS_PER_ID + weighted if kernels is xla else 1.0 / xla.RUN_BLOCK
+
+
 def storage_of(
     layout: Layout,
     quantities: Sequence[Mapping[str, float]],
@@ -94,14 +112,15 @@ def storage_of(
     ids_per_sample: float,
     weighted: bool,
     dense_bytes: int,
+    target: Target,
     codecs: tuple[Codec, Codec] = ("float32", "float32"),
 ) -> Storage:
     """Counts bytes.
 
     Stores are exact. Buffers are those of one direction, the larger of forward and backward: of each group, what the
     owner pools for all devices and the exchange's buffer, of the same size or of its codes. Groups are updated one
-    after the other: of the largest, one vector an id three times over (each id's gradient, sums of blocks of equal
-    rows, sums of rows); rows that travel by id bring the gradients of all groups first.
+    after the other: of the largest, the vectors an id that the kernel holds; rows that travel by id bring the gradients
+    of all groups first.
 
     Args:
         layout: The layout.
@@ -110,6 +129,7 @@ def storage_of(
         ids_per_sample: Mean ids of all features in a sample.
         weighted: Whether ids have weights.
         dense_bytes: Bytes of the dense part.
+        target: The devices, which say what kernels there are.
         codecs: How vectors travel, forward and backward.
     """
     forward, backward = codecs
@@ -135,7 +155,7 @@ def storage_of(
         rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
         if group.family == "rows_by_id":
             sent_back += most["ids"] * _words_of_read(backward, group.width)
-        rows = max(rows, _COPIES * held * group.width, rows_sent)
+        rows = max(rows, _vectors_per_id(group, target, weighted) * held * group.width, rows_sent)
         # At home: the vectors, and their gradients.
         home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
         vectors += 2 * samples_per_device * home

@@ -23,7 +23,8 @@ class Topology:
 
     Attributes:
         name: What it is called, such as "h200:16x8".
-        platform: What JAX calls the devices.
+        platform: What JAX calls the platform of the devices.
+        device_kind: What JAX calls the devices, such as "NVIDIA H200".
         nodes: Size of NODE.
         chips: Size of CHIP.
         hbm_bytes: Memory of a device; a CPU device's share of the host's.
@@ -43,6 +44,7 @@ class Topology:
 
     name: str
     platform: Platform
+    device_kind: str
     nodes: int
     chips: int
     hbm_bytes: int
@@ -281,11 +283,6 @@ def kind_of(device_kind: str) -> str | None:
     return next((kind for kind, tpu in _TPUS.items() if device_kind in tpu.device_kinds), None)
 
 
-def device_kind_of(kind: str) -> str:
-    """What JAX calls the devices of a kind of GPU or TPU."""
-    return _GPUS[kind].device_kind if kind in _GPUS else _TPUS[kind].device_kinds[0]
-
-
 def tpu_slice(topology: Topology) -> tuple[int, ...]:
     """Sides, in chips, of the slice that holds a preset's TPUs.
 
@@ -307,6 +304,7 @@ def _gpu_topology(name: str, nodes: int, chips: int) -> Topology:
     return Topology(
         name=name,
         platform="gpu",
+        device_kind=gpu.device_kind,
         nodes=nodes,
         chips=chips,
         hbm_bytes=gpu.hbm_bytes,
@@ -336,6 +334,7 @@ def _tpu_topology(name: str, nodes: int, chips: int) -> Topology:
     return Topology(
         name=name,
         platform="tpu",
+        device_kind=tpu.device_kinds[0],
         nodes=nodes,
         chips=chips,
         hbm_bytes=tpu.hbm_bytes // tpu.devices_per_chip,

@@ -15,6 +15,7 @@ from configs.quickstart import quickstart
 from dlrm_jax.config import DataConfig, EmbeddingConfig, TableConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
 from dlrm_jax.target_step import DeviceBytes, compile_for_target, device_bytes, lower_train_step
+from pallas_kernels import xla
 from sharding import FeatureSpec, KeyedJagged, ShardedTables
 from sharding.aot import target_mesh
 from sharding.codec import Codec, code_bytes
@@ -206,3 +207,24 @@ def test_exchanges_of_eight_h200s_when_codes_travel_then_they_carry_the_bytes_of
     forward_vectors = (1 + 1 + 1 + 2) * BATCH_SIZE
     backward_vectors = (1 + 2) * BATCH_SIZE + (1 + 1 + 1) * BATCH_SIZE // 8
     assert found == {word: (backward_vectors if backward else forward_vectors) * code_bytes(codec, 128)}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_update_for_an_a100_then_it_holds_the_vectors_an_id_that_plans_count(weighted: bool) -> None:
+    table = TableSpec(name="t", num_rows=NUM_ROWS, dim=128)
+    tables = ShardedTables([table], [FeatureSpec(name="f", table="t")], mesh=target_mesh(parse_topology("zionex:1x1")))
+    bags, ids = 1024, 200_000
+    given = KeyedJagged(
+        values=jax.ShapeDtypeStruct((ids,), "int32"),
+        lengths=jax.ShapeDtypeStruct((1, bags), "int32"),
+        weights=jax.ShapeDtypeStruct((ids,), "float32") if weighted else None,
+        features=tables.feature_order,
+    )
+    state = tables.abstract_state()
+    routed = jax.eval_shape(tables.route, given)
+    gradients = jax.eval_shape(tables.lookup, state, routed)
+    step = jax.ShapeDtypeStruct((), "int32")
+    update = jax.jit(lambda *args: tables.update(*args[:3], step=args[3]), donate_argnums=0)
+    memory = update.lower(state, routed, gradients, step).compile().memory_analysis()
+    vectors = memory.temp_size_in_bytes / (ids * 128 * 4)
+    assert xla.VECTORS_PER_ID - 1 + weighted < vectors < xla.VECTORS_PER_ID + weighted + 0.25

@@ -245,3 +245,16 @@ def test_load_when_impossible_then_an_error_says_what_is_allowed():
         FeatureLoad(feature="f", coverage=((10, 0.9), (1, 1.0)))
     with pytest.raises(InputError, match="at most 1"):
         FeatureLoad(feature="f", top=((0, 0.9), (1, 0.9)))
+
+
+def test_rows_of_an_update_when_a_kernel_adds_them_up_then_hardly_any_are_stored():
+    wide = dataclasses.replace(TABLE, dim=128, optimizer="rowwise_adagrad")
+
+    def rows_on(machine: str) -> int:
+        plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(wide, 0),))
+        known = FeatureLoad(feature="f", pooling_factor=IDS)
+        return plan_cost(plan, [wide], [FEATURE], parse_topology(machine), batch_size=BATCH, loads=[known]).storage.rows
+
+    # An A100 has XLA's program alone: two vectors an id. On an H200 each 128 ids of a row can leave a sum.
+    assert rows_on("zionex:2x2") == int(1.25 * 192 * 128 * 4 * 2)
+    assert rows_on("h200:2x2") == int(1.25 * 192 * 4)

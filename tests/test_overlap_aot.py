@@ -23,7 +23,7 @@ from sharding.mesh import AXES, BY_DEVICE, BY_DEVICE_SECOND, CHIP, NODE, REPLICA
 from sharding.plan import ShardingPlan, row_wise, table_wise
 from sharding.tables import TableSpec
 from sharding.timeline import Timeline
-from sharding.topology import KINDS, device_kind_of, parse_topology
+from sharding.topology import KINDS, parse_topology
 
 BATCH_SIZE, DIM, WIDTH = 8192, 128, 1024
 LONGEST_BAG = 4
@@ -112,8 +112,8 @@ def test_vectors_on_their_way_home_then_arithmetic_goes_on_beside_them(target: s
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiler_options_then_every_kind_of_accelerator_has_some(kind: str) -> None:
-    platform = parse_topology(f"{kind}:1x8" if kind != "v5p" else "v5p:1x4").platform
-    assert compiler_options(platform, device_kind_of(kind))
+    topology = parse_topology(f"{kind}:1x8" if kind != "v5p" else "v5p:1x4")
+    assert compiler_options(topology.platform, topology.device_kind)
 
 
 def test_compiler_options_of_a_cpu_then_none() -> None:

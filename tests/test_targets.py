@@ -13,7 +13,7 @@ from jax import lax
 from sharding import InputError, aot
 from sharding.aot import target_mesh
 from sharding.mesh import BY_DEVICE, CHIP, NODE, sharding_on
-from sharding.topology import KINDS, device_kind_of, kind_of, parse_topology, tpu_slice
+from sharding.topology import KINDS, kind_of, parse_topology, preset, tpu_slice
 
 TARGETS = [
     "zionex:2x4",
@@ -83,7 +83,7 @@ def test_target_of_tpus_then_its_slice_has_no_chip_to_spare(text: str) -> None:
 def test_gpu_target_is_made_of_our_figures() -> None:
     topology = parse_topology("b200:1x8")
     text = aot.gpu_target(topology)
-    assert f'name: "{device_kind_of("b200")}"' in text
+    assert f'name: "{preset("b200", 1, 1).device_kind}"' in text
     assert f"device_memory_size: {topology.hbm_bytes}" in text
     assert "memory_bandwidth: 7672320000000" in text
     assert "cuda_compute_capability { major: 10 minor: 0 }" in text

@@ -19,6 +19,7 @@ SETTINGS = CostSettings(dense_efficiency=1.0, bandwidth_efficiency=1.0)
 MACHINE = Topology(
     name="simple:2x2",
     platform="cpu",
+    device_kind="simple",
     nodes=2,
     chips=2,
     hbm_bytes=10**9,
