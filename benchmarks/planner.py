@@ -27,10 +27,11 @@ from sharding.topology import parse_topology
 
 _MACHINES = ("zionex:1x8", "h200:1x8", "zionex:2x8", "h200:4x8", "zionex:8x8")
 _TABLES = (20, 50, 100, 200)
-_SAMPLES_PER_DEVICE = 512
+SAMPLES_PER_DEVICE = 512
 
 
-def _instance(seed: int) -> tuple[str, list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+def random_instance(seed: int) -> tuple[str, list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+    """A machine's name, tables, features and what is known of their ids."""
     rng = np.random.default_rng(seed)
     machine = _MACHINES[seed % len(_MACHINES)]
     tables, features, loads = [], [], []
@@ -46,10 +47,10 @@ def _instance(seed: int) -> tuple[str, list[TableSpec], list[FeatureSpec], list[
 
 def _planned(seed: int) -> dict[str, float | int | str]:
     """Plans one instance; CPU seconds, and gaps to the bound."""
-    machine, tables, features, loads = _instance(seed)
+    machine, tables, features, loads = random_instance(seed)
     topology = parse_topology(machine)
     started = time.process_time()
-    result = make_plan(tables, features, topology, batch_size=_SAMPLES_PER_DEVICE * topology.num_devices, loads=loads)
+    result = make_plan(tables, features, topology, batch_size=SAMPLES_PER_DEVICE * topology.num_devices, loads=loads)
     entry = {"seed": seed, "machine": machine, "tables": len(tables), "cpu_s": time.process_time() - started}
     entry |= {name: seconds / result.lower_bound - 1.0 for name, seconds in result.partitioned}
     return entry | {"final": result.gap, "padding": result.cost.padding}

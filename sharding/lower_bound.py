@@ -21,6 +21,7 @@ Letters: W devices, C chips of a node.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import highspy
@@ -44,6 +45,8 @@ _TABLE_ROUNDS = ((400, 3), (700, 2), (1300, 1))
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
 _NODES = 20
 _GAP = 3e-3
+# By default, 1e-6, HiGHS 1.15 now and then cuts off the optimum and proves a bound that a plan beats.
+_TOLERANCE = 1e-9
 # Improving solutions of one search that are worth a start.
 _SOLUTIONS = 3
 # Times that the relaxation is solved again with what cannot be whole left out.
@@ -83,9 +86,10 @@ class Relaxed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Solved:
-    """A bound in units, all columns of the optimum (or of the best there is), and of solutions before it."""
+    """A bound in units, the cost and columns of the optimum (or of the best there is), and columns found before it."""
 
     bound: float
+    cost: float
     columns: Float[np.ndarray, " columns"]
     others: tuple[Float[np.ndarray, " columns"], ...] = ()
 
@@ -199,10 +203,8 @@ class _Programme:
         self._highs.run()
         if self._highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
-        return _Solved(
-            bound=self._highs.getInfo().objective_function_value,
-            columns=np.array(self._highs.getSolution().col_value),
-        )
+        cost = self._highs.getInfo().objective_function_value
+        return _Solved(bound=cost, cost=cost, columns=np.array(self._highs.getSolution().col_value))
 
     def search(self, whole: Whole, start: np.ndarray | None) -> _Solved | None:
         """Branch and bound with whole numbers, from whole x if there are any; None if it found no solution."""
@@ -214,6 +216,7 @@ class _Programme:
         highs.changeColsIntegrality(len(integral), integral, kind)
         highs.setOptionValue("mip_max_nodes", _NODES)
         highs.setOptionValue("mip_rel_gap", _GAP)
+        highs.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
         # A restart costs more here than it gives.
         highs.setOptionValue("mip_allow_restart", False)
         if start is not None:
@@ -225,7 +228,12 @@ class _Programme:
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None
         columns = np.array(highs.getSolution().col_value)
-        return _Solved(bound=info.mip_dual_bound, columns=columns, others=tuple(found[-_SOLUTIONS:-1]))
+        return _Solved(
+            bound=info.mip_dual_bound,
+            cost=info.objective_function_value,
+            columns=columns,
+            others=tuple(found[-_SOLUTIONS:-1]),
+        )
 
     def keep_whole(self, columns: np.ndarray) -> None:
         """Leaves out the candidates that the maxima of a solution have no room for.
@@ -276,14 +284,16 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
             break
     if solved is None:
         return None
-    seconds, columns = solved.bound, solved.columns
+    columns = solved.columns
+    proved = [solved]
     starts: list[np.ndarray] = []
     for whole, rounds in () if quick or large else _searches(programme.num_x):
         for _ in range(rounds):
             searched = programme.search(whole, starts[-1] if starts else None)
             if searched is None:
                 break
-            before, seconds = seconds, max(seconds, searched.bound)
+            before = max(one.bound for one in proved)
+            proved.append(searched)
             if whole == "all":
                 starts += [*searched.others, searched.columns]
             else:
@@ -301,9 +311,23 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     ends = np.cumsum([len(options) for options in choices.of_table])[:-1]
     return Relaxed(
         # Less what the solver may be off by.
-        seconds=seconds * programme.unit * (1.0 - 1e-5),
+        seconds=_best_bound(proved) * programme.unit * (1.0 - 1e-5),
         shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (columns, *starts)),
     )
+
+
+def _best_bound(proved: Sequence[_Solved]) -> float:
+    """The highest bound that no solution beats.
+
+    Each programme has all rows of those before it, so a solution of one is a solution of all before it: where it costs
+    less than their bound, that is wrong.
+    """
+    cheapest, best = np.inf, proved[0].bound
+    for one in reversed(proved):
+        cheapest = min(cheapest, one.cost)
+        if one.bound <= cheapest * (1.0 + 1e-6):
+            best = max(best, one.bound)
+    return best
 
 
 def _searches(num_candidates: int) -> list[tuple[Whole, int]]:

@@ -273,31 +273,3 @@ def _fixed(chosen: list[Candidate], choices: Choices) -> list[Candidate]:
         next(c for c in choices.of_table[table] if c.kind == "table_wise") if table in bundled else candidate
         for table, candidate in enumerate(chosen)
     ]
-
-
-def default_plan(
-    tables: Sequence[TableSpec],
-    features: Sequence[FeatureSpec],
-    topology: Topology,
-    *,
-    batch_size: int,
-    loads: Sequence[FeatureLoad] = (),
-    dense: DenseLoad | None = None,
-    settings: CostSettings | None = None,
-) -> ShardingPlan:
-    """The plan of a training run that names none.
-
-    Args:
-        tables: The tables.
-        features: The features.
-        topology: The machine at hand.
-        batch_size: Samples of the global batch.
-        loads: What is known of the features' ids.
-        dense: The dense part.
-        settings: Terms of the cost.
-
-    Raises:
-        InputError: The tables do not fit.
-    """
-    result = make_plan(tables, features, topology, batch_size=batch_size, loads=loads, dense=dense, settings=settings)
-    return result.plan

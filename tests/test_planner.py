@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.planner import SAMPLES_PER_DEVICE, random_instance
 from sharding.assignment import Assignment
 from sharding.candidates import Choices, Constraint, make_choices
 from sharding.cost import Step
@@ -19,7 +20,7 @@ from sharding.load import FeatureLoad, loads_by_feature
 from sharding.lower_bound import relax
 from sharding.plan import PlacementKind, ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_text
-from sharding.planner import PlanResult, default_plan, make_plan
+from sharding.planner import PlanResult, make_plan
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import parse_topology
 
@@ -86,6 +87,14 @@ def test_plan_when_made_for_any_tables_then_it_is_complete_fits_and_costs_at_lea
     assert result.cost.storage.total <= result.memory_limit
     assert 0 < result.lower_bound <= result.cost.total_seconds * (1 + 1e-9)
     assert ShardingPlan.from_json(result.plan.to_json()) == result.plan
+
+
+def test_lower_bound_when_the_solver_errs_then_what_a_plan_beats_is_no_bound():
+    # HiGHS 1.15.1 with its own tolerance "proves" 1.3 % more here than a plan costs.
+    machine, tables, features, loads = random_instance(36)
+    batch_size = SAMPLES_PER_DEVICE * parse_topology(machine).num_devices
+    result = make_plan(tables, features, parse_topology(machine), batch_size=batch_size, loads=loads)
+    assert 0 <= result.gap < 0.05
 
 
 @settings(max_examples=6, deadline=None)
@@ -259,7 +268,7 @@ def test_partitioner_when_unknown_then_an_error_names_those_there_are():
 
 def test_mesh_when_of_one_device_then_everything_is_on_it():
     tables, features, _ = skewed_model(5, 0)
-    plan = default_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH)
+    plan = make_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH).plan
     assert {placement.kind for placement in plan.placements} == {"table_wise"}
     with pytest.raises(InputError, match="do not fit"):
         make_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH, memory_limit=1000)
