@@ -40,8 +40,11 @@ _PROGRESS = 3e-4
 # Searches for whole vectors, likewise, up to as many candidates.
 _VECTOR_ROUNDS = 3
 _MEDIUM = 4000
-# Searches for whole tables: up to so many candidates, so many rounds.
+# Searches for whole tables: up to so many candidates, so many rounds. Where there are more, of the most promising ones,
+# for starts alone.
 _TABLE_ROUNDS = ((400, 3), (700, 2), (1300, 1))
+_SOME_ROUNDS = 2
+_SOME_OF_A_TABLE = 4
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
 _NODES = 20
 _GAP = 3e-3
@@ -52,7 +55,7 @@ _SOLUTIONS = 3
 # Times that the relaxation is solved again with what cannot be whole left out.
 _DIVES = 2
 
-Whole = Literal["vectors", "all"]
+Whole = Literal["vectors", "all", "some"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,10 +213,16 @@ class _Programme:
         """Branch and bound with whole numbers, from whole x if there are any; None if it found no solution."""
         highs = _solver()
         highs.passModel(self._highs.getLp())
-        integral = np.arange(0 if whole == "all" else self.first_p, self.num_columns, dtype=np.int32)
+        integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns, dtype=np.int32)
         integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
         kind = np.full(len(integral), int(highspy.HighsVarType.kInteger), np.uint8)
         highs.changeColsIntegrality(len(integral), integral, kind)
+        if whole == "some":
+            promising = self._promising()
+            if start is not None:
+                promising |= start[: self.num_x] > 0.5
+            every = np.arange(self.num_x, dtype=np.int32)
+            highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), promising.astype(np.float64))
         highs.setOptionValue("mip_max_nodes", _NODES)
         highs.setOptionValue("mip_rel_gap", _GAP)
         highs.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
@@ -229,11 +238,23 @@ class _Programme:
             return None
         columns = np.array(highs.getSolution().col_value)
         return _Solved(
-            bound=info.mip_dual_bound,
+            # Without the other candidates it bounds nothing.
+            bound=-np.inf if whole == "some" else info.mip_dual_bound,
             cost=info.objective_function_value,
             columns=columns,
             others=tuple(found[-_SOLUTIONS:-1]),
         )
+
+    def _promising(self) -> np.ndarray:
+        """Which candidates have the least reduced costs of their tables, where all may be fractions."""
+        self._highs.run()
+        reduced = np.array(self._highs.getSolution().col_dual)[: self.num_x]
+        kept = np.zeros(self.num_x, bool)
+        first = 0
+        for options in self.choices.of_table:
+            kept[first + np.argsort(reduced[first : first + len(options)], kind="stable")[:_SOME_OF_A_TABLE]] = True
+            first += len(options)
+        return kept
 
     def keep_whole(self, columns: np.ndarray) -> None:
         """Leaves out the candidates that the maxima of a solution have no room for.
@@ -294,7 +315,7 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
                 break
             before = max(one.bound for one in proved)
             proved.append(searched)
-            if whole == "all":
+            if whole != "vectors":
                 starts += [*searched.others, searched.columns]
             else:
                 columns = searched.columns
@@ -330,7 +351,7 @@ def _best_bound(proved: Sequence[_Solved]) -> float:
     return best
 
 
-def _searches(num_candidates: int) -> list[tuple[Whole, int]]:
+def _searches(num_candidates: int) -> tuple[tuple[Whole, int], ...]:
     """What is to be whole, and the rounds of each."""
-    tables = next((rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most), 0)
-    return [("vectors", _VECTOR_ROUNDS), ("all", tables)]
+    rounds = next((rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most), 0)
+    return ("vectors", _VECTOR_ROUNDS), ("all", rounds) if rounds else ("some", _SOME_ROUNDS)
