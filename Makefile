@@ -12,6 +12,10 @@ more := $(addprefix $(comma),$(EXTRAS))
 # Sources of the library that the package's build compiles.
 native := $(wildcard pallas_kernels/cpu/*.cc pallas_kernels/cpu/*.h pallas_kernels/cpu/build.py)
 
+# Two processes: a test compiles on one thread for most of its time, and takes up to 4 GB. Files stay whole, since their
+# tests share programs.
+workers := -n 2 --dist loadfile
+
 # pip would pass over an extra that does not exist with no more than a warning.
 known := $(shell sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
 unknown := $(filter-out $(known),$(subst $(comma), ,$(EXTRAS)))
@@ -40,10 +44,10 @@ data/synthetic/card.json: | $(installed)/$(or $(EXTRAS),base)
 	$(bin)/python scripts/prepare.py synthetic --out data/synthetic
 
 test: $(installed)/test,aot$(more)  ## run the tests, those of ahead-of-time compilation for TPU and GPU among them
-	$(bin)/python -m pytest -m "not slow"
+	$(bin)/python -m pytest -m "not slow" $(workers)
 
 test-all: $(installed)/test,aot$(more)  ## run the tests and the wide sweeps marked slow
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest $(workers)
 
 lint: $(installed)/test$(more)  ## check style, format and types
 	$(bin)/ruff check .

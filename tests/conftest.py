@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+# One for each worker of pytest-xdist: JAX does not write its files in one piece.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax" / WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
