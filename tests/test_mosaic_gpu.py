@@ -18,8 +18,8 @@ from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Ids, lines_of, table_of
 from update_cases import Tables, a_batch, gradients_of, logical_rows, slots_of, slots_of_ids
 
 from pallas_kernels import ROW_OPTIMIZERS, Slots, mosaic_gpu, rounding, xla
-from pallas_kernels.mosaic_gpu.rules import trace_rule
 from pallas_kernels.target import interpreting
+from pallas_kernels.traced_rules import trace_rule
 from sharding.aot import target_mesh
 from sharding.topology import parse_topology
 

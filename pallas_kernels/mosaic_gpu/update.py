@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.mosaic_gpu.rows import FULL_GRID, LANES, add_halves_of_blocks, opaque_zero, row_layout, run_kernel
-from pallas_kernels.mosaic_gpu.rules import TracedRule, trace_rule, without_is_finite
 from pallas_kernels.mosaic_gpu.runs import (
     Runs,
     SortedGradients,
@@ -40,6 +39,7 @@ from pallas_kernels.mosaic_gpu.runs import (
 )
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer, RowValues
 from pallas_kernels.slots import Slots
+from pallas_kernels.traced_rules import TracedRule, trace_rule, without_is_finite
 from pallas_kernels.xla import RUN_BLOCK
 
 # Registers of a lane that hold rows, and the most rows that a program takes at a time.

@@ -1,12 +1,13 @@
-"""Pallas on the SparseCores of TPUs v5p, v6e and 7x: lines gathered by indirect copies."""
+"""Pallas on the SparseCores of TPUs v5p, v6e and 7x: lines gathered and scattered by indirect copies."""
 
 import jax.numpy as jnp
 
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.sparsecore.lookup import pooled_lookup
+from pallas_kernels.sparsecore.update import row_statistics, sparse_update
 
-__all__ = ["pooled_lookup", "unable"]
+__all__ = ["pooled_lookup", "row_statistics", "sparse_update", "unable"]
 
 # Lanes of a vector subcore, by JAX's name of the device: a row has to fill a vector.
 _LANES = {"TPU v5": 8, "TPU v5p": 8, "TPU v6 lite": 8, "TPU v6e": 8, "TPU7x": 16}
@@ -31,13 +32,13 @@ def unable(
         optimizer: The rule of an update; None for a lookup.
         storage_rounding: How an update is rounded.
     """
-    del storage_rounding
+    del storage_rounding  # Float32 is not rounded.
     if device_kind not in _LANES:
         return f"{device_kind} has no SparseCores that are served; {', '.join(_LANES)} have"
-    if optimizer is not None:
-        return "updates are not served; mosaic_tpu serves them"
-    if dtype != jnp.float32:
-        return f"stores of {jnp.dtype(dtype)} are not served; mosaic_tpu serves bfloat16"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"stores of {jnp.dtype(dtype)} are not served; float32 and bfloat16 are"
+    if optimizer is not None and dtype != jnp.float32:
+        return f"updates of {jnp.dtype(dtype)} are not served; mosaic_tpu serves them"
     if not _LANES[device_kind] <= width <= _WIDEST_ROW:
         return f"rows of {width} elements are not served: {_LANES[device_kind]} to {_WIDEST_ROW} are"
     return None

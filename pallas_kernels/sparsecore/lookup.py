@@ -1,9 +1,13 @@
 """pooled_lookup on SparseCores: every vector subcore gathers the lines of its own bags by an indirect copy, and sums.
 
+Of a store of bfloat16 it gathers the 128 words that hold a segment, from the left and the right half of the pairs of
+lines apart; see `mosaic_tpu.lines`.
+
 Letters: n ids, G bags, w width of a row, B bags of a block, C ids of a chunk, L lanes of a vector.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -13,17 +17,27 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_to, row_shape
+from pallas_kernels.mosaic_tpu.lines import (
+    LANES,
+    RowShape,
+    pad_to,
+    read_segment,
+    row_shape,
+    whole_pairs,
+    words_of,
+)
 from pallas_kernels.target import current_target
 
 # An indirect copy takes at most so many indices; twice as many lines fit into a subcore's memory.
 _SEGMENTS_OF_CHUNK = 128
 # Bags whose sums one subcore holds before it writes them.
 _SEGMENTS_OF_BLOCK = 64
+# From jax 0.12 on, copies from VMEM to HBM have a semaphore of their own, and are not to be given another.
+_OWN_SEMAPHORES = inspect.signature(pltpu.async_copy).parameters["sem"].default is None
 
 
 def pooled_lookup(
-    store: Float[Array, "lines 128"],
+    store: Float[Array, "lines line"],
     rows: Int32[Array, " n"],
     offsets: Int32[Array, " G+1"],
     weights: Float[Array, " n"] | None,
@@ -47,7 +61,7 @@ def pooled_lookup(
     # Bags of padding are empty. A scalar is read as the first of a vector, so there is one vector more.
     bounds = jnp.pad(offsets, (0, blocks * bags + 2 * LANES - num_bags), mode="edge")
     streams = [rows] if weights is None else [rows, weights]
-    num_lines = shape.segments_per_row
+    num_lines, halves = shape.segments_per_row, 1 if store.dtype == jnp.float32 else 2
     body = functools.partial(
         _body,
         shape=shape,
@@ -68,15 +82,16 @@ def pooled_lookup(
         scratch_types=[
             pltpu.VMEM((LANES,), jnp.int32),
             *(pltpu.VMEM((4 * LANES,), x.dtype) for x in streams),
-            pltpu.VMEM((2 * num_lines, chunk + LANES), jnp.int32),
-            pltpu.VMEM((2 * num_lines * chunk, LANES), jnp.float32),
+            pltpu.VMEM((2 * num_lines * halves, chunk + LANES), jnp.int32),
+            pltpu.VMEM((2 * num_lines * chunk, LANES), jnp.float32 if halves == 1 else jnp.uint32),
             pltpu.VMEM((bags * num_lines, LANES), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         name="pooled_lookup_on_sparsecore",
+        interpret=current_target().interpreted,
     )
     chunked = (pad_to(x, chunks * chunk) for x in streams)
-    pooled = kernel(bounds, *chunked, store)  # pyright: ignore[reportCallIssue]  # It takes `body` for given later.
+    pooled = kernel(bounds, *chunked, whole_pairs(store))  # pyright: ignore[reportCallIssue]  # It takes `body` for given later.
     return pooled.reshape(blocks * bags, shape.padded_width)[:num_bags, :width]
 
 
@@ -113,8 +128,11 @@ def _body(
     """
     num_streams, num_lines = 1 + weighted, shape.segments_per_row
     streams, (store, out, held_bounds) = refs[:num_streams], refs[num_streams : num_streams + 3]
+    words, halves = words_of(store), 1 if store.dtype == jnp.float32 else 2
     held, (numbers, lines, sums, semaphores) = refs[num_streams + 3 : 2 * num_streams + 3], refs[2 * num_streams + 3 :]
-    worker = jax.lax.axis_index("core") * subcores + jax.lax.axis_index("subcore")
+    worker = jnp.int32(0)
+    if workers > 1:  # Of one subcore the interpreter knows no axes.
+        worker = jax.lax.axis_index("core") * subcores + jax.lax.axis_index("subcore")
     chunk_shift, line_shift = chunk.bit_length() - 1, shape.rows_per_segment.bit_length() - 1
     vectors = min(shape.width, LANES) // lanes
 
@@ -126,66 +144,82 @@ def _body(
         return pl.multiple_of((c & 1) * (2 * LANES), LANES)
 
     def each_copy(c: Int32[Array, ""], action: Callable) -> None:
-        """Starts the copies of a chunk's lines, or waits for them."""
-        if one_by_one:
-            for i in range(num_lines):
-                at = (c & 1) * num_lines + i
+        """Starts the copies of a chunk's segments, or waits for them."""
+        for i in range(num_lines):
+            at = (c & 1) * num_lines + i
+            for half in range(halves):
+                copy_half(c & 1, at, half, action)
 
-                def copy(j: Int32[Array, ""], _: Int32[Array, ""], at=at) -> Int32[Array, ""]:
-                    line = numbers[at, pl.ds(j, lanes)][0]
-                    action(
-                        pltpu.make_async_copy(
-                            store.at[pl.ds(line, 1)], lines.at[pl.ds(at * chunk + j, 1)], semaphores.at[c & 1]
-                        )
-                    )
-                    return jnp.int32(0)
+    def copy_half(parity: Int32[Array, ""], at: Int32[Array, ""], half: int, action: Callable) -> None:
+        columns = () if halves == 1 else (pl.ds(half * LANES, LANES),)
+        semaphore = semaphores.at[parity]
+        if not one_by_one:
+            indices = numbers.at[at * halves + half, pl.ds(0, chunk)]
+            # Of two halves, each has a part of the segments.
+            there = words.at[(indices if halves == 1 else plsc.Indices(indices, ignored_value=-1), *columns)]
+            here = lines.at[pl.ds(pl.multiple_of(at * chunk, chunk), chunk)]
+            action(pltpu.make_async_copy(there, here, semaphore))
+            return
 
-                jax.lax.fori_loop(0, chunk, copy, jnp.int32(0))
-        else:
-            for copy in gathers(c):
-                action(copy)
+        def copy(j: Int32[Array, ""], none: Int32[Array, ""]) -> Int32[Array, ""]:
+            number = numbers[at * halves + half, pl.ds(j, lanes)][0]
+            here = lines.at[pl.ds(at * chunk + j, 1)]
 
-    def gathers(c: Int32[Array, ""]) -> list:
-        parity = c & 1
-        return [
-            pltpu.make_async_copy(
-                store.at[numbers.at[parity * num_lines + i, pl.ds(0, chunk)]],
-                lines.at[pl.ds(pl.multiple_of((parity * num_lines + i) * chunk, chunk), chunk)],
-                semaphores.at[parity],
-            )
-            for i in range(num_lines)
-        ]
+            @pl.when(number >= 0)
+            def _():
+                action(pltpu.make_async_copy(words.at[(pl.ds(number, 1), *columns)], here, semaphore))
+
+            return none
+
+        jax.lax.fori_loop(0, chunk, copy, jnp.int32(0))
+
+    def segment_of_row(row: Int32[Array, " L"], i: int) -> Int32[Array, " L"]:
+        """Part i of rows; of row 0 in place of rows that do not exist."""
+        row = jnp.where((row >= 0) & (row < num_rows), row, 0)
+        return (row >> line_shift) * num_lines + i
 
     def fetch(c: Int32[Array, ""]) -> None:
-        """Reads a chunk's rows and starts to gather their lines; line 0 in place of lines that do not exist."""
+        """Reads a chunk's rows and starts to gather their lines."""
         for stream, buffer in zip(streams, held, strict=True):
             start = pl.multiple_of(c * chunk, chunk)
             pltpu.sync_copy(stream.at[pl.ds(start, chunk)], buffer.at[pl.ds(first_of(c), chunk)])
         for j in range(0, chunk, lanes):
             row = held[0][pl.ds(first_of(c) + j, lanes)]
-            row = jnp.where((row >= 0) & (row < num_rows), row, 0)
             for i in range(num_lines):
-                line = (row >> line_shift) * num_lines + i
-                numbers[(c & 1) * num_lines + i, pl.ds(j, lanes)] = line
+                segment, at = segment_of_row(row, i), ((c & 1) * num_lines + i) * halves
+                if halves == 1:
+                    numbers[at, pl.ds(j, lanes)] = segment
+                else:
+                    for half in range(2):
+                        numbers[at + half, pl.ds(j, lanes)] = jnp.where(segment & 1 == half, segment >> 2, -1)
         each_copy(c, lambda copy: copy.start())
 
     def place_of(i: int, c: Int32[Array, ""], p: Int32[Array, ""]) -> tuple:
-        """Where part i of the row of id p lies, vector by vector, and whether there is such a row."""
+        """Where part i of the row of id p lies, vector by vector; its segment; and whether there is such a row."""
         j = p & (chunk - 1)
         row = held[0][pl.ds(first_of(c) + j, lanes)][0]
         lane = (row & (shape.rows_per_segment - 1)) * shape.width if shape.rows_per_segment > 1 else 0
         line = ((c & 1) * num_lines + i) * chunk + j
-        return [(line, pl.ds(lane + q * lanes, lanes)) for q in range(vectors)], (row >= 0) & (row < num_rows)
+        exists = (row >= 0) & (row < num_rows)
+        places = [(line, pl.ds(lane + q * lanes, lanes)) for q in range(vectors)]
+        return places, (row >> line_shift) * num_lines + i, exists
 
     def weigh(i: int, c: Int32[Array, ""], p: Int32[Array, ""], _: Int32[Array, ""]) -> Int32[Array, ""]:
         weight = held[1][pl.ds(first_of(c) + (p & (chunk - 1)), lanes)][0]
-        for place in place_of(i, c, p)[0]:
-            lines[place] = lines[place] * weight
+        places, segment, _ = place_of(i, c, p)
+        for place in places:
+            product = read_segment(lines[place], segment) * weight
+            lines[place] = product if halves == 1 else jax.lax.bitcast_convert_type(product, jnp.uint32)
         return jnp.int32(0)
 
     def add(i: int, c: Int32[Array, ""], p: Int32[Array, ""], total: tuple) -> tuple:
-        places, exists = place_of(i, c, p)
-        vectors_of_row = (jnp.where(exists, lines[place], 0.0) for place in places)
+        places, segment, exists = place_of(i, c, p)
+        # Where there are weights, words have become products.
+        if halves == 2 and weighted:
+            values = (jax.lax.bitcast_convert_type(lines[place], jnp.float32) for place in places)
+        else:
+            values = (read_segment(lines[place], segment) for place in places)
+        vectors_of_row = (jnp.where(exists, x, 0.0) for x in values)
         return tuple(part + vector for part, vector in zip(total, vectors_of_row, strict=True))
 
     def sum_block(b: Int32[Array, ""], _: Int32[Array, ""]) -> Int32[Array, ""]:
@@ -228,10 +262,9 @@ def _body(
             jax.lax.fori_loop(0, bags, sum_bag, first_chunk - 1)
             size = bags * num_lines
             pooled = out.at[pl.ds(pl.multiple_of(block * size, size), size)]
-            if one_by_one:
+            if one_by_one or not _OWN_SEMAPHORES:
                 pltpu.sync_copy(sums, pooled)
             else:
-                # Copies from VMEM to HBM have a semaphore of their own.
                 copy = pltpu.async_copy(sums, pooled)
                 copy.wait()
 

@@ -1,8 +1,8 @@
-"""The update rules of `row_optimizers`, and rounding, traced for a Mosaic GPU kernel.
+"""The update rules of `row_optimizers`, and rounding, traced for the kernels of `mosaic_gpu` and `sparsecore`.
 
-A kernel cannot raise to a power, and need not: rules do so with hyperparameters only, so those powers are computed
-outside the kernel, once a slot. Nor does it know finite numbers when it sees them, but it can compare. Everything else
-is traced in the kernel as it is written.
+Those cannot raise to a power, and need not: rules do so with hyperparameters only, so those powers are computed outside
+the kernel, once a slot. Nor do they know finite numbers when they see them, but they can compare; nor, on a SparseCore,
+squares, but they can multiply. Everything else is traced in the kernel as it is written.
 
 Letters: S slots, w columns.
 """
@@ -94,18 +94,18 @@ class TracedRule:
         return hyper, lambda *_: next(powers)
 
 
-def trace_rule(optimizer: RowOptimizer, columns: int) -> TracedRule:
-    """Traces a rule for rows of so many columns."""
+def trace_rule(optimizer: RowOptimizer, columns: int, *, scalar: tuple[int, ...] = ()) -> TracedRule:
+    """Traces a rule for rows of so many columns, and for scalars of that shape: () or, repeated, (columns,)."""
     row: Any = jax.ShapeDtypeStruct((columns,), jnp.float32)
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct(scalar, jnp.float32)
     values = RowValues(
         weights=row,
         element_state=tuple(row for _ in optimizer.element_state),
-        row_state=tuple(scalar for _ in optimizer.row_state),
+        row_state=tuple(number for _ in optimizer.row_state),
     )
-    hyper = RowHyperparameters(*[scalar for _ in RowHyperparameters._fields])
+    hyper = RowHyperparameters(*[number for _ in RowHyperparameters._fields])
     summands, shapes = jax.make_jaxpr(optimizer.summands, return_shape=True)(values, row, hyper)
-    statistics = tuple(scalar for _ in shapes)
+    statistics = tuple(number for _ in shapes)
     apply, new_values = jax.make_jaxpr(optimizer.apply, return_shape=True)(values, row, hyper, statistics)
     return TracedRule(
         optimizer=optimizer,
@@ -162,6 +162,8 @@ def _evaluate(program: jex.Jaxpr, arguments: Sequence[Any], power: _Power) -> li
             outputs = [None] * len(eqn.outvars)
         elif eqn.primitive is lax.is_finite_p:
             outputs = [abs(inputs[0]) < jnp.inf]
+        elif eqn.primitive is lax.square_p:
+            outputs = [inputs[0] * inputs[0]]
         else:
             outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]

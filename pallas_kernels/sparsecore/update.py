@@ -1,0 +1,188 @@
+"""sparse_update on SparseCores: ids are sorted by row once; then every vector subcore updates the rows of its share.
+
+Letters: n ids, G bags, w width of a row, S slots, C items of a chunk, U units of a block.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu_sc as plsc
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels.mosaic_tpu.lines import LANES, row_shape
+from pallas_kernels.rounding import Rounding
+from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
+from pallas_kernels.slots import Slots
+from pallas_kernels.sparsecore.update_call import Call
+from pallas_kernels.sparsecore.update_kernel import update_shares
+from pallas_kernels.sparsecore.work import Work, share_out
+from pallas_kernels.target import current_target
+from pallas_kernels.traced_rules import trace_rule
+
+# Lines of gradients that one chunk gathers; twice as many, and of each store the lines of two blocks, fit into a
+# subcore's memory.
+_SEGMENTS_OF_CHUNK = 64
+_SEGMENTS_OF_BLOCK = 32
+# An interpreted subcore takes several shares, so that what happens between shares is tested, too.
+_SHARES_INTERPRETED = 3
+
+
+def sparse_update(
+    store: Float[Array, "lines 128"],
+    element_state: tuple[Float[Array, "state_lines 128"], ...],
+    row_state: tuple[Float[Array, "scalar_lines 128"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    logical_rows: UInt32[Array, "n words"],
+    slots: Slots,
+    step: Int32[Array, ""],
+    seed: UInt32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: Rounding,
+    statistics: Float[Array, "n k"] | None,
+) -> tuple[
+    Float[Array, "lines 128"],
+    tuple[Float[Array, "state_lines 128"], ...],
+    tuple[Float[Array, "scalar_lines 128"], ...],
+]:
+    """See `pallas_kernels.sparse_update`."""
+    del logical_rows, seed, storage_rounding  # Weights in float32 are not rounded.
+    if rows.shape[0] == 0 or gradients.shape[0] == 0:
+        return store, element_state, row_state
+    elements = [jax.new_ref(x) for x in (store, *element_state)]
+    scalars = [jax.new_ref(x.reshape(-1)) for x in row_state]
+    ids = (rows, slots_of_ids, offsets, gradients, weights)
+    _run(elements, scalars, *ids, statistics, slots=slots, step=step, optimizer=optimizer, only_statistics=False)
+    new_store, *new_state = (jax.freeze(x) for x in elements)
+    new_scalars = (jax.freeze(x).reshape(old.shape) for x, old in zip(scalars, row_state, strict=True))
+    return new_store, tuple(new_state), tuple(new_scalars)
+
+
+def row_statistics(
+    store: Float[Array, "lines 128"],
+    element_state: tuple[Float[Array, "state_lines 128"], ...],
+    row_state: tuple[Float[Array, "scalar_lines 128"], ...],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    *,
+    slots: Slots,
+    step: Int32[Array, ""],
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: Rounding = "nearest",
+) -> Float[Array, "n blocks k"]:
+    """See `pallas_kernels.row_statistics`."""
+    del storage_rounding
+    num_ids, blocks = rows.shape[0], max(1, width // STATISTICS_BLOCK)
+    if num_ids == 0 or gradients.shape[0] == 0:
+        num_statistics = trace_rule(optimizer, width).num_statistics
+        return jnp.zeros((num_ids, blocks, num_statistics), jnp.float32)
+    ids = (rows, slots_of_ids, offsets, gradients, weights)
+    scalars = [x.reshape(-1) for x in row_state]
+    elements = [store, *element_state]
+    call, work, (lines,) = _run(
+        elements, scalars, *ids, None, slots=slots, step=step, optimizer=optimizer, only_statistics=True
+    )
+    rank, place = work.unit_of_id
+    lanes = (place * call.statistics_of_row)[:, None] + jnp.arange(call.statistics_of_row, dtype=jnp.int32)[None]
+    of_ids = lines.at[jnp.maximum(rank, 0)[:, None], lanes].get(mode="promise_in_bounds")
+    return jnp.swapaxes(of_ids.reshape(num_ids, -1, blocks), 1, 2)
+
+
+def _run(
+    elements: list[Any],
+    scalars: list[Any],
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    statistics: Float[Array, "n k"] | None,
+    *,
+    slots: Slots,
+    step: Int32[Array, ""],
+    optimizer: RowOptimizer,
+    only_statistics: bool,
+) -> tuple[Call, Work, Sequence[Array]]:
+    """Runs the kernel; the stores are references where it is to change them.
+
+    Returns:
+        What the kernel was told, and its outputs: the sums over rows of each unit, if they are asked for.
+    """
+    width, interpreted = gradients.shape[1], current_target().interpreted
+    shape = row_shape(width)
+    make_mesh = functools.partial(plsc.VectorSubcoreMesh, core_axis_name="core", subcore_axis_name="subcore")
+    mesh = make_mesh(num_cores=1, num_subcores=1) if interpreted else make_mesh()
+    lanes = plsc.get_sparse_core_info().num_lanes
+    rule = trace_rule(optimizer, lanes, scalar=(lanes,))
+    of_slots = rule.scalars_of_slots(slots, step.astype(jnp.float32))
+    chunk, block = (
+        2 ** ((x // shape.segments_per_row).bit_length() - 1) for x in (_SEGMENTS_OF_CHUNK, _SEGMENTS_OF_BLOCK)
+    )
+    shares = _SHARES_INTERPRETED if interpreted else mesh.size
+    work, fields = share_out(
+        rows,
+        slots_of_ids,
+        offsets,
+        gradients,
+        weights,
+        statistics,
+        slots,
+        num_rows=min(elements[0].size // width, jnp.iinfo(jnp.int32).max),
+        has_scalars=bool(scalars),
+        chunk=chunk,
+        block=block,
+        shares=shares,
+    )
+    call = Call(
+        shape=shape,
+        rule=rule,
+        lanes=lanes,
+        chunk=chunk,
+        block=block,
+        fields=fields,
+        scalars_of_slot=of_slots.shape[1],
+        workers=mesh.size,
+        subcores=mesh.num_subcores,
+        shares=shares,
+        only_statistics=only_statistics,
+        one_by_one=interpreted,
+    )
+    operands = {
+        "bounds": work.bounds,
+        "words": work.words,
+        "units": work.units,
+        "sources": work.sources,
+        "hyper": jnp.repeat(of_slots.reshape(-1), lanes),
+        "elements": elements,
+        "scalars": scalars,
+    }
+    scratch, out_type = call.scratch(), ()
+    if only_statistics:
+        out_type = (jax.ShapeDtypeStruct((work.units.shape[0], LANES), jnp.float32),)
+    operand_leaves, operand_tree = jax.tree.flatten(operands)
+    scratch_leaves, scratch_tree = jax.tree.flatten(scratch)
+
+    def body(*refs: jax.Ref) -> None:
+        inputs, outputs = refs[: len(operand_leaves)], refs[len(operand_leaves) : len(refs) - len(scratch_leaves)]
+        given = jax.tree.unflatten(operand_tree, inputs)
+        given |= {"statistics": outputs[0]} if outputs else {}
+        held = jax.tree.unflatten(scratch_tree, refs[len(refs) - len(scratch_leaves) :])
+        update_shares(call, given, held)
+
+    name = "row_statistics_on_sparsecore" if only_statistics else "sparse_update_on_sparsecore"
+    kernel = pl.kernel(body, out_type, mesh=mesh, scratch_types=scratch_leaves, name=name, interpret=interpreted)
+    outputs: Any = kernel(*operand_leaves)  # pyright: ignore[reportCallIssue]  # It takes `body` for given later.
+    return call, work, outputs

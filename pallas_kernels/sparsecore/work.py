@@ -1,0 +1,230 @@
+"""The ids of an update, sorted by row, and how the vector subcores share them out.
+
+A *run* is the ids of one row. A run of more than `xla.RUN_BLOCK` ids is summed in blocks of so many, counted from its
+first, by a lookup whose table is the gradients; then its *items* are those sums. The items of a shorter run are its
+ids. So no run is long, and a row that half of the batch names holds up nobody.
+
+A *unit* is the lines that a row lies on, with all other rows on them. Each unit, and each line of row-wise state, is
+read and written by one subcore only: shares are cut where both change.
+
+Letters: n ids, G bags, w width of a row, S slots, C items of a chunk, U units of a block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_to, round_up, row_shape
+from pallas_kernels.mosaic_tpu.update import pad_columns
+from pallas_kernels.scans import bags_of_ids, cummax, places_of
+from pallas_kernels.slots import Slots
+from pallas_kernels.sparsecore.lookup import pooled_lookup
+from pallas_kernels.xla import RUN_BLOCK
+
+# Of a tag: whether the item is its row's first, its last; the row's place on its line; and the slot.
+_LAST_SHIFT, _PLACE_SHIFT, _SLOT_SHIFT = 1, 2, 6
+_SCALARS_SHIFT = LANES.bit_length() - 1
+
+
+class Work(NamedTuple):
+    """What the kernel is given beside stores, slots and gradients.
+
+    Attributes:
+        words: For each chunk of items its fields, C words each: the source of the gradient; the rank of the unit; the
+            tag, see `tag_fields`; the weight, if there are any; the place of the row's scalar, if rows have one and
+            the item is its row's last, else -1; and the statistics, if given.
+        bounds: First item of each share and the end of the last, padded; then the ranks of their units.
+        units: Units in ascending order, padded to whole blocks.
+        sources: Lines of gradients: those of bags, then the sums of blocks of long runs.
+        unit_of_id: Rank of the unit of each id in canonical order, and the place of its row on its line.
+    """
+
+    words: Int32[Array, " words"]
+    bounds: Int32[Array, " bounds"]
+    units: Int32[Array, " units"]
+    sources: Float[Array, "sources 128"]
+    unit_of_id: tuple[Int32[Array, " n"], Int32[Array, " n"]]
+
+
+def tag_fields(tag: Int32[Array, "..."]) -> tuple[Array, Array, Array, Array]:
+    """Whether an item is its row's first; its last; the place of the row on its line; the slot."""
+    place = (tag >> _PLACE_SHIFT) & ((1 << (_SLOT_SHIFT - _PLACE_SHIFT)) - 1)
+    return (tag & 1) != 0, (tag & (1 << _LAST_SHIFT)) != 0, place, tag >> _SLOT_SHIFT
+
+
+def bounds_size(shares: int) -> int:
+    """Words of each half of `Work.bounds`; a scalar is read as the first of a vector."""
+    return round_up(shares + 1 + LANES // 4, LANES)
+
+
+def share_out(
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    gradients: Float[Array, "G w"],
+    weights: Float[Array, " n"] | None,
+    statistics: Float[Array, "n k"] | None,
+    slots: Slots,
+    *,
+    num_rows: int,
+    has_scalars: bool,
+    chunk: int,
+    block: int,
+    shares: int,
+) -> tuple[Work, tuple[str, ...]]:
+    """Sorts the ids by row, stably, and cuts them into as many shares of about as many items.
+
+    Args:
+        rows: As in `pallas_kernels.sparse_update`, like the next six.
+        slots_of_ids: As there.
+        offsets: As there.
+        gradients: As there.
+        weights: As there.
+        statistics: As there.
+        slots: As there.
+        num_rows: Rows of the store.
+        has_scalars: Whether rows have state of one number.
+        chunk: Items of a chunk, C.
+        block: Units of a block, U.
+        shares: Number of shares.
+
+    Returns:
+        The work, and the names of its fields.
+    """
+    num_ids, (num_bags, width) = rows.shape[0], gradients.shape
+    shape, ids = row_shape(width), jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(offsets, num_ids)
+    valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
+    fields = {"source": jnp.minimum(bags, num_bags - 1), "slot": slots_of_ids}
+    if weights is not None:
+        fields["weight"] = weights
+    if statistics is not None:
+        fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
+    # No two keys are equal: a sort that need not be stable gives the stable order.
+    row, order, *values = jax.lax.sort(
+        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=2, is_stable=False
+    )
+    fields = dict(zip(fields, values, strict=True))
+    sources = pad_columns(gradients.astype(jnp.float32), shape.padded_width).reshape(-1, LANES)
+    count, item_of_place = jnp.sum(valid, dtype=jnp.int32), ids
+    if num_ids > RUN_BLOCK:
+        row, fields, blocks, item_of_place = _long_runs_as_blocks(row, fields, sources, shape, num_rows)
+        count = jnp.sum(row < num_rows, dtype=jnp.int32)
+        sources = jnp.concatenate([sources, blocks])
+
+    slot, place_shift = fields.pop("slot"), shape.rows_per_segment.bit_length() - 1
+    is_item = ids < count
+    before, after = jnp.roll(row, 1), jnp.where(ids + 1 < count, jnp.roll(row, -1), num_rows)
+    first, last = (ids == 0) | (row != before), row != after
+    begins = is_item & ((ids == 0) | (row >> place_shift != before >> place_shift))
+    place = row & (shape.rows_per_segment - 1)
+    unit_places, upto = places_of(begins)
+    rank = upto - 1
+    units = (row >> place_shift).at[unit_places].get(mode="fill", fill_value=0)
+    words = {
+        "source": fields.pop("source"),
+        "rank": rank,
+        "tag": (slot << _SLOT_SHIFT) | (place << _PLACE_SHIFT) | (_bit(last) << _LAST_SHIFT) | _bit(first),
+    }
+    words |= {name: fields.pop(name) for name in ("weight",) if name in fields}
+    begins_share = begins
+    if has_scalars:
+        scalar = row + (slots.first_scalar - slots.first_row)[slot]
+        line = scalar >> _SCALARS_SHIFT
+        begins_share &= (ids == 0) | (line != jnp.roll(line, 1))
+        words["scalar"] = jnp.where(is_item & last, scalar, -1)
+    words |= fields
+    size = round_up(num_ids, chunk)
+    in_chunks = [pad_to(_bits(x), size).reshape(-1, 1, chunk) for x in words.values()]
+    work = Work(
+        words=jnp.concatenate(in_chunks, axis=1).reshape(-1),
+        bounds=_bounds(begins_share, rank, count, shares),
+        units=pad_to(units, round_up(num_ids, max(block, LANES))),
+        sources=sources,
+        unit_of_id=(_of_ids(order, rank[item_of_place]), _of_ids(order, place[item_of_place])),
+    )
+    return work, tuple(words)
+
+
+def _bit(x: Bool[Array, "..."]) -> Int32[Array, "..."]:
+    return x.astype(jnp.int32)
+
+
+def _bits(x: Array) -> Int32[Array, "..."]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _of_ids(order: Int32[Array, " n"], of_places: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """Numbers of the sorted ids, in canonical order."""
+    return jnp.zeros_like(of_places).at[order].set(of_places, unique_indices=True)
+
+
+def _next(marks: Bool[Array, " n"], ids: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """For each place the first marked place from there on; the number of places if there is none."""
+    return -cummax(jnp.where(marks, -ids, -marks.shape[0])[::-1])[::-1]
+
+
+def _long_runs_as_blocks(
+    row: Int32[Array, " n"],
+    fields: dict[str, Array],
+    sources: Float[Array, "lines 128"],
+    shape: RowShape,
+    num_rows: int,
+) -> tuple[Int32[Array, " n"], dict[str, Array], Float[Array, "lines 128"], Int32[Array, " n"]]:
+    """Makes items of sorted ids.
+
+    Returns:
+        Rows and fields of the items; the sums of the blocks, to be appended to the sources; and the item that each
+        sorted id is part of.
+    """
+    num_ids = row.shape[0]
+    ids = jnp.arange(num_ids, dtype=jnp.int32)
+    starts = (ids == 0) | (row != jnp.roll(row, 1))
+    start = cummax(jnp.where(starts, ids, 0))
+    end = pad_to(_next(starts, ids)[1:], num_ids, num_ids)
+    valid, within = row < num_rows, ids - start
+    is_long = valid & (end - start > RUN_BLOCK)
+    begins_block = is_long & (within % RUN_BLOCK == 0)
+
+    # Among RUN_BLOCK neighbouring ids at most one block starts a long run and at most one continues one.
+    num_blocks = 2 * -(-num_ids // RUN_BLOCK)
+    long_places, long_count = places_of(is_long)
+    block_places, block_count = places_of(begins_block)
+    starts_of_blocks = long_count.at[block_places[:num_blocks]].get(mode="fill", fill_value=0) - 1
+    used = jnp.arange(num_blocks, dtype=jnp.int32) < block_count[-1]
+    bounds = jnp.append(jnp.where(used, starts_of_blocks, long_count[-1]), long_count[-1])
+    weights = fields.get("weight")
+    sums = pooled_lookup(
+        sources,
+        fields["source"].at[long_places].get(mode="fill", fill_value=0),
+        bounds,
+        None if weights is None else weights.at[long_places].get(mode="fill", fill_value=0),
+        width=shape.padded_width,
+        longest_bag=None,
+    )
+
+    num_bags = sources.shape[0] // shape.segments_per_row
+    fields = dict(fields, source=jnp.where(begins_block, num_bags + block_count - 1, fields["source"]))
+    if weights is not None:
+        fields["weight"] = jnp.where(begins_block, 1.0, weights)
+    items, upto = places_of(valid & (begins_block | ~is_long))
+    of_items = {name: x.at[items].get(mode="fill", fill_value=0) for name, x in fields.items()}
+    row = row.at[items].get(mode="fill", fill_value=num_rows)
+    return row, of_items, sums.reshape(-1, LANES), jnp.maximum(upto - 1, 0)
+
+
+def _bounds(
+    begins_share: Bool[Array, " n"], rank: Int32[Array, " n"], count: Int32[Array, ""], shares: int
+) -> Int32[Array, " bounds"]:
+    """`Work.bounds`: shares of equal length, moved on to where one may begin."""
+    num_ids = rank.shape[0]
+    ids = jnp.arange(num_ids + 1, dtype=jnp.int32)
+    may_begin = pad_to(begins_share, num_ids + 1) | (ids == count)
+    size = (count + shares - 1) // shares
+    wanted = jnp.minimum(jnp.arange(bounds_size(shares), dtype=jnp.int32) * size, count)
+    items = _next(may_begin, ids)[wanted]
+    # Beyond the last item comes the rank after the last one.
+    ranks = jnp.where(items < count, rank[jnp.minimum(items, num_ids - 1)], jnp.max(rank) + 1)
+    return jnp.concatenate([items, ranks])
