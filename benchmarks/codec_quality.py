@@ -5,11 +5,12 @@
 Prepare the dataset as configs/kuairand.py says. The plan has tables of every kind of exchange. Each run trains for one
 epoch and is evaluated on the same devices, so that evaluation, too, sends codes. Its last state is what counts: the
 best of several evaluations would be another step in each run. The difference in NE is to the run of the same seed that
-sends float32. Any change of last bits moves NE by some ten-thousandths after an epoch; to show how much, one run of
-each seed sends float32 under another plan, which adds partial sums in another order.
+sends float32. "neo" is the paper's pair: float16 forward, bfloat16 backward. "all-reduce" are gradients of the dense
+part. Any change of last bits moves NE by some ten-thousandths after an epoch; to show how much, one variant sends
+float32 under another plan, which adds partial sums in another order.
 
 The bytes are those that a device receives from others in one step, read from the compiled lookup and update. Takes an
-hour on 2 cores; a --folder keeps the runs, and those that are complete are not done again.
+hour or two on 2 cores; a --folder keeps the runs, and those that are complete are not done again.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from dlrm_jax.loop import train
 from dlrm_jax.predict import Predictor
 from dlrm_jax.recommender import Recommender
 from scripts.command_line import configure_jax
+from sharding.all_reduce import AllReduce
 from sharding.codec import Codec
 from sharding.plan import Placement, ShardingPlan, data_parallel, row_wise, table_row_wise, table_wise
 from sharding.tables import TableSpec
@@ -43,6 +45,13 @@ from sharding.tables import TableSpec
 _NODES, _CHIPS = 2, 4
 _KINDS = "reduce-scatter|all-to-all|all-gather"
 _ITEM_BYTES = {"f32": 4, "u16": 2, "u8": 1}
+_OTHER_PLAN = "float32, other plan"
+_EXCHANGES: dict[str, ExchangeConfig] = {
+    **{codec: ExchangeConfig(forward=codec, backward=codec) for codec in get_args(Codec)},
+    "neo": ExchangeConfig(forward="float16", backward="bfloat16"),
+    **{f"all-reduce {how}": ExchangeConfig(all_reduce=how) for how in get_args(AllReduce) if how != "float32"},
+    _OTHER_PLAN: ExchangeConfig(),
+}
 
 
 def make_plan(tables: tuple[TableSpec, ...]) -> ShardingPlan:
@@ -124,14 +133,16 @@ def run(config: Config, *, count_bytes: bool) -> dict[str, float]:
 def main(
     data: str = "data/kuairand",
     seeds: tuple[int, ...] = (0, 1, 2),
+    variants: tuple[str, ...] = tuple(_EXCHANGES),
     folder: Path | None = None,
     out: Path = Path("benchmarks/results/codec_quality.json"),
 ) -> None:
-    """Trains with each codec.
+    """Trains with each codec, and with each way to add up gradients of the dense part.
 
     Args:
         data: Folder of the prepared dataset.
         seeds: Seeds of the runs.
+        variants: What travels how, out of all there are; float32 is always among them.
         folder: Where the runs are kept; nowhere unless given.
         out: Where to write the figures.
     """
@@ -149,18 +160,18 @@ def main(
             chips=_CHIPS,
             placements=tuple(table_wise(table, number % mesh.num_devices) for number, table in enumerate(tables)),
         ).save(other)
-        variants: dict[str, tuple[Codec, Path]] = {codec: (codec, mixed) for codec in get_args(Codec)}
-        variants["float32, other plan"] = ("float32", other)
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-        for seed, (name, (codec, plan)) in itertools.product(seeds, variants.items()):
+        asked = [name for name in _EXCHANGES if name == "float32" or name in variants]
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
+        for seed, name in itertools.product(seeds, asked):
+            plan = other if name == _OTHER_PLAN else mixed
             config = dataclasses.replace(
                 base,
                 seed=seed,
                 mesh=mesh,
                 plan=str(plan),
-                workdir=str(workdirs / f"{codec}_{plan.stem}_{seed}"),
+                workdir=str(workdirs / f"{re.sub(r'[^a-z0-9]+', '_', name)}_{seed}"),
                 data=dataclasses.replace(base.data, path=data),
-                exchange=ExchangeConfig(forward=codec, backward=codec),
+                exchange=_EXCHANGES[name],
                 train=dataclasses.replace(base.train, eval_every=None),
             )
             runs[name].append(run(config, count_bytes=seed == seeds[0]))

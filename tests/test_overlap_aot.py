@@ -23,6 +23,7 @@ from sharding.mesh import AXES, BY_DEVICE, BY_DEVICE_SECOND, CHIP, NODE, REPLICA
 from sharding.plan import ShardingPlan, row_wise, table_wise
 from sharding.tables import TableSpec
 from sharding.timeline import Timeline
+from sharding.timeline_report import summary
 from sharding.topology import KINDS, parse_topology
 
 BATCH_SIZE, DIM, WIDTH = 8192, 128, 1024
@@ -116,13 +117,22 @@ def test_compiler_options_then_every_kind_of_accelerator_has_some(kind: str) -> 
     assert compiler_options(topology.platform, topology.device_kind)
 
 
-def test_compiler_options_of_a_cpu_then_none() -> None:
-    assert compiler_options("cpu", "cpu") == {}
+def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
+    assert set(compiler_options("cpu", "cpu")) == {"xla_cpu_experimental_ynn_fusion_type"}
 
 
 @pytest.mark.slow
-def test_dcnv2_mlperf_on_eight_h200s_then_nine_tenths_of_its_exchanges_are_hidden() -> None:
-    topology = parse_topology("h200:1x8")
+@pytest.mark.parametrize(
+    ("target", "least"),
+    [
+        ("h200:1x8", 0.9),
+        # Vectors and gradients between nodes are waited for: docs/overlap.md has the bounds.
+        ("h200:16x8", 0.4),
+        ("zionex:16x8", 0.3),
+    ],
+)
+def test_dcnv2_mlperf_then_so_much_of_its_exchanges_is_hidden(target: str, least: float) -> None:
+    topology = parse_topology(target)
     config = CONFIGS["dcnv2_mlperf"]()
     config = dataclasses.replace(config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     assert config.stated is not None
@@ -136,4 +146,5 @@ def test_dcnv2_mlperf_on_eight_h200s_then_nine_tenths_of_its_exchanges_are_hidde
     )
     exchanges = [exchange for exchange in found.exchanges if exchange.collective.wire_bytes > 1e6]
     assert {exchange.collective.kind for exchange in exchanges} >= {"all-to-all", "all-reduce"}
-    assert found.hidden_share >= 0.9
+    print(summary(found, known.batch_size))
+    assert found.hidden_share >= least
