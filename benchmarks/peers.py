@@ -112,7 +112,7 @@ def _copy_rate() -> float:
     return 2 * COPIED_BYTES / statistics.median(seconds)
 
 
-def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: float) -> dict[str, Any]:
+def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: float, warm_s: float) -> dict[str, Any]:
     """The figures of one case."""
     results: dict[str, Any] = {}
     of_ours: list[dict[str, float]] = []
@@ -129,8 +129,10 @@ def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: fl
                         f"{difference:.1e}: {answer['losses']} and {first['losses']}"
                     )
                 pair = {"ours": ours, name: peer}
-                # Once for caches and pages; its time says how many steps make a turn.
+                # Its time says how many steps make a turn.
                 warm = {side: process.ask("run 2")["step_ms"] for side, process in pair.items()}
+                for side, process in pair.items():
+                    process.ask(f"run {max(1, round(1e3 * warm_s / warm[side]))}")
                 counts = {side: max(1, min(steps, round(1e3 * turn_s / warm[side]))) for side in pair}
                 times: dict[str, list[dict[str, float]]] = {side: [] for side in pair}
                 for turn in range(turns):
@@ -232,6 +234,7 @@ def main(
     turns: int = 6,
     steps: int = 8,
     turn_s: float = 2.0,
+    warm_s: float = 10.0,
     out: Path = Path("benchmarks/results/peers.json"),
 ) -> None:
     """Compares training steps.
@@ -244,6 +247,8 @@ def main(
         turns: Turns of each side.
         steps: Most steps of a turn.
         turn_s: Seconds that a turn should not exceed, if a step does not.
+        warm_s: Seconds of each side before its first turn. What only a run's first seconds have is left out: ours moves
+            its tables to huge pages then.
         out: Where to write the figures; the picture lies beside it. Cases that are there already and are not asked for
             stay, so that a long run can be made in parts.
     """
@@ -260,11 +265,11 @@ def main(
                     continue
                 rate = TABLE_LEARNING_RATES[optimizer] / statistics.mean(known[name].pooling_factors)
                 case = dataclasses.replace(known[name], ids=kind, optimizer=optimizer, table_learning_rate=rate)
-                result = _compare(case, able, turns=turns, steps=steps, turn_s=turn_s)
+                result = _compare(case, able, turns=turns, steps=steps, turn_s=turn_s, warm_s=warm_s)
                 _print([result])
                 made.append(result)
                 results[_key(result)] = result
-                command = f"benchmarks/peers.py --turns {turns} --steps {steps} --turn_s {turn_s}"
+                command = f"benchmarks/peers.py --turns {turns} --steps {steps} --turn_s {turn_s} --warm_s {warm_s}"
                 record(out, command, {"results": sorted(results.values(), key=_key)})
     _draw(sorted(results.values(), key=_key), out.with_suffix(".png"))
 

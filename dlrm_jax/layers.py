@@ -42,7 +42,8 @@ def _matmul_backward(residuals, cotangent):
     x, kernel = residuals
     cotangent = cotangent.astype(x.dtype)
     x_grad = jnp.dot(cotangent, kernel.T.astype(x.dtype), preferred_element_type=jnp.float32)
-    kernel_grad = jnp.dot(x.T, cotangent, preferred_element_type=jnp.float32)
+    # Not `x.T @ cotangent`: where a layer has one output, XLA's program for hosts would go through x column by column.
+    kernel_grad = jnp.dot(cotangent.T, x, preferred_element_type=jnp.float32).T
     return x_grad.astype(x.dtype), kernel_grad
 
 

@@ -163,9 +163,8 @@ class DLRM(nnx.Module):
             for group, projection in zip(embeddings, self.projections, strict=True)
         ]
         if self.config.interaction == "dot":
-            vectors = ([x[:, None, :]] if self.num_dense else []) + groups
-            pairs = dot_interaction(jnp.concatenate(vectors, axis=1), self.config.self_interaction)
-            z = jnp.concatenate([x, pairs.astype(dtype)], axis=1)
+            vectors = groups[0] if len(groups) == 1 else jnp.concatenate(groups, axis=1)
+            z = dot_interaction(x, vectors, self.config.self_interaction)
         else:
             z = jnp.concatenate([x, *(group.reshape(batch_size, -1) for group in groups)], axis=1)
         if self.cross is not None:

@@ -110,8 +110,9 @@ def pipelined_step(
     if state.stale is None:
         with jax.named_scope("lookup"):
             pooled = tables.pool(state.tables, routed)
-        # While the first vectors travel there is nothing else to do yet.
-        next_ids, pooled = jax.lax.optimization_barrier((next_ids, pooled))
+        if tables.num_devices > 1:
+            # While the first vectors travel there is nothing else to do yet.
+            next_ids, pooled = jax.lax.optimization_barrier((next_ids, pooled))
     with jax.named_scope("route_ahead"):
         next_routed = tables.route(next_ids, capacities)
     if state.stale is None:

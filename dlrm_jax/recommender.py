@@ -22,6 +22,7 @@ from dlrm_jax.model import DLRM
 from dlrm_jax.plan_choice import choose_chunks, choose_plan
 from sharding import Embeddings, KeyedJagged, ShardedTables
 from sharding.capacities import Capacities
+from sharding.compiler_options import options_to_run_once
 from sharding.errors import InputError
 from sharding.jagged import for_devices
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
@@ -102,7 +103,10 @@ class Recommender:
     def init_dense(self) -> nnx.State:
         """Draws the dense parameters, the same on every device."""
         replicated = sharding_on(self.tables.mesh, REPLICATED)
-        return jax.jit(lambda: nnx.split(self._build())[1], out_shardings=replicated)()
+        options = options_to_run_once(self.tables.mesh.devices.flat[0].platform)
+        return jax.jit(
+            lambda: nnx.split(self._build())[1], out_shardings=replicated, compiler_options=options or None
+        )()
 
     def abstract_dense(self) -> nnx.State:
         """Shapes of the dense parameters."""

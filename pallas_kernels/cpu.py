@@ -1,4 +1,4 @@
-"""Both operations, and the dot interaction, in C++ for hosts: handlers of XLA's foreign function interface.
+"""Both operations, and what goes with them on hosts, in C++: handlers of XLA's foreign function interface.
 
 The sources lie in `cpu/`; `cpu/build.py` compiles them when the package is built. Threads are those of XLA's own pool.
 Each result is the same for every number of threads: a bag or a row is added up in the order that `xla` states, by one
@@ -9,15 +9,18 @@ each program's shapes suggest, so each step of a rule's arithmetic may differ in
 nearly equal numbers by more. Here it is always fused where the rule has the form ``a * b + c``; `cpu/optimizers.h` says
 where.
 
-Letters: n ids, G bags, w width of a row, S slots, B samples, F vectors that interact, D their dimension, P pairs.
+Letters: n ids, G bags, w width of a row, S slots, B samples, d columns of x, k embeddings of a sample, D their
+dimension, P pairs.
 """
 
 import ctypes
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,10 @@ from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK, RowO
 from pallas_kernels.slots import Slots
 from pallas_kernels.xla import RUN_BLOCK
 
-_HANDLERS = ("pooled_lookup", "sparse_update", "row_statistics", "dot_interaction", "dot_interaction_grad")
+_HANDLERS = (
+    *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
+    *("dot_interaction", "dot_interaction_grad"),
+)
 _STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -107,11 +113,11 @@ def unable(
     return None
 
 
-def _call(name: str, results, aliases: dict[int, int] | None = None):
+def _call(name: str, results, **settings: Any) -> Callable[..., Any]:
     """`jax.ffi.ffi_call` of one of our handlers, which XLA must know by then."""
     if (missing := _missing()) is not None:
         raise RuntimeError(f"no cpu kernels: {missing}")
-    return jax.ffi.ffi_call(f"dlrm_{name}", results, input_output_aliases=aliases)
+    return jax.ffi.ffi_call(f"dlrm_{name}", results, **settings)
 
 
 def _or_empty(array: Array | None, shape: tuple[int, ...]) -> Array:
@@ -236,28 +242,42 @@ def sparse_update(
     _, *updated = _call(
         "sparse_update",
         (_scratch(rows.shape[0], width), *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in stores)),
-        {len(arguments) + i: 1 + i for i in range(len(stores))},
+        input_output_aliases={len(arguments) + i: 1 + i for i in range(len(stores))},
     )(*arguments, *stores, rule=optimizer.name, rounding=storage_rounding)
     end = 1 + len(element_state)
     return updated[0], tuple(updated[1:end]), tuple(updated[end:])
 
 
-def can_interact(dtype: jnp.dtype) -> bool:
-    """Whether `dot_interaction` is there, for vectors of a dtype."""
-    return _missing() is None and dtype in (jnp.float32, jnp.bfloat16)
+def bags_of_ids(offsets: Int32[Array, " G+1"], *, num_ids: int) -> Int32[Array, " n"]:
+    """See `pallas_kernels.bags.bags_of_ids`."""
+    return _call("bags_of_ids", jax.ShapeDtypeStruct((num_ids,), jnp.int32))(offsets)
 
 
-def dot_interaction(x: Float[Array, "B F D"], *, self_interaction: bool) -> Float[Array, "B P"]:
-    """See `pallas_kernels.interaction.dot_interaction`. Sums run in float32, in the order of the columns."""
-    num_vectors = x.shape[1]
+def dot_interaction(
+    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
+) -> Float[Array, "B d+P"]:
+    """See `pallas_kernels.interaction.dot_interaction`, for float32 and bfloat16. Sums run in the order of columns.
+
+    The handlers go through embeddings feature by feature, since so the kernels of tables write and read them: pooled
+    bags are not transposed on their way.
+    """
+    num_vectors = embeddings.shape[1] + (x.shape[1] > 0)
     num_pairs = num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
-    result = jax.ShapeDtypeStruct((x.shape[0], num_pairs), jnp.float32)
-    return _call("dot_interaction", result)(x, self_interaction=self_interaction)
+    result = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + num_pairs), x.dtype)
+    by_feature = jnp.swapaxes(embeddings, 0, 1)
+    return _call("dot_interaction", result)(x, by_feature, self_interaction=self_interaction)
 
 
 def dot_interaction_grad(
-    x: Float[Array, "B F D"], cotangent: Float[Array, "B P"], *, self_interaction: bool
-) -> Float[Array, "B F D"]:
-    """The gradient of the vectors, in their dtype, from that of the dot products."""
-    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _call("dot_interaction_grad", result)(x, cotangent, self_interaction=self_interaction)
+    x: Float[Array, "B d"],
+    embeddings: Float[Array, "B k D"],
+    cotangent: Float[Array, "B d+P"],
+    *,
+    self_interaction: bool,
+) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
+    """The gradients of x and of the embeddings from that of x and the dot products."""
+    by_feature = jnp.swapaxes(embeddings, 0, 1)
+    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, by_feature))
+    call = _call("dot_interaction_grad", results)
+    x_grad, by_feature_grad = call(x, by_feature, cotangent, self_interaction=self_interaction)
+    return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)

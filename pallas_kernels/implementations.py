@@ -1,11 +1,15 @@
 """Implementations: which there are, and which one serves a call."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
+from pallas_kernels import cpu
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.target import Target, current_target
@@ -69,3 +73,21 @@ def implementation_of(
         if name is not None:
             raise ValueError(f"implementation {name!r} cannot serve this call: {reason}; use another, or None")
     raise AssertionError("xla serves every call")
+
+
+def on_hosts(native: Callable, reference: Callable, *arrays: Array) -> Any:
+    """Calls one of the `cpu` kernels in programs for hosts, where those were built, else its reference in `jax.numpy`.
+
+    For what only `cpu` has a kernel of, since XLA's programs for other platforms are as good.
+
+    Args:
+        native: The kernel.
+        reference: The same function for any platform.
+        *arrays: The arguments of both.
+
+    Returns:
+        What the one called returns.
+    """
+    if not cpu.available():
+        return reference(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=native, default=reference)

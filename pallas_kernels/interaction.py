@@ -1,10 +1,12 @@
 """dot_interaction: the dot products of all pairs of a sample's vectors, forward and backward.
 
-Letters: B samples, F vectors of a sample, D their dimension, P pairs.
+Letters: B samples, d columns of x, k embeddings of a sample, D their dimension, F vectors of a sample (x, if there is
+any, and its embeddings), P pairs.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cpu
+from pallas_kernels.implementations import on_hosts
 
 
 def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
-    """Number of values that `dot_interaction` gives for each sample.
+    """Number of pairs that `dot_interaction` gives for each sample.
 
     Args:
         num_vectors: F.
@@ -27,40 +30,50 @@ def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
     return num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def dot_interaction(x: Float[Array, "B F D"], self_interaction: bool) -> Float[Array, "B P"]:
-    """Computes the dot products of all pairs of vectors of each sample.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot_interaction(
+    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], self_interaction: bool
+) -> Float[Array, "B d+P"]:
+    """Computes the dot products of all pairs of vectors of each sample, and puts them beside x.
 
-    The products are `Z[b] = X[b] X[b]^T`, of which the strict lower triangle (with self-interaction: the lower
-    triangle) is taken row by row: (1, 0), (2, 0), (2, 1), (3, 0), ... Source: Naumov et al. 2019, section 2.1, in the
-    order of facebookresearch/dlrm.
+    With `V[b]` the vectors `(x[b], embeddings[b, 0], ..., embeddings[b, k-1])`, the products are `Z[b] = V[b] V[b]^T`,
+    of which the strict lower triangle (with self-interaction: the lower triangle) is taken row by row: (1, 0), (2, 0),
+    (2, 1), (3, 0), ... Source: Naumov et al. 2019, section 2.1, in the order of facebookresearch/dlrm.
 
-    The derivative is written out: ``dX = (dZ + dZ^T) X``. On hosts both ways are `cpu`'s, where it can serve; elsewhere
-    XLA's matrix products.
+    The derivative is written out: ``dV = (dZ + dZ^T) V``. On hosts both ways are `cpu`'s, where it can serve; elsewhere
+    XLA's matrix products. Sums run in float32.
 
     Args:
-        x: The vectors, in the dtype to compute in.
+        x: The bottom MLP's output, in the dtype to compute in; d is D, or 0 where there is none.
+        embeddings: The embeddings, in the same dtype.
         self_interaction: Whether a vector is also paired with itself.
 
     Returns:
-        The dot products in float32.
+        x and the dot products, in their dtype.
     """
-    return _by_platform(cpu.dot_interaction, _products, self_interaction, x)
+    return _by_platform(cpu.dot_interaction, _products, self_interaction, x, embeddings)
 
 
-def _by_platform(native: Callable, fallback: Callable, self_interaction: bool, *arrays: Array) -> Array:
-    fallback = functools.partial(fallback, self_interaction=self_interaction)
-    if not cpu.can_interact(arrays[0].dtype):
-        return fallback(*arrays)
-    native = functools.partial(native, self_interaction=self_interaction)
-    return jax.lax.platform_dependent(*arrays, cpu=native, default=fallback)
+def _by_platform(native: Callable, reference: Callable, self_interaction: bool, *arrays: Array) -> Any:
+    reference = functools.partial(reference, self_interaction=self_interaction)
+    if arrays[0].dtype not in (jnp.float32, jnp.bfloat16):
+        return reference(*arrays)
+    return on_hosts(functools.partial(native, self_interaction=self_interaction), reference, *arrays)
 
 
-def _products(x: Float[Array, "B F D"], *, self_interaction: bool) -> Float[Array, "B P"]:
-    num_vectors = x.shape[1]
-    z = jnp.einsum("bid,bjd->bij", x, x, preferred_element_type=jnp.float32)
+def _vectors(x: Float[Array, "B d"], embeddings: Float[Array, "B k D"]) -> Float[Array, "B F D"]:
+    return jnp.concatenate([x[:, None], embeddings], axis=1) if x.shape[1] else embeddings
+
+
+def _products(
+    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
+) -> Float[Array, "B d+P"]:
+    vectors = _vectors(x, embeddings)
+    num_vectors = vectors.shape[1]
+    z = jnp.einsum("bid,bjd->bij", vectors, vectors, preferred_element_type=jnp.float32)
     rows, columns = _pairs(num_vectors, self_interaction)
-    return jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
+    pairs = jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
+    return jnp.concatenate([x, pairs.astype(x.dtype)], axis=1)
 
 
 def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
@@ -68,32 +81,41 @@ def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " 
     return rows.astype(np.int32), columns.astype(np.int32)
 
 
-def _dot_interaction_forward(x, self_interaction):
-    return dot_interaction(x, self_interaction), x
+def _dot_interaction_forward(x, embeddings, self_interaction):
+    return dot_interaction(x, embeddings, self_interaction), (x, embeddings)
 
 
-def _dot_interaction_backward(self_interaction, x, cotangent):
-    return (_by_platform(cpu.dot_interaction_grad, _products_grad, self_interaction, x, cotangent),)
+def _dot_interaction_backward(self_interaction, vectors, cotangent):
+    return _by_platform(cpu.dot_interaction_grad, _products_grad, self_interaction, *vectors, cotangent)
 
 
 dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
 
 
 def _products_grad(
-    x: Float[Array, "B F D"], cotangent: Float[Array, "B P"], *, self_interaction: bool
-) -> Float[Array, "B F D"]:
+    x: Float[Array, "B d"],
+    embeddings: Float[Array, "B k D"],
+    cotangent: Float[Array, "B d+P"],
+    *,
+    self_interaction: bool,
+) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
     """One gather puts the cotangents on both triangles of a symmetric matrix, and one product does the rest.
 
     Automatic differentiation makes a scatter and two products.
     """
-    batch_size, num_vectors, _ = x.shape
-    if cotangent.shape[1] == 0:
-        return jnp.zeros_like(x)
+    vectors = _vectors(x, embeddings)
+    batch_size, num_vectors, _ = vectors.shape
+    of_x, of_pairs = cotangent[:, : x.shape[1]], cotangent[:, x.shape[1] :]
+    if of_pairs.shape[1] == 0:
+        return of_x, jnp.zeros_like(embeddings)
     rows, columns = _pairs(num_vectors, self_interaction)
     pair_of = np.zeros((num_vectors, num_vectors), np.int32)
     pair_of[rows, columns] = pair_of[columns, rows] = np.arange(len(rows), dtype=np.int32)
     # dZ + dZ^T: an element of the diagonal is there twice, or not at all without self-interaction.
     factor = np.where(np.eye(num_vectors, dtype=bool), 2.0 if self_interaction else 0.0, 1.0).astype(x.dtype)
-    symmetric = jnp.take(cotangent.astype(x.dtype), pair_of.reshape(-1), axis=1, mode="clip")
+    symmetric = jnp.take(of_pairs, pair_of.reshape(-1), axis=1, mode="clip")
     symmetric = symmetric.reshape(batch_size, num_vectors, num_vectors) * factor[None]
-    return jnp.einsum("bij,bjd->bid", symmetric, x, preferred_element_type=jnp.float32).astype(x.dtype)
+    grads = jnp.einsum("bij,bjd->bid", symmetric, vectors, preferred_element_type=jnp.float32)
+    if not x.shape[1]:
+        return of_x, grads.astype(x.dtype)
+    return (of_x.astype(jnp.float32) + grads[:, 0]).astype(x.dtype), grads[:, 1:].astype(x.dtype)

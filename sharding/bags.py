@@ -27,13 +27,17 @@ def vectors_of_bags(
         position = jnp.arange(vectors, dtype=jnp.int32) - first
         places = (first * (senders * samples) + position)[:, None] + sample * count[:, None]
         by_vector = bags[places.reshape(-1)]
+    if senders == 1:
+        # XLA takes transposes of the same axes together: whoever goes through the vectors one by one gets the bags.
+        return by_vector.reshape(vectors, samples, width).swapaxes(0, 1)[None]
     return by_vector.reshape(vectors, senders, samples, width).transpose(1, 2, 0, 3)
 
 
 def bags_of_vectors(vectors: Float[Array, "S b P w"], group: Group, device: Int32[Array, ""]) -> Float[Array, "bags w"]:
     """The transpose: the gradients of all bags."""
     senders, samples, count_of_vectors, width = vectors.shape
-    by_vector = vectors.transpose(2, 0, 1, 3).reshape(-1, width)
+    by_vector = vectors[0].swapaxes(0, 1) if senders == 1 else vectors.transpose(2, 0, 1, 3)
+    by_vector = by_vector.reshape(-1, width)
     if not group.has_sequences or not by_vector.size:
         return by_vector
     first, count = _sequences(group, device)

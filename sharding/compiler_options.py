@@ -1,6 +1,7 @@
-"""Options of XLA's compilers that let exchanges run beside arithmetic, each with its reason. The one place for them.
+"""Options of XLA's compilers, each with its reason. The one place for them.
 
-What each does was read off schedules that were compiled ahead of time (tests/test_overlap_aot.py holds them).
+Those for accelerators let exchanges run beside arithmetic. What each does was read off schedules that were compiled
+ahead of time (tests/test_overlap_aot.py holds them).
 """
 
 from collections.abc import Mapping
@@ -56,16 +57,22 @@ _TPU_KINDS: Mapping[str, CompilerOptions] = {
     "tpu7x": _SPARSE_CORE,
 }
 
+_CPU: CompilerOptions = {
+    # Matrix products by Eigen with oneDNN's kernels instead of YNNPACK, which is slower at most shapes of MLPs
+    # (docs/performance.md); only sums stay YNNPACK's.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+
 
 def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
-    """Options for programs that exchange embeddings; for ``jax.jit(..., compiler_options=...)``.
+    """Options for training steps and what goes with them; for ``jax.jit(..., compiler_options=...)``.
 
     Args:
         platform: What JAX calls the platform: "gpu" or "cuda", "tpu", "cpu".
         device_kind: What JAX calls the device: ``device.device_kind``.
 
     Returns:
-        The options; none for CPUs, whose programs run collectives one after another.
+        The options; none for a platform that is not known.
     """
     kind = kind_of(device_kind) or ""
     match platform:
@@ -73,4 +80,18 @@ def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
             return _GPU | _GPU_KINDS.get(kind, {})
         case "tpu":
             return _TPU | _TPU_KINDS.get(kind, {})
+        case "cpu":
+            return _CPU
     return {}
+
+
+def options_to_run_once(platform: str) -> CompilerOptions:
+    """Options for programs that run once and are long, such as one that draws all parameters of a model.
+
+    Args:
+        platform: What JAX calls the platform.
+
+    Returns:
+        The options. For CPUs: less is tried to make the program fast, which takes longer than it can save.
+    """
+    return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}

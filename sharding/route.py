@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.scans import bags_of_ids, offsets_of, places_of
+from pallas_kernels.bags import bags_of_ids
+from pallas_kernels.scans import offsets_of, places_of
 from sharding import words
 from sharding.capacities import Capacities, GroupCapacity
 from sharding.errors import InputError

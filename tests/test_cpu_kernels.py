@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from kernel_cases import lines_of
 from row_oracle import ELEMENT_STATES, ROW_STATES, RULES
 from update_cases import HYPER
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots, cpu, xla
+from pallas_kernels import ROW_OPTIMIZERS, Slots, cpu, scans, xla
+from pallas_kernels.bags import bags_of_ids
+from pallas_kernels.interaction import dot_interaction
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the library of the cpu kernels was not built here")
 
@@ -153,27 +156,71 @@ def test_an_update_on_one_thread_or_several_then_the_same_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("self_interaction", [False, True])
-@pytest.mark.parametrize(("batch_size", "num_vectors", "dim"), [(70, 27, 16), (3, 9, 13), (2, 1, 8), (0, 4, 8)])
+@pytest.mark.parametrize("has_x", [False, True])
+@pytest.mark.parametrize(("batch_size", "num_embeddings", "dim"), [(70, 26, 16), (3, 9, 13), (2, 1, 8), (0, 4, 8)])
 def test_dot_interaction_then_equals_float64s_values_and_gradient(
-    batch_size: int, num_vectors: int, dim: int, self_interaction: bool, dtype
+    batch_size: int, num_embeddings: int, dim: int, has_x: bool, self_interaction: bool, dtype
 ) -> None:
-    x = jax.random.normal(jax.random.key(0), (batch_size, num_vectors, dim), jnp.float32).astype(dtype)
-    exact = np.asarray(x).astype(np.float64)
-    i, j = np.tril_indices(num_vectors, 0 if self_interaction else -1)
-    given = cpu.dot_interaction(x, self_interaction=self_interaction)
-    assert given.dtype == jnp.float32
-    np.testing.assert_allclose(given, np.einsum("bpd,bpd->bp", exact[:, i], exact[:, j]), rtol=1e-5, atol=1e-5)
-
-    cotangent = jax.random.normal(jax.random.key(1), given.shape, jnp.float32)
-    grad = cpu.dot_interaction_grad(x, cotangent, self_interaction=self_interaction)
-    assert grad.dtype == dtype
-    rounded = np.asarray(cotangent.astype(dtype)).astype(np.float64)
-    symmetric = np.zeros((batch_size, num_vectors, num_vectors))
-    symmetric[:, i, j] += rounded
-    symmetric[:, j, i] += rounded
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch_size, dim * has_x), dtype)
+    embeddings = jax.random.normal(keys[1], (batch_size, num_embeddings, dim), dtype)
+    vectors = np.concatenate([x[:, None], embeddings] if has_x else [embeddings], axis=1).astype(np.float64)
+    i, j = np.tril_indices(vectors.shape[1], 0 if self_interaction else -1)
+    given = cpu.dot_interaction(x, embeddings, self_interaction=self_interaction)
+    assert given.dtype == dtype
     # Sums of float32; a bfloat16 result is rounded once more.
-    tolerance = 2.0**-8 if dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_allclose(np.asarray(grad).astype(np.float64), symmetric @ exact, rtol=tolerance, atol=1e-5)
+    close: dict[str, Any] = {"rtol": 2.0**-8 if dtype == jnp.bfloat16 else 1e-5, "atol": 1e-5}
+    pairs = np.einsum("bpd,bpd->bp", vectors[:, i], vectors[:, j])
+    np.testing.assert_array_equal(given[:, : x.shape[1]], x)
+    np.testing.assert_allclose(np.asarray(given[:, x.shape[1] :], np.float64), pairs, **close)
+
+    cotangent = jax.random.normal(keys[2], given.shape, dtype)
+    x_grad, embeddings_grad = cpu.dot_interaction_grad(x, embeddings, cotangent, self_interaction=self_interaction)
+    assert x_grad.dtype == embeddings_grad.dtype == dtype
+    of_x, of_pairs = np.split(np.asarray(cotangent, np.float64), [x.shape[1]], axis=1)
+    symmetric = np.zeros((batch_size, vectors.shape[1], vectors.shape[1]))
+    symmetric[:, i, j] += of_pairs
+    symmetric[:, j, i] += of_pairs
+    wanted = symmetric @ vectors
+    np.testing.assert_allclose(np.asarray(x_grad, np.float64), of_x + wanted[:, 0] if has_x else of_x, **close)
+    np.testing.assert_allclose(np.asarray(embeddings_grad, np.float64), wanted[:, has_x:], **close)
+
+
+def test_dot_interaction_when_embeddings_are_pooled_bags_then_nothing_is_transposed() -> None:
+    def through_bags(bags):
+        x, embeddings = jnp.ones((64, 16)), bags.reshape(26, 64, 16).swapaxes(0, 1)
+        return jnp.sum(dot_interaction(x, embeddings, False) ** 2)
+
+    program = jax.jit(jax.grad(through_bags)).lower(jnp.ones((26 * 64, 16))).compile().as_text()
+    assert program is not None
+    assert "dlrm_dot_interaction_grad" in program
+    assert " transpose(" not in program
+    assert " copy(" not in program
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ids"),
+    [
+        ([1] * 1000, 1000),
+        ([0, 0, 3, 0, 9, 1, 0], 20),
+        ([0, 0, 3, 0, 9, 1, 0], 7),
+        ([70_000, 0, 1, 40_000], 120_000),
+        ([7] * 20_000, 140_000),
+        ([], 5),
+        ([3], 0),
+    ],
+)
+def test_bags_of_ids_then_those_of_the_reference(lengths: list[int], num_ids: int) -> None:
+    offsets = scans.offsets_of(jnp.asarray(lengths, jnp.int32))
+    expected = scans.bags_of_ids(offsets, num_ids)
+    np.testing.assert_array_equal(bags_of_ids(offsets, num_ids), expected)
+    np.testing.assert_array_equal(cpu.bags_of_ids(offsets, num_ids=num_ids), expected)
+
+
+def test_bags_of_ids_when_lengths_are_nonsense_then_nothing_breaks() -> None:
+    offsets = jnp.array([0, 50, -3, 2**31 - 1, 7, 60], jnp.int32)
+    bags = np.asarray(cpu.bags_of_ids(offsets, num_ids=100))
+    assert ((bags >= 0) & (bags <= 5)).all()
 
 
 def test_unable_then_says_what_is_not_served() -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dlrm_jax.layers import MLP, Linear, LowRankCross, Projection, matmul
+from pallas_kernels import cpu
 from pallas_kernels.interaction import dot_interaction, num_pairs
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -27,37 +28,50 @@ def parameters(module) -> dict[Any, Any]:
     return nnx.to_pure_dict(nnx.state(module))
 
 
-def dot_interaction_oracle(x, cotangent, self_interaction):
-    """Values and gradient, pair by pair."""
-    x, cotangent = x.astype(np.float64), cotangent.astype(np.float64)
-    pairs = [(i, j) for i in range(x.shape[1]) for j in range(i + self_interaction)]
-    gradient = np.zeros_like(x)
+def dot_interaction_oracle(vectors, cotangent, self_interaction):
+    """Dot products and gradient, pair by pair."""
+    vectors, cotangent = vectors.astype(np.float64), cotangent.astype(np.float64)
+    pairs = [(i, j) for i in range(vectors.shape[1]) for j in range(i + self_interaction)]
+    gradient = np.zeros_like(vectors)
     for pair, (i, j) in enumerate(pairs):
-        gradient[:, i] += cotangent[:, pair, None] * x[:, j]
-        gradient[:, j] += cotangent[:, pair, None] * x[:, i]
-    values = [(x[:, i] * x[:, j]).sum(-1) for i, j in pairs]
-    return np.stack(values, axis=1) if pairs else np.zeros((len(x), 0)), gradient
+        gradient[:, i] += cotangent[:, pair, None] * vectors[:, j]
+        gradient[:, j] += cotangent[:, pair, None] * vectors[:, i]
+    values = [(vectors[:, i] * vectors[:, j]).sum(-1) for i, j in pairs]
+    return np.stack(values, axis=1) if pairs else np.zeros((len(vectors), 0)), gradient
 
 
+@pytest.mark.parametrize("platform", ["cpu", "any"])
 @pytest.mark.parametrize("self_interaction", [False, True])
-@pytest.mark.parametrize("num_vectors", [1, 2, 7])
+@pytest.mark.parametrize("batch_size", [5, 0])
+@pytest.mark.parametrize(("has_x", "num_embeddings"), [(True, 0), (True, 1), (True, 6), (False, 1), (False, 7)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, CLOSE), (BF16, BF16_CLOSE)])
-def test_dot_interaction_when_run_then_values_and_gradient_match_the_pairs_in_row_major_order(
-    self_interaction, num_vectors, dtype, tolerance
+def test_dot_interaction_when_run_then_x_and_the_pairs_in_row_major_order_and_their_gradient(
+    platform, self_interaction, batch_size, has_x, num_embeddings, dtype, tolerance, monkeypatch
 ):
-    x = random(5, num_vectors, 8)
-    cotangent = random(5, num_pairs(num_vectors, self_interaction=self_interaction), seed=1)
+    if platform == "any":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    x, embeddings = random(batch_size, 8 * has_x), random(batch_size, num_embeddings, 8, seed=1)
+    vectors = np.concatenate([x[:, None], embeddings], axis=1) if has_x else embeddings
+    cotangent = random(batch_size, x.shape[1] + num_pairs(vectors.shape[1], self_interaction=self_interaction), seed=2)
 
     @jax.jit
-    def run(x, cotangent):
-        values, pullback = jax.vjp(lambda x: dot_interaction(x.astype(dtype), self_interaction), x)
-        return values, pullback(cotangent)[0]
+    def run(x, embeddings, cotangent):
+        def interact(x, embeddings):
+            return dot_interaction(x.astype(dtype), embeddings.astype(dtype), self_interaction)
 
-    values, gradient = run(x, cotangent)
-    expected_values, expected_gradient = dot_interaction_oracle(x, cotangent, self_interaction)
-    assert values.dtype == gradient.dtype == jnp.float32
-    np.testing.assert_allclose(values, expected_values, **tolerance)
-    np.testing.assert_allclose(gradient, expected_gradient, **tolerance)
+        values, pullback = jax.vjp(interact, x, embeddings)
+        return values, *pullback(cotangent.astype(dtype))
+
+    values, *gradients = run(x, embeddings, cotangent)
+    expected_pairs, gradient = dot_interaction_oracle(vectors, cotangent[:, x.shape[1] :], self_interaction)
+    expected = (
+        np.concatenate([x, expected_pairs], axis=1),
+        cotangent[:, : x.shape[1]] + (gradient[:, 0] if has_x else 0),
+        gradient[:, has_x:],
+    )
+    assert values.dtype == dtype
+    for given, wanted in zip((values, *gradients), expected, strict=True):
+        np.testing.assert_allclose(given.astype(jnp.float32), wanted, **tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, CLOSE), (BF16, BF16_CLOSE)])
@@ -89,7 +103,7 @@ def test_products_when_computing_in_bfloat16_then_no_operand_is_float32_forward_
 
     def loss(params, x):
         y = nnx.merge(graph, params)(x).reshape(2, 3, 2)
-        return jnp.sum(dot_interaction(y, False))
+        return jnp.sum(dot_interaction(y[:, 0], y[:, 1:], False).astype(jnp.float32))
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, jnp.ones((2, 4))).jaxpr
     dtypes = list(product_dtypes(jaxpr))

@@ -28,6 +28,7 @@ from dlrm_jax.workdir import Workdir
 from scripts.command_line import parse_config
 from sharding import InputError, KeyedJagged, TableSpec
 from sharding.all_reduce import AllReduce
+from sharding.compiler_options import compiler_options
 from sharding.mesh import make_mesh
 from sharding.plan import (
     Placement,
@@ -195,7 +196,9 @@ def test_stale_steps_then_those_of_a_loop_that_looks_up_before_each_update(data,
 
     tables = plain.tables
     optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-    update = jax.jit(partial(learn, recommender=plain, optimizer=optimizer))
+    # The same bits come of the same matrix products.
+    options = compiler_options("cpu", jax.devices()[0].device_kind)
+    update = jax.jit(partial(learn, recommender=plain, optimizer=optimizer), compiler_options=options)
     state, metrics = init_train_state(plain, optimizer), BinnedMetrics.zeros()
     on_devices = [plain.to_devices(batch) for batch in [*batches, batches[0]]]
     routed = tables.route(on_devices[0].ids)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.peers.case import Case, CaseBatch, batches, dense_weights, table_blocks
-from benchmarks.peers.serve import MATMUL_SIZE, serve
+from benchmarks.peers.case import Case, CaseBatch, dense_weights, table_blocks
+from benchmarks.peers.serve import MATMUL_SIZE, StepByStep, serve
 
 
 def initial_params(case: Case) -> Any:
@@ -51,10 +51,11 @@ def loss_of(case: Case) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.
     return loss
 
 
-class PlainJax:
+class PlainJax(StepByStep):
     """Trains a case; see `serve.Side`."""
 
     def __init__(self, case: Case):
+        super().__init__(case)
         self._case = case
         self._params = initial_params(case)
         optimizer = optax.partition(
@@ -70,8 +71,6 @@ class PlainJax:
             return optax.apply_updates(params, updates), state, value
 
         self._compiled_step = jax.jit(step, donate_argnums=(0, 1))
-        self._batches = batches(case)
-        self._step = 0
         self._square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
         self._product = jax.jit(jnp.matmul).lower(self._square, self._square).compile()
 
@@ -84,19 +83,7 @@ class PlainJax:
             for first, rows in table_blocks(self._case, number):
                 self._params["tables"][number] = write(self._params["tables"][number], rows, first)
 
-    def losses(self, steps: int) -> list[float]:
-        """See `serve.Side`."""
-        return [float(self._train()) for _ in range(steps)]
-
-    def run(self, steps: int) -> None:
-        """See `serve.Side`."""
-        for _ in range(steps):
-            self._train()
-        jax.block_until_ready(self._params)
-
-    def _train(self) -> jax.Array:
-        batch: CaseBatch = self._batches[self._step % len(self._batches)]
-        self._step += 1
+    def _train(self, batch: CaseBatch) -> jax.Array:
         self._params, self._optimizer_state, loss = self._compiled_step(
             self._params, self._optimizer_state, batch.dense, batch.ids, batch.label
         )

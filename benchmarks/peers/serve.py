@@ -3,6 +3,7 @@
 Standard library and numpy only, since every environment imports it.
 """
 
+import abc
 import json
 import os
 import statistics
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.peers.case import Case
+from benchmarks.peers.case import Case, CaseBatch, batches
 
 # Of the square matrices whose product gives the matmul rate: about those of the models here.
 MATMUL_SIZE = 1024
@@ -37,6 +38,39 @@ class Side(Protocol):
     def matmul(self) -> None:
         """Multiplies two square float32 matrices of `MATMUL_SIZE`, and returns when that is done."""
         ...
+
+
+class StepByStep(abc.ABC):
+    """A side that starts one step after the other; the rest of `Side` is for its own class."""
+
+    def __init__(self, case: Case):
+        """Makes the batches.
+
+        Args:
+            case: The workload.
+        """
+        self._batches = batches(case)
+        self._step = 0
+
+    @abc.abstractmethod
+    def _train(self, batch: CaseBatch) -> Any:
+        """Trains on a batch and returns its loss, a number or an array of one."""
+
+    def losses(self, steps: int) -> list[float]:
+        """See `Side`."""
+        return [float(self._next()) for _ in range(steps)]
+
+    def run(self, steps: int) -> None:
+        """See `Side`."""
+        for _ in range(steps - 1):
+            self._next()
+        # Steps follow each other: once this loss can be read, all are done.
+        float(self._next())
+
+    def _next(self) -> Any:
+        batch = self._batches[self._step % len(self._batches)]
+        self._step += 1
+        return self._train(batch)
 
 
 def serve(make: Callable[[Case], Side]) -> None:

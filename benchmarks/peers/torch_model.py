@@ -12,8 +12,8 @@ import sys
 import torch
 from torch import nn
 
-from benchmarks.peers.case import Case, CaseBatch, batches, dense_weights, table_blocks
-from benchmarks.peers.serve import MATMUL_SIZE, serve
+from benchmarks.peers.case import Case, CaseBatch, dense_weights, table_blocks
+from benchmarks.peers.serve import MATMUL_SIZE, StepByStep, serve
 
 
 class DensePart(nn.Module):
@@ -60,10 +60,18 @@ def set_linear(layer: nn.Linear, kernel, bias) -> None:
             layer.bias.copy_(torch.from_numpy(bias))
 
 
-class PlainTorch:
+def set_mlp(mlp: nn.Module, layers: list[tuple]) -> None:
+    """Overwrites all linear layers of a module, in its order, with kernels and biases."""
+    linears = [module for module in mlp.modules() if isinstance(module, nn.Linear)]
+    for linear, (kernel, bias) in zip(linears, layers, strict=True):
+        set_linear(linear, kernel, bias)
+
+
+class PlainTorch(StepByStep):
     """Trains a case; see `serve.Side`."""
 
     def __init__(self, case: Case, *, compiled: bool):
+        super().__init__(case)
         self._case = case
         self._tables = nn.ModuleList(
             nn.EmbeddingBag(rows, case.dim, mode="sum", sparse=True, include_last_offset=True) for rows in case.num_rows
@@ -76,8 +84,6 @@ class PlainTorch:
             torch.optim.SGD(self._tables.parameters(), lr=case.table_learning_rate),
             torch.optim.SGD(self._dense.parameters(), lr=case.learning_rate, fused=True),
         ]
-        self._batches = batches(case)
-        self._step = 0
         self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE)
 
     def load(self) -> None:
@@ -87,26 +93,13 @@ class PlainTorch:
             for number, table in enumerate(self._tables):
                 for first, rows in table_blocks(self._case, number):
                     table.weight[first : first + len(rows)] = torch.from_numpy(rows)
-        for mlp, layers in ((self._dense.bottom, weights.bottom), (self._dense.top, weights.top)):
-            linears = [layer for layer in mlp if isinstance(layer, nn.Linear)]
-            for linear, (kernel, bias) in zip(linears, layers, strict=True):
-                set_linear(linear, kernel, bias)
+        set_mlp(self._dense.bottom, weights.bottom)
+        set_mlp(self._dense.top, weights.top)
         for down, up, (v, u, bias) in zip(self._dense.down, self._dense.up, weights.cross, strict=True):
             set_linear(down, v, None)
             set_linear(up, u, bias)
 
-    def losses(self, steps: int) -> list[float]:
-        """See `serve.Side`."""
-        return [float(self._train()) for _ in range(steps)]
-
-    def run(self, steps: int) -> None:
-        """See `serve.Side`."""
-        for _ in range(steps):
-            self._train()
-
-    def _train(self) -> torch.Tensor:
-        batch: CaseBatch = self._batches[self._step % len(self._batches)]
-        self._step += 1
+    def _train(self, batch: CaseBatch) -> torch.Tensor:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         ids, first, embeddings = torch.from_numpy(batch.ids), 0, []

@@ -17,15 +17,16 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.peers.case import Case, CaseBatch, batches, dense_weights, rows_of_upper_triangle, table_blocks
-from benchmarks.peers.serve import MATMUL_SIZE, serve
-from benchmarks.peers.torch_model import set_linear
+from benchmarks.peers.case import Case, CaseBatch, dense_weights, rows_of_upper_triangle, table_blocks
+from benchmarks.peers.serve import MATMUL_SIZE, StepByStep, serve
+from benchmarks.peers.torch_model import set_mlp
 
 
-class TorchRec:
+class TorchRec(StepByStep):
     """Trains a case; see `serve.Side`."""
 
     def __init__(self, case: Case, *, compiled: bool):
+        super().__init__(case)
         self._case = case
         self._tables = FusedEmbeddingBagCollection(
             tables=[
@@ -60,8 +61,6 @@ class TorchRec:
         if compiled:
             for part in ("dense_arch", "inter_arch", "over_arch"):
                 getattr(self._model, part).compile()
-        self._batches = batches(case)
-        self._step = 0
         self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE)
 
     def load(self) -> None:
@@ -80,23 +79,10 @@ class TorchRec:
         if not case.cross_layers:
             kernel, bias = weights.top[0]
             weights.top[0] = (kernel[rows_of_upper_triangle(case)], bias)
-        for part, layers in ((self._model.dense_arch, weights.bottom), (self._model.over_arch, weights.top)):
-            linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
-            for linear, (kernel, bias) in zip(linears, layers, strict=True):
-                set_linear(linear, kernel, bias)
+        set_mlp(self._model.dense_arch, weights.bottom)
+        set_mlp(self._model.over_arch, weights.top)
 
-    def losses(self, steps: int) -> list[float]:
-        """See `serve.Side`."""
-        return [float(self._train()) for _ in range(steps)]
-
-    def run(self, steps: int) -> None:
-        """See `serve.Side`."""
-        for _ in range(steps):
-            self._train()
-
-    def _train(self) -> torch.Tensor:
-        batch: CaseBatch = self._batches[self._step % len(self._batches)]
-        self._step += 1
+    def _train(self, batch: CaseBatch) -> torch.Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         ids = KeyedJaggedTensor(
             keys=list(self._case.features),

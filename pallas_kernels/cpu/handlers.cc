@@ -1,6 +1,8 @@
 // What XLA calls: handlers that take buffers apart and pick a kernel by dtype, rule and storage.
 #include <string_view>
+#include <type_traits>
 
+#include "bags.h"
 #include "huge_pages.h"
 #include "interaction.h"
 #include "lookup.h"
@@ -181,33 +183,43 @@ ffi::Error statistics_handler(ffi::ThreadPool threads, S32s rows, S32s slots_of_
   });
 }
 
-ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::DataType::F32> pairs,
-                               bool self_interaction) {
-  const auto sizes = x.dimensions();
-  const auto run = [&](const auto* vectors) {
-    dot_interaction(threads, vectors, sizes[0], sizes[1], sizes[2], self_interaction, pairs->typed_data());
+ffi::Error bags_handler(ffi::ThreadPool threads, S32s offsets, ffi::Result<S32s> bags) {
+  bags_of_ids(threads, offsets.typed_data(), offsets.element_count() - 1, bags->element_count(), bags->typed_data());
+  return ffi::Error::Success();
+}
+
+// x is [B, D], or [B, 0] if there is none; embeddings are [k, B, D].
+template <typename T>
+Vectors<T> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings) {
+  const auto sizes = embeddings.dimensions();
+  const bool has_x = x.dimensions()[1] > 0;
+  return {has_x ? static_cast<T*>(x.untyped_data()) : nullptr, static_cast<T*>(embeddings.untyped_data()), sizes[1],
+          sizes[0] + (has_x ? 1 : 0), sizes[2]};
+}
+
+ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
+                               ffi::Result<ffi::AnyBuffer> out, bool self_interaction) {
+  const auto run = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    dot_interaction(threads, vectors_of<const T>(x, embeddings), self_interaction, to);
     return ffi::Error::Success();
   };
-  if (x.element_type() == ffi::DataType::F32) return run(static_cast<const float*>(x.untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<const Bf16*>(x.untyped_data()));
+  if (x.element_type() == ffi::DataType::F32) return run(static_cast<float*>(out->untyped_data()));
+  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<Bf16*>(out->untyped_data()));
   return invalid("vectors that interact are float32 or bfloat16");
 }
 
-ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, F32s cotangents,
-                                    ffi::Result<ffi::AnyBuffer> x_grad, bool self_interaction) {
-  const auto sizes = x.dimensions();
-  const auto run = [&](const auto* vectors, auto* grads) {
-    dot_interaction_grad(threads, vectors, cotangents.typed_data(), sizes[0], sizes[1], sizes[2], self_interaction,
-                         grads);
+ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
+                                    ffi::AnyBuffer cotangents, ffi::Result<ffi::AnyBuffer> x_grad,
+                                    ffi::Result<ffi::AnyBuffer> embeddings_grad, bool self_interaction) {
+  const auto run = [&](const auto* given) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
+    dot_interaction_grad(threads, vectors_of<const T>(x, embeddings), given, self_interaction,
+                         vectors_of<T>(*x_grad, *embeddings_grad));
     return ffi::Error::Success();
   };
-  void* grads = x_grad->untyped_data();
-  if (x.element_type() == ffi::DataType::F32) {
-    return run(static_cast<const float*>(x.untyped_data()), static_cast<float*>(grads));
-  }
-  if (x.element_type() == ffi::DataType::BF16) {
-    return run(static_cast<const Bf16*>(x.untyped_data()), static_cast<Bf16*>(grads));
-  }
+  if (x.element_type() == ffi::DataType::F32) return run(static_cast<const float*>(cotangents.untyped_data()));
+  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<const Bf16*>(cotangents.untyped_data()));
   return invalid("vectors that interact are float32 or bfloat16");
 }
 
@@ -281,18 +293,27 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_row_statistics, dlrm::statistics_handler,
                                   .Attr<std::string_view>("rule")
                                   .Attr<std::string_view>("rounding"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_bags_of_ids, dlrm::bags_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<S32s>()
+                                  .Ret<S32s>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction, dlrm::interaction_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<F32s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<F32s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
 

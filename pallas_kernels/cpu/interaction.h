@@ -1,10 +1,9 @@
 // The dot products of all pairs of vectors of each sample, and their derivative; threads share out the samples.
 //
-// Letters as in dlrm_jax/layers.py: F vectors of dimension D of each of B samples, P pairs.
+// Letters: F vectors of dimension D of each of B samples.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "elements.h"
@@ -81,65 +80,82 @@ struct SampleBuffers {
   }
 };
 
-// pairs[b] = the lower triangle of X[b] X[b]^T row by row, with its diagonal if `with_self`.
+// The vectors of all samples: first x, [B, D], if there is any, then each of k features, [k, B, D], so that pooled bags
+// and their gradients stay as the tables' kernels write and read them. F = k + 1, or k without x.
 template <typename T>
-void dot_interaction(ffi::ThreadPool& threads, const T* x, int64_t B, int64_t F, int64_t D, bool with_self,
-                     float* pairs) {
-  const int64_t padded = round_up(F, kLanes), P = F * (F + (with_self ? 1 : -1)) / 2;
-  parallel_for(threads, (B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
+struct Vectors {
+  T* x;  // null without x
+  T* embeddings;
+  int64_t B, F, D;
+
+  // Vector i of sample b.
+  T* of(int64_t b, int64_t i) const {
+    const int64_t feature = x == nullptr ? i : i - 1;
+    return feature < 0 ? x + b * D : embeddings + (feature * B + b) * D;
+  }
+  // Columns of x, which stand before the pairs.
+  int64_t num_first() const { return x == nullptr ? 0 : D; }
+};
+
+inline int64_t num_pairs(int64_t F, bool with_self) { return F * (F + (with_self ? 1 : -1)) / 2; }
+
+// out[b] = x[b], then the lower triangle of V[b] V[b]^T row by row, with its diagonal if `with_self`.
+template <typename T>
+void dot_interaction(ffi::ThreadPool& threads, const Vectors<const T>& vectors, bool with_self, T* out) {
+  const int64_t F = vectors.F, D = vectors.D, padded = round_up(F, kLanes), first = vectors.num_first();
+  const int64_t width = first + num_pairs(F, with_self);
+  parallel_for(threads, (vectors.B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
     SampleBuffers& buffers = SampleBuffers::of_thread(padded * D, D * padded, padded * padded);
     float *rows = buffers.vectors.data(), *columns = buffers.other.data(), *products = buffers.products.data();
-    const int64_t end = std::min(B, (task + 1) * kSamplesOfTask);
+    const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
     for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
-      const T* sample = x + b * F * D;
       for (int64_t i = 0; i < F; ++i) {
-        for (int64_t d = 0; d < D; ++d) columns[d * padded + i] = rows[i * D + d] = to_float(sample[i * D + d]);
+        const T* vector = vectors.of(b, i);
+        for (int64_t d = 0; d < D; ++d) columns[d * padded + i] = rows[i * D + d] = to_float(vector[d]);
       }
-      float* to = pairs + b * P;
+      T* to = out + b * width;
+      for (int64_t d = 0; d < first; ++d) *to++ = vectors.x[b * D + d];
       for (int64_t i = 0; i < F; i += kRowsOfTile) {
         const int64_t needed = std::min(padded, round_up(i + kRowsOfTile, kLanes));
         multiply(rows + i * D, D, columns, padded, kRowsOfTile, needed, D, products, padded);
         for (int64_t row = i; row < std::min(F, i + kRowsOfTile); ++row) {
-          const int64_t count = row + (with_self ? 1 : 0);
-          std::memcpy(to, products + (row - i) * padded, count * sizeof(float));
-          to += count;
+          const float* of_row = products + (row - i) * padded;
+          for (int64_t j = 0; j < row + (with_self ? 1 : 0); ++j) assign(*to++, of_row[j]);
         }
       }
     }
   });
 }
 
-// x_grad[b] = S[b] X[b], where S is symmetric, has the pairs' cotangents in its triangles and, with `with_self`, twice
-// those of the diagonal on it; cotangents are rounded to T first, as where matrix products are made of T.
+// V_grad[b] = S[b] V[b], where S is symmetric, has the pairs' cotangents in its triangles and, with `with_self`, twice
+// those of the diagonal on it. x has its own cotangents besides.
 template <typename T>
-void dot_interaction_grad(ffi::ThreadPool& threads, const T* x, const float* cotangents, int64_t B, int64_t F,
-                          int64_t D, bool with_self, T* x_grad) {
+void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vectors, const T* cotangents,
+                          bool with_self, const Vectors<T>& grads) {
+  const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
   const int64_t rows = round_up(F, kRowsOfTile), columns = round_up(D, kLanes);
-  const int64_t P = F * (F + (with_self ? 1 : -1)) / 2;
-  parallel_for(threads, (B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
-    SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F + round_up(P, kLanes), rows * columns);
-    float *vectors = buffers.vectors.data(), *symmetric = buffers.other.data(), *grads = buffers.products.data();
-    float* rounded = symmetric + rows * F;
-    const int64_t end = std::min(B, (task + 1) * kSamplesOfTask);
+  const int64_t width = first + num_pairs(F, with_self);
+  parallel_for(threads, (vectors.B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
+    SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F, rows * columns);
+    float *held = buffers.vectors.data(), *symmetric = buffers.other.data(), *sums = buffers.products.data();
+    const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
     for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
-      const T* sample = x + b * F * D;
       for (int64_t i = 0; i < F; ++i) {
-        for (int64_t d = 0; d < D; ++d) vectors[i * columns + d] = to_float(sample[i * D + d]);
+        const T* vector = vectors.of(b, i);
+        for (int64_t d = 0; d < D; ++d) held[i * columns + d] = to_float(vector[d]);
       }
-      const float* given = cotangents + b * P;
-      if constexpr (std::is_same_v<T, Bf16>) {
-        for (int64_t p = 0; p < P; ++p) rounded[p] = to_float(nearest_bf16(given[p]));
-        given = rounded;
-      }
+      const T* own = cotangents + b * width;
+      const T* given = own + first;
       for (int64_t i = 0; i < F; ++i) {
-        for (int64_t j = 0; j < i; ++j) symmetric[j * F + i] = symmetric[i * F + j] = given[j];
-        given += i;
-        if (with_self) symmetric[i * F + i] = 2.0f * *given++;
+        for (int64_t j = 0; j < i; ++j) symmetric[j * F + i] = symmetric[i * F + j] = to_float(*given++);
+        if (with_self) symmetric[i * F + i] = 2.0f * to_float(*given++);
       }
-      multiply(symmetric, F, vectors, columns, rows, columns, F, grads, columns);
-      T* to = x_grad + b * F * D;
+      multiply(symmetric, F, held, columns, rows, columns, F, sums, columns);
+      // x is the first vector.
+      for (int64_t d = 0; d < first; ++d) sums[d] += to_float(own[d]);
       for (int64_t i = 0; i < F; ++i) {
-        for (int64_t d = 0; d < D; ++d) assign(to[i * D + d], grads[i * columns + d]);
+        T* to = grads.of(b, i);
+        for (int64_t d = 0; d < D; ++d) assign(to[d], sums[i * columns + d]);
       }
     }
   });
