@@ -13,8 +13,8 @@ more := $(addprefix $(comma),$(EXTRAS))
 native := $(wildcard pallas_kernels/cpu/*.cc pallas_kernels/cpu/*.h pallas_kernels/cpu/build.py)
 
 # Two processes: a test compiles on one thread for most of its time, and takes up to 4 GB. Files stay whole, since their
-# tests share programs.
-workers := -n 2 --dist loadfile
+# tests share programs, and in their order: by number of tests the long ones would come last.
+workers := -n 2 --dist loadfile --no-loadscope-reorder
 
 # pip would pass over an extra that does not exist with no more than a warning.
 known := $(shell sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)
