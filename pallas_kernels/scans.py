@@ -47,6 +47,13 @@ def places_of(marks: Bool[Array, " n"]) -> tuple[Int32[Array, " n"], Int32[Array
     return places, count
 
 
+def next_marked(marks: Bool[Array, " n"]) -> Int32[Array, " n"]:
+    """For each entry the place of the first true one from there on; n if there is none."""
+    size = marks.shape[0]
+    index = jnp.arange(size, dtype=jnp.int32)
+    return -cummax(jnp.where(marks, -index, -size)[::-1])[::-1]
+
+
 def bags_of_ids(offsets: Int32[Array, " G+1"], num_ids: int) -> Int32[Array, " n"]:
     """Bag of each id; G for the ids beyond the last bag (padding)."""
     starts = jnp.zeros(num_ids + 1, jnp.int32).at[offsets[1:]].add(1, indices_are_sorted=True, mode="drop")

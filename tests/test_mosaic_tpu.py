@@ -1,30 +1,21 @@
 """mosaic_tpu beyond the inherited tests: races, chunks, and programs for TPUs that are not here."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, lines_of, pooled, table_of
+from tpu_programs import SLICES, SMALL, TABLE_BYTES, compiled_lookup, compiled_update
 from update_cases import Tables, gradients_of, logical_rows, slots_of, slots_of_ids
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots, mosaic_tpu, xla
+from pallas_kernels import ROW_OPTIMIZERS, mosaic_tpu, xla
 from pallas_kernels.target import interpreting
 
 KIND = "TPU v6 lite"
-# One chip of each generation: a slice that holds it, and its lines.
-SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-NUM_LINES = 3 * 2**18
-TABLE_BYTES = NUM_LINES * 512
-# What a program needs beside tables: for these batches less than this, for a copy of a table far more.
-SMALL = TABLE_BYTES // 8
 
 
 @pytest.fixture
@@ -132,34 +123,11 @@ def test_unable_then_says_why(call: dict, reason: str | None) -> None:
     assert (reason or "") in (said or "")
 
 
-def compiled_for(kind: str, function: Callable, shapes: tuple, donated: tuple[int, ...] = ()):
-    """The bytes of a program for one chip that is not here."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[kind]).devices
-    mesh = Mesh(np.array(devices[:1]), ("chip",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, P())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.jit(mapped, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
-
-
-def shape_of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def store_of(dtype) -> jax.ShapeDtypeStruct:
-    return shape_of(NUM_LINES, 512 // jnp.dtype(dtype).itemsize, dtype=dtype)
-
-
 @pytest.mark.parametrize("kind", SLICES)
 @pytest.mark.parametrize(("width", "dtype"), [(8, jnp.float32), (384, jnp.float32), (64, jnp.bfloat16)])
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_lookup_for_a_tpu_then_no_copy_of_the_table(kind: str, width: int, dtype) -> None:
-    def look_up(store, rows, offsets, weights):
-        return mosaic_tpu.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=None)
-
-    ids = shape_of(4096, dtype=jnp.int32)
-    program = compiled_for(kind, look_up, (store_of(dtype), ids, shape_of(513, dtype=jnp.int32), shape_of(4096)))
-    assert program.temp_size_in_bytes < SMALL
+    assert compiled_lookup(mosaic_tpu, kind, width, dtype).temp_size_in_bytes < SMALL
 
 
 @pytest.mark.parametrize(
@@ -175,41 +143,9 @@ def test_lookup_for_a_tpu_then_no_copy_of_the_table(kind: str, width: int, dtype
 )
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int, dtype, storage_rounding: str) -> None:
-    optimizer, store = ROW_OPTIMIZERS[rule], store_of(dtype)
-
-    def update(store, element_state, row_state, rows, offsets, gradients, logical_rows, slots):
-        return mosaic_tpu.sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            rows,
-            offsets,
-            gradients,
-            None,
-            logical_rows=logical_rows,
-            slots=slots,
-            step=jnp.int32(1),
-            seed=jnp.uint32(0),
-            optimizer=optimizer,
-            width=width,
-            storage_rounding=storage_rounding,
-            statistics=None,
-        )
-
-    slots = slots_of(width)
-    arrays = {field.name: getattr(slots, field.name) for field in dataclasses.fields(Slots)}
-    num_lines = store.size // 128
-    shapes = (
-        store,
-        (shape_of(num_lines, 128),) * len(optimizer.element_state),
-        (shape_of(num_lines // width + 1, 128),) * len(optimizer.row_state),
-        shape_of(4096, dtype=jnp.int32),
-        shape_of(513, dtype=jnp.int32),
-        shape_of(512, width),
-        shape_of(4096, 2, dtype=jnp.uint32),
-        Slots(**{name: shape_of(3, dtype=x.dtype) for name, x in arrays.items()}),
+    optimizer = ROW_OPTIMIZERS[rule]
+    program = compiled_update(
+        mosaic_tpu, kind, rule, width, dtype=dtype, storage_rounding=storage_rounding, weighted=False
     )
-    program = compiled_for(kind, update, shapes, donated=(0, 1, 2))
     assert program.temp_size_in_bytes < SMALL
     assert program.alias_size_in_bytes >= TABLE_BYTES * (1 + len(optimizer.element_state))

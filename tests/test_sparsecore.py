@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ import test_aot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementation_cases import device_of
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, batches, lines_of, pooled, table_of
+from tpu_programs import NUM_LINES, SMALL, compiled_for, compiled_lookup, compiled_update, update_shapes
 from update_cases import ROWS_PER_SHARD, Tables, gradients_of, logical_rows, slots_of, slots_of_ids
 
 from configs.quickstart import quickstart
@@ -28,10 +26,7 @@ from pallas_kernels.xla import RUN_BLOCK
 from sharding.plan import column_wise, data_parallel, grid, row_wise, table_row_wise, table_wise
 
 KIND = "TPU v6 lite"
-SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-NUM_LINES = 3 * 2**18
-# What a program needs beside the table: for these batches less than this, for a copy of the table far more.
-SMALL = NUM_LINES * 512 // 8
+KINDS = ("v5p", "v6e", "7x")
 
 
 @pytest.fixture
@@ -175,51 +170,13 @@ def test_unable_then_says_why(call: dict, reason: str | None) -> None:
     assert (reason or "") in (said or "")
 
 
-def compiled_for(kind: str, function: Callable, shapes: tuple, donated: tuple[int, ...] = ()):
-    """The bytes of a program for one chip that is not here."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[kind]).devices
-    mesh = Mesh(np.array(devices[:1]), ("chip",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, P())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.jit(mapped, donate_argnums=donated).lower(*shapes).compile().memory_analysis()
-
-
-def shape_of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("width", "dtype"), [(16, jnp.float32), (128, jnp.float32), (384, jnp.float32), (64, jnp.bfloat16)]
 )
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_lookup_for_a_tpu_then_no_copy_of_the_table(kind: str, width: int, dtype) -> None:
-    def look_up(store, rows, offsets, weights):
-        return sparsecore.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=None)
-
-    ids = shape_of(4096, dtype=jnp.int32)
-    store = shape_of(NUM_LINES, 512 // jnp.dtype(dtype).itemsize, dtype=dtype)
-    shapes = (store, ids, shape_of(513, dtype=jnp.int32), shape_of(4096))
-    assert compiled_for(kind, look_up, shapes).temp_size_in_bytes < SMALL
-
-
-def update_shapes(rule: str, width: int) -> tuple:
-    """Stores, ids, offsets, gradients, weights, logical rows and slots of an update."""
-    optimizer, slots, num_ids = ROW_OPTIMIZERS[rule], slots_of(width), 4096
-    arrays = {field.name: getattr(slots, field.name) for field in dataclasses.fields(Slots)}
-    return (
-        shape_of(NUM_LINES, 128),
-        (shape_of(NUM_LINES, 128),) * len(optimizer.element_state),
-        # No multiple of the 8 lines that a TPU keeps together.
-        (shape_of(NUM_LINES // width + 1, 128),) * len(optimizer.row_state),
-        shape_of(num_ids, dtype=jnp.int32),
-        shape_of(513, dtype=jnp.int32),
-        shape_of(512, width),
-        shape_of(num_ids),
-        shape_of(num_ids, 2, dtype=jnp.uint32),
-        Slots(**{name: shape_of(3, dtype=x.dtype) for name, x in arrays.items()}),
-    )
+    assert compiled_lookup(sparsecore, kind, width, dtype).temp_size_in_bytes < SMALL
 
 
 @pytest.mark.parametrize(
@@ -237,35 +194,14 @@ def update_shapes(rule: str, width: int) -> tuple:
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int) -> None:
     optimizer = ROW_OPTIMIZERS[rule]
-
-    def update(store, element_state, row_state, rows, offsets, gradients, weights, logical_rows, slots):
-        return sparsecore.sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            rows,
-            offsets,
-            gradients,
-            weights,
-            logical_rows=logical_rows,
-            slots=slots,
-            step=jnp.int32(1),
-            seed=jnp.uint32(0),
-            optimizer=optimizer,
-            width=width,
-            storage_rounding="nearest",
-            statistics=None,
-        )
-
-    program = compiled_for(kind, update, update_shapes(rule, width), donated=(0, 1, 2))
+    program = compiled_update(sparsecore, kind, rule, width, weighted=True)
     assert program.temp_size_in_bytes < SMALL
     state_lines = NUM_LINES * len(optimizer.element_state) + (NUM_LINES // width + 1) * len(optimizer.row_state)
     assert program.alias_size_in_bytes >= 512 * (NUM_LINES + state_lines)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str) -> None:
     def statistics(store, element_state, row_state, rows, offsets, gradients, weights, _, slots):

@@ -136,3 +136,8 @@ def round_up(number: int, multiple: int) -> int:
 def interpreted() -> bool:
     """Whether kernels are interpreted. `pltpu.force_tpu_interpret_mode` overrides how."""
     return current_target().interpreted
+
+
+def pad_columns(x: Float[Array, "R w"], width: int) -> Float[Array, "R wide"]:
+    """Appends zeros to each row."""
+    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))

@@ -12,11 +12,21 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
-from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, interpreted, pad_to, round_up, row_shape, whole_pairs
+from pallas_kernels.mosaic_tpu.lines import (
+    LANES,
+    RowShape,
+    interpreted,
+    pad_columns,
+    pad_to,
+    round_up,
+    row_shape,
+    whole_pairs,
+)
+from pallas_kernels.mosaic_tpu.sorted_ids import SortedIds, sort_ids
 from pallas_kernels.mosaic_tpu.units import BUFFERS, units_of_rows, units_of_scalars
 from pallas_kernels.mosaic_tpu.update_kernel import Call, update_chunk
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowHyperparameters, RowOptimizer, RowValues
-from pallas_kernels.scans import bags_of_ids, cummax
+from pallas_kernels.scans import next_marked
 from pallas_kernels.slots import Slots
 
 # Segments of one chunk's rows.
@@ -60,15 +70,11 @@ def sparse_update(
         statistics=0 if statistics is None else statistics.shape[1],
         key_words=logical_rows.shape[1] if stochastic else 0,
     )
-    payload = {} if weights is None else {"weight": weights}
-    if statistics is not None:
-        payload |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
-    for word in range(call.key_words):
-        payload[f"word {word}"] = logical_rows[:, word]
-    streams, num_valid, _ = _sorted_ids(rows, slots_of_ids, offsets, payload, call)
+    words = {f"word {word}": logical_rows[:, word] for word in range(call.key_words)}
+    ids = sort_ids(rows, slots_of_ids, offsets, weights, statistics, words, num_rows=call.num_rows)
     step_key = rounding.fold(rounding.mix(seed), step.astype(jnp.uint32))
     stores = (whole_pairs(store), *element_state, *row_state)
-    written = _run(call, streams, num_valid, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
+    written = _run(call, ids, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
     new_store, new_state = written[0][: store.shape[0]], written[1:]
     return new_store, new_state[: len(element_state)], new_state[len(element_state) :]
 
@@ -97,16 +103,12 @@ def row_statistics(
     if num_ids == 0 or gradients.shape[0] == 0:
         return jnp.zeros((num_ids, blocks, call.num_summands), jnp.float32)
     call = call._replace(weighted=weights is not None, only_statistics=True)
-    payload = {} if weights is None else {"weight": weights}
-    streams, num_valid, order = _sorted_ids(rows, slots_of_ids, offsets, payload, call)
+    ids = sort_ids(rows, slots_of_ids, offsets, weights, None, num_rows=call.num_rows)
     stores = (whole_pairs(store), *element_state, *row_state)
-    sums = _run(call, streams, num_valid, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
+    sums = _run(call, ids, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
     # The sums of a row stand where its last id is, in the sorted order.
-    sorted_rows = streams["row"].reshape(-1)[: num_ids + 1]
-    ids = jnp.arange(num_ids, dtype=jnp.int32)
-    is_last = (sorted_rows[:-1] != sorted_rows[1:]) | (ids == num_ids - 1)
-    last = -cummax(jnp.where(is_last, -ids, -num_ids)[::-1])[::-1]
-    last_of_id = jnp.zeros(num_ids, jnp.int32).at[order].set(last, unique_indices=True)
+    is_last = jnp.append(ids.rows[:-1] != ids.rows[1:], True)
+    last_of_id = jnp.zeros(num_ids, jnp.int32).at[ids.order].set(next_marked(is_last), unique_indices=True)
     of_ids = sums[:, : blocks * call.num_summands].at[last_of_id].get(mode="promise_in_bounds")
     return jnp.swapaxes(of_ids.reshape(num_ids, call.num_summands, blocks), 1, 2)
 
@@ -153,45 +155,27 @@ def _num_summands(optimizer: RowOptimizer, shape: RowShape, num_states: int, num
     return len(jax.eval_shape(optimizer.summands, values, row, hyper))
 
 
-def _sorted_ids(
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
-    payload: dict[str, Array],
-    call: Call,
-) -> tuple[dict[str, Array], Int32[Array, " 1"], Int32[Array, " n"]]:
-    """Ids sorted by row, stably, in chunks; how many of them name a row; and which id stands where."""
-    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
-    ids = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(offsets, num_ids)
-    valid = (rows >= 0) & (rows < call.num_rows) & (bags < num_bags)
-    streams = {"bag": bags, "slot": slots_of_ids, **payload}
-    # No two keys are equal: a sort that need not be stable gives the stable order.
-    sorted_rows, order, *values = jax.lax.sort(
-        (jnp.where(valid, rows, call.num_rows), ids, *streams.values()), num_keys=2, is_stable=False
-    )
+def _in_chunks(ids: SortedIds, call: Call) -> dict[str, Int32[Array, "chunks 1 C"]]:
+    """Rows and fields of the ids, in chunks."""
     # One chunk more: the chunk after the last is looked at, too.
-    chunks = -(-num_ids // call.chunk) + 1
-    streams = {"row": sorted_rows, **dict(zip(streams, values, strict=True))}
+    chunks = -(-ids.rows.shape[0] // call.chunk) + 1
     fill = {"row": call.num_rows}
-    in_chunks = {
+    return {
         name: pad_to(x, chunks * call.chunk, fill.get(name, 0)).reshape(chunks, 1, call.chunk)
-        for name, x in streams.items()
+        for name, x in {"row": ids.rows, **ids.fields}.items()
     }
-    return in_chunks, jnp.sum(valid, dtype=jnp.int32)[None], order
 
 
 def _run(
     call: Call,
-    streams: dict[str, Array],
-    num_valid: Int32[Array, " 1"],
+    ids: SortedIds,
     gradients: Float[Array, "G w"],
     stores: tuple[Array, ...],
     slots: Slots,
     step: Int32[Array, ""],
     slot_keys: UInt32[Array, " S"],
 ) -> tuple[Array, ...]:
-    shape, chunk = call.shape, call.chunk
+    shape, chunk, streams = call.shape, call.chunk, _in_chunks(ids, call)
     num_chunks = streams["row"].shape[0] - 1
     here = pl.BlockSpec((1, 1, chunk), lambda c: (c, 0, 0), memory_space=pltpu.SMEM)
     after = pl.BlockSpec((1, 1, chunk), lambda c: (c + 1, 0, 0), memory_space=pltpu.SMEM)
@@ -206,7 +190,7 @@ def _run(
     }
     next_names = ("row", "bag", "slot")
     operands = [
-        num_valid,
+        ids.count[None],
         step.astype(jnp.float32)[None],
         slot_numbers,
         pad_columns(jnp.stack(hyper, axis=1), LANES),
@@ -278,8 +262,3 @@ def _scratch(call: Call) -> dict:
         "reads": pltpu.SemaphoreType.DMA((2,)),
         "writes": pltpu.SemaphoreType.DMA((BUFFERS,)),
     }
-
-
-def pad_columns(x: Float[Array, "R w"], width: int) -> Float[Array, "R wide"]:
-    """Appends zeros to each row."""
-    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))

@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_tpu.lines import (
     whole_pairs,
     words_of,
 )
+from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh, this_subcore
 from pallas_kernels.target import current_target
 
 # An indirect copy takes at most so many indices; twice as many lines fit into a subcore's memory.
@@ -51,12 +52,11 @@ def pooled_lookup(
     if num_ids == 0 or num_bags == 0:
         return jnp.zeros((num_bags, width), jnp.float32)
     shape = row_shape(width)
-    make_mesh = functools.partial(plsc.VectorSubcoreMesh, core_axis_name="core", subcore_axis_name="subcore")
-    mesh = make_mesh(num_cores=1, num_subcores=1) if current_target().interpreted else make_mesh()
+    mesh = subcore_mesh()
     lanes = plsc.get_sparse_core_info().num_lanes
-    bags = 2 ** ((_SEGMENTS_OF_BLOCK // shape.segments_per_row).bit_length() - 1)
+    bags = rows_within(_SEGMENTS_OF_BLOCK, shape)
     blocks = -(-num_bags // bags)
-    chunk = 2 ** ((_SEGMENTS_OF_CHUNK // shape.segments_per_row).bit_length() - 1)
+    chunk = rows_within(_SEGMENTS_OF_CHUNK, shape)
     chunks = -(-num_ids // chunk)
     # Bags of padding are empty. A scalar is read as the first of a vector, so there is one vector more.
     bounds = jnp.pad(offsets, (0, blocks * bags + 2 * LANES - num_bags), mode="edge")
@@ -130,9 +130,7 @@ def _body(
     streams, (store, out, held_bounds) = refs[:num_streams], refs[num_streams : num_streams + 3]
     words, halves = words_of(store), 1 if store.dtype == jnp.float32 else 2
     held, (numbers, lines, sums, semaphores) = refs[num_streams + 3 : 2 * num_streams + 3], refs[2 * num_streams + 3 :]
-    worker = jnp.int32(0)
-    if workers > 1:  # Of one subcore the interpreter knows no axes.
-        worker = jax.lax.axis_index("core") * subcores + jax.lax.axis_index("subcore")
+    worker = this_subcore(workers, subcores)
     chunk_shift, line_shift = chunk.bit_length() - 1, shape.rows_per_segment.bit_length() - 1
     vectors = min(shape.width, LANES) // lanes
 

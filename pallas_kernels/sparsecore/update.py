@@ -3,7 +3,6 @@
 Letters: n ids, G bags, w width of a row, S slots, C items of a chunk, U units of a block.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from pallas_kernels.mosaic_tpu.lines import LANES, row_shape
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
+from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh
 from pallas_kernels.sparsecore.update_call import Call
 from pallas_kernels.sparsecore.update_kernel import update_shares
 from pallas_kernels.sparsecore.work import Work, share_out
@@ -123,14 +123,11 @@ def _run(
     """
     width, interpreted = gradients.shape[1], current_target().interpreted
     shape = row_shape(width)
-    make_mesh = functools.partial(plsc.VectorSubcoreMesh, core_axis_name="core", subcore_axis_name="subcore")
-    mesh = make_mesh(num_cores=1, num_subcores=1) if interpreted else make_mesh()
+    mesh = subcore_mesh()
     lanes = plsc.get_sparse_core_info().num_lanes
     rule = trace_rule(optimizer, lanes, scalar=(lanes,))
     of_slots = rule.scalars_of_slots(slots, step.astype(jnp.float32))
-    chunk, block = (
-        2 ** ((x // shape.segments_per_row).bit_length() - 1) for x in (_SEGMENTS_OF_CHUNK, _SEGMENTS_OF_BLOCK)
-    )
+    chunk, block = rows_within(_SEGMENTS_OF_CHUNK, shape), rows_within(_SEGMENTS_OF_BLOCK, shape)
     shares = _SHARES_INTERPRETED if interpreted else mesh.size
     work, fields = share_out(
         rows,

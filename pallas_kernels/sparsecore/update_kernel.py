@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic_tpu.lines import LANES
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowValues
+from pallas_kernels.sparsecore.subcores import this_subcore
 from pallas_kernels.sparsecore.update_call import CHUNKS_HELD, GRADIENTS, LINES_IN, LINES_OUT, SCALARS, WORDS, Call
 from pallas_kernels.sparsecore.work import bounds_size, tag_fields
 
@@ -36,9 +37,7 @@ def update_shares(call: Call, operands: dict[str, Any], scratch: dict[str, Any])
             sums over rows are asked for, "statistics", a line for each unit.
         scratch: See `Call.scratch`.
     """
-    worker = jnp.int32(0)
-    if call.workers > 1:  # Of one subcore the interpreter knows no axes.
-        worker = jax.lax.axis_index("core") * call.subcores + jax.lax.axis_index("subcore")
+    worker = this_subcore(call.workers, call.subcores)
     pltpu.sync_copy(operands["bounds"], scratch["bounds"])
     for first_share in range(0, call.shares, call.workers):
         share = first_share + worker

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_to, round_up, row_shape
-from pallas_kernels.mosaic_tpu.update import pad_columns
-from pallas_kernels.scans import bags_of_ids, cummax, places_of
+from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_columns, pad_to, round_up, row_shape
+from pallas_kernels.mosaic_tpu.sorted_ids import sort_ids
+from pallas_kernels.scans import cummax, next_marked, places_of
 from pallas_kernels.slots import Slots
 from pallas_kernels.sparsecore.lookup import pooled_lookup
 from pallas_kernels.xla import RUN_BLOCK
@@ -95,20 +95,10 @@ def share_out(
     """
     num_ids, (num_bags, width) = rows.shape[0], gradients.shape
     shape, ids = row_shape(width), jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(offsets, num_ids)
-    valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
-    fields = {"source": jnp.minimum(bags, num_bags - 1), "slot": slots_of_ids}
-    if weights is not None:
-        fields["weight"] = weights
-    if statistics is not None:
-        fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
-    # No two keys are equal: a sort that need not be stable gives the stable order.
-    row, order, *values = jax.lax.sort(
-        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=2, is_stable=False
-    )
-    fields = dict(zip(fields, values, strict=True))
+    row, order, fields, count = sort_ids(rows, slots_of_ids, offsets, weights, statistics, num_rows=num_rows)
+    fields["source"] = jnp.minimum(fields.pop("bag"), num_bags - 1)
     sources = pad_columns(gradients.astype(jnp.float32), shape.padded_width).reshape(-1, LANES)
-    count, item_of_place = jnp.sum(valid, dtype=jnp.int32), ids
+    item_of_place = ids
     if num_ids > RUN_BLOCK:
         row, fields, blocks, item_of_place = _long_runs_as_blocks(row, fields, sources, shape, num_rows)
         count = jnp.sum(row < num_rows, dtype=jnp.int32)
@@ -161,11 +151,6 @@ def _of_ids(order: Int32[Array, " n"], of_places: Int32[Array, " n"]) -> Int32[A
     return jnp.zeros_like(of_places).at[order].set(of_places, unique_indices=True)
 
 
-def _next(marks: Bool[Array, " n"], ids: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """For each place the first marked place from there on; the number of places if there is none."""
-    return -cummax(jnp.where(marks, -ids, -marks.shape[0])[::-1])[::-1]
-
-
 def _long_runs_as_blocks(
     row: Int32[Array, " n"],
     fields: dict[str, Array],
@@ -183,7 +168,7 @@ def _long_runs_as_blocks(
     ids = jnp.arange(num_ids, dtype=jnp.int32)
     starts = (ids == 0) | (row != jnp.roll(row, 1))
     start = cummax(jnp.where(starts, ids, 0))
-    end = pad_to(_next(starts, ids)[1:], num_ids, num_ids)
+    end = pad_to(next_marked(starts)[1:], num_ids, num_ids)
     valid, within = row < num_rows, ids - start
     is_long = valid & (end - start > RUN_BLOCK)
     begins_block = is_long & (within % RUN_BLOCK == 0)
@@ -224,7 +209,7 @@ def _bounds(
     may_begin = pad_to(begins_share, num_ids + 1) | (ids == count)
     size = (count + shares - 1) // shares
     wanted = jnp.minimum(jnp.arange(bounds_size(shares), dtype=jnp.int32) * size, count)
-    items = _next(may_begin, ids)[wanted]
+    items = next_marked(may_begin)[wanted]
     # Beyond the last item comes the rank after the last one.
     ranks = jnp.where(items < count, rank[jnp.minimum(items, num_ids - 1)], jnp.max(rank) + 1)
     return jnp.concatenate([items, ranks])

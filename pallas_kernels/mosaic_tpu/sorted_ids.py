@@ -1,0 +1,67 @@
+"""The ids of an update, sorted by row, for the kernels of TPUs: TensorCore and SparseCores.
+
+Letters: n ids, G bags.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.scans import bags_of_ids
+
+
+class SortedIds(NamedTuple):
+    """Ids in ascending order of rows, those of one row as they were given; those without a row come last.
+
+    Attributes:
+        rows: Row of each; the number of rows in place of rows and bags that do not exist.
+        order: Which id it was.
+        fields: What goes with it: "bag", "slot", "weight" and "statistic 0", ... where there are any, and the caller's.
+        count: How many have a row.
+    """
+
+    rows: Int32[Array, " n"]
+    order: Int32[Array, " n"]
+    fields: dict[str, Array]
+    count: Int32[Array, ""]
+
+
+def sort_ids(
+    rows: Int32[Array, " n"],
+    slots_of_ids: Int32[Array, " n"],
+    offsets: Int32[Array, " G+1"],
+    weights: Float[Array, " n"] | None,
+    statistics: Float[Array, "n k"] | None,
+    more: Mapping[str, Array] | None = None,
+    *,
+    num_rows: int,
+) -> SortedIds:
+    """Sorts the ids by row, stably.
+
+    Args:
+        rows: As in `pallas_kernels.sparse_update`, like the next four.
+        slots_of_ids: As there.
+        offsets: As there.
+        weights: As there.
+        statistics: As there.
+        more: Further fields.
+        num_rows: Rows of the store.
+    """
+    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
+    ids = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(offsets, num_ids)
+    valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
+    fields = {"bag": bags, "slot": slots_of_ids}
+    if weights is not None:
+        fields["weight"] = weights
+    if statistics is not None:
+        fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
+    fields |= more or {}
+    # No two keys are equal: a sort that need not be stable gives the stable order.
+    sorted_rows, order, *values = jax.lax.sort(
+        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=2, is_stable=False
+    )
+    return SortedIds(sorted_rows, order, dict(zip(fields, values, strict=True)), jnp.sum(valid, dtype=jnp.int32))
