@@ -132,6 +132,9 @@ class DenseOptimizerConfig:
     """Largest norm of the dense gradients together; larger ones are scaled down. None: no limit."""
 
 
+OrderBy = Literal["estimates", "compiler"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long to train, and what to write meanwhile. May change when a run is resumed, but for what is judged by.
@@ -164,6 +167,9 @@ class TrainConfig:
     chunks: int | None = None
     """Parts of each device's samples whose embeddings travel while another part computes; they divide its samples.
     None: as many as the cost model says, which is one on hosts. Changes the speed, and sums in the last bit."""
+    order_by: OrderBy = "estimates"
+    """On several GPUs, whose figures order a step's exchanges and arithmetic. estimates: ours, which hide more of the
+    exchanges; the step is compiled twice. compiler: XLA's. Changes the speed alone."""
     profile: int | None = None
     """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none."""
 

@@ -7,7 +7,7 @@ changes the speed and, in the last bit, the order of sums.
 XLA would not keep to that order by itself: it makes one matrix product of all those that share a weight, and starts and
 ends exchanges where its scheduler's figures say, which are rough. So optimization barriers say it: chunk j begins when
 the gradients of chunk j - 1 are known and those of chunk j - 2 have arrived, and only then do the vectors of chunk
-j + 1 set out.
+j + 1 set out. Ids of the next batch travel here, too, and have arrived before gradients leave.
 
 Letters: B samples, b of one device, c of one chunk, W devices, P parameters.
 """
@@ -26,7 +26,10 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
 from dlrm_jax.recommender import Recommender
 from sharding import Embeddings
+from sharding.address import Addressed
 from sharding.all_reduce import AllReduce, all_reduce_local
+from sharding.capacities import Capacities
+from sharding.deliver import Delivered
 from sharding.embedding import Pooled
 from sharding.lookup import chunk_of
 from sharding.mesh import AXES, BY_DEVICE, NODE, REPLICATED
@@ -44,6 +47,7 @@ class Gradients:
         dense: Gradients of the dense parameters.
         sent: For each chunk, gradients of vectors at the owners of the rows, as `ShardedTables.update` takes them.
         residual: What the all-reduce has yet to add, see `all_reduce_local`; None where it owes nothing.
+        delivered: Ids of the next batch, delivered; None if there were none.
     """
 
     logits: Float[Any, " B"]
@@ -51,6 +55,7 @@ class Gradients:
     dense: nnx.State
     sent: tuple[Pooled, ...]
     residual: Float[Any, "W P"] | None
+    delivered: Delivered | None
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +75,8 @@ def dense_gradients(
     source: Pooled | Embeddings,
     residual: Float[Array, "W P"] | None,
     *,
-    ahead: Any = None,
+    addressed: Addressed | None = None,
+    capacities: Capacities | None = None,
     recommender: Recommender,
 ) -> Gradients:
     """Computes the loss of a batch and its gradients.
@@ -81,8 +87,8 @@ def dense_gradients(
         routed: Its ids, routed.
         source: Its vectors: at the owners of the rows, to be brought home here; or at home already.
         residual: What earlier all-reduces owe.
-        ahead: Exchanges that would else be in the way of later ones: they have to be over when the second chunk begins,
-            or, on several nodes, when the gradients of the only one leave.
+        addressed: Ids of the next batch, addressed, which are delivered beside the dense part.
+        capacities: Room for them; None where there are none.
         recommender: The model; it says how many chunks there are, and how gradients travel.
     """
     tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
@@ -102,6 +108,11 @@ def dense_gradients(
     embeddings = arrive(source, 0)
     if chunks > 1:
         source, embeddings = jax.lax.optimization_barrier((source, embeddings))
+    delivered = None
+    if addressed is not None:
+        assert capacities is not None
+        with jax.named_scope("route_ahead"):
+            delivered = tables.deliver(addressed, capacities)
     for chunk in range(chunks):
         following = arrive(source, chunk + 1) if chunk + 1 < chunks else embeddings
         of_chunk, d_embeddings = on_devices(
@@ -111,14 +122,14 @@ def dense_gradients(
         )(dense_params, batch.dense, batch.label, batch.weight, total_weight, embeddings)
         found.append(of_chunk)
         if chunk + 1 < chunks:
-            dense_params, source, d_embeddings, sent, ahead = jax.lax.optimization_barrier(
-                (dense_params, source, d_embeddings, sent, ahead)
+            dense_params, source, d_embeddings, sent, delivered = jax.lax.optimization_barrier(
+                (dense_params, source, d_embeddings, sent, delivered)
             )
         elif several_nodes and chunks == 1:
             # Between nodes exchanges are under way nearly all the time, and their order counts: what the gradients of
             # vectors would have to wait for goes first, what waits for nothing goes last, beside the update. Inside a
             # node they are short, and XLA hides more of them if it is free.
-            d_embeddings, _ = jax.lax.optimization_barrier((d_embeddings, ahead))
+            d_embeddings, delivered = jax.lax.optimization_barrier((d_embeddings, delivered))
         sent.append(tables.send_back(routed, d_embeddings, chunk=chunk, chunks=chunks))
         embeddings = following
     logits, finite, own = on_devices(
@@ -133,7 +144,9 @@ def dense_gradients(
         in_specs=BY_DEVICE,
         out_specs=(REPLICATED, BY_DEVICE),
     )(own, residual)
-    return Gradients(logits=logits, finite=finite, dense=dense, sent=tuple(sent), residual=residual)
+    return Gradients(
+        logits=logits, finite=finite, dense=dense, sent=tuple(sent), residual=residual, delivered=delivered
+    )
 
 
 def _of_chunk_local(

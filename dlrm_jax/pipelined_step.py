@@ -1,7 +1,8 @@
 """The pipelined step: batch i trains while the ids of batch i+1 are routed, in one compiled program.
 
-Routing depends on ids alone, never on a parameter, so nothing in the step waits for it and it waits for nothing: XLA
-may run its exchanges beside the dense part. Parameters are those of `train_step`, bit for bit.
+Routing depends on ids alone, never on a parameter, so its three parts may run wherever the step has room for them: ids
+are addressed while vectors travel home, delivered beside the dense part, and put in order while gradients travel back.
+Parameters are those of `train_step`, bit for bit.
 
 The stale step also looks batch i+1 up before the update of batch i. Its results differ: each batch trains on
 embeddings that lack the last update (`TrainState.stale`).
@@ -106,20 +107,31 @@ def pipelined_step(
         is the next step's fault; of a stale step, want of room for them is this one's.
     """
     tables = recommender.tables
-    learning = partial(learn, stop=stop, recommender=recommender, optimizer=optimizer)
-    if state.stale is None:
+    source = state.stale
+    if source is None:
         with jax.named_scope("lookup"):
-            pooled = tables.pool(state.tables, routed)
+            source = tables.pool(state.tables, routed)
         if tables.num_devices > 1:
             # While the first vectors travel there is nothing else to do yet.
-            next_ids, pooled = jax.lax.optimization_barrier((next_ids, pooled))
+            next_ids, source = jax.lax.optimization_barrier((next_ids, source))
+    if capacities is None:
+        capacities = tables.capacities_for(next_ids)
     with jax.named_scope("route_ahead"):
-        next_routed = tables.route(next_ids, capacities)
-    if state.stale is None:
-        return *learning(state, metrics, batch, routed, pooled, ahead=next_routed), next_routed
-    with jax.named_scope("lookup_stale"):
-        stale = tables.lookup(state.tables, next_routed)
-    return *learning(state, metrics, batch, routed, state.stale, ahead=next_routed, stale=stale), next_routed
+        addressed = tables.address(next_ids)
+    new_state, metrics, report, next_routed = learn(
+        state,
+        metrics,
+        batch,
+        routed,
+        source,
+        addressed=addressed,
+        capacities=capacities,
+        stop=stop,
+        recommender=recommender,
+        optimizer=optimizer,
+    )
+    assert next_routed is not None
+    return new_state, metrics, report, next_routed
 
 
 def make_prologue(recommender: Recommender) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dlrm_jax.config import Config
+from dlrm_jax.config import Config, OrderBy
 from dlrm_jax.data.assemble import IdCapacity
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.metrics import BinnedMetrics
@@ -14,17 +14,14 @@ from dlrm_jax.pipelined_step import abstract_routed, make_pipelined_step
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_train_step
-from sharding.compiler_options import CompilerOptions, compiler_options
+from sharding.compiler_options import compiler_options, options_to_look_at
 from sharding.cost_settings import CostSettings
 from sharding.mesh import REPLICATED, sharding_on
 from sharding.plan import ShardingPlan
 from sharding.program import parse_program
+from sharding.scheduling import can_schedule, scheduling_options
 from sharding.timeline import Timeline, estimate_timeline
 from sharding.topology import Topology
-
-# XLA has scheduled a program and placed its buffers before it makes machine code, kernel by kernel, which is most of
-# the time that GPU programs take to compile.
-_QUICK_CODE: CompilerOptions = {"xla_backend_optimization_level": "0", "xla_gpu_disable_gpuasm_optimizations": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,15 +88,21 @@ def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh
     return step.lower(state, metrics, batch, routed, batch.ids, capacities=capacities)
 
 
-def compile_for_target(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:
+def compile_for_target(
+    lowered: jax.stages.Lowered, topology: Topology, *, order_by: OrderBy = "estimates"
+) -> jax.stages.Compiled:
     """Compiles a program that is to be looked at, not run: memory and schedule are those that running it would have.
 
     Args:
         lowered: The program.
         topology: What it is for.
+        order_by: As `train.order_by` of a config.
     """
-    options = compiler_options(topology.platform, topology.device_kind)
-    return lowered.compile(compiler_options=options | (_QUICK_CODE if topology.platform == "gpu" else {}) or None)
+    options = compiler_options(topology.platform, topology.device_kind) | options_to_look_at(topology.platform)
+    compiled = lowered.compile(compiler_options=options or None)
+    if order_by == "estimates" and can_schedule(topology):
+        compiled = lowered.compile(compiler_options=options | scheduling_options(compiled, topology))
+    return compiled
 
 
 def step_timeline(compiled: jax.stages.Compiled, topology: Topology, settings: CostSettings) -> Timeline:

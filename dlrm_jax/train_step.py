@@ -17,11 +17,13 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.dense_part import dense_gradients
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.recommender import Recommender
+from dlrm_jax.scheduled_step import ScheduledStep, schedulable_topology
 from dlrm_jax.schedules import make_schedule
 from dlrm_jax.train_state import INVALID_IDS, NON_FINITE, OVERFLOW, TrainState, abstract_train_state, shardings_of
 from sharding import Embeddings, TableState
+from sharding.address import Addressed
 from sharding.capacities import Capacities
-from sharding.compiler_options import compiler_options
+from sharding.compiler_options import CompilerOptions, compiler_options
 from sharding.embedding import Pooled
 from sharding.mesh import REPLICATED, sharding_on
 from sharding.route import Routed
@@ -115,14 +117,21 @@ def jit_step(step: Any, recommender: Recommender, shardings: Any) -> Any:
         recommender: The model.
         shardings: Of what it returns.
     """
-    device = recommender.tables.mesh.devices.flat[0]
-    return jax.jit(
-        step,
-        donate_argnums=(0, 1),
-        static_argnames="capacities",
-        out_shardings=shardings,
-        compiler_options=compiler_options(device.platform, device.device_kind) or None,
-    )
+    mesh = recommender.tables.mesh
+    device = mesh.devices.flat[0]
+    options = compiler_options(device.platform, device.device_kind)
+
+    def jit(more: CompilerOptions) -> Any:
+        return jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            static_argnames="capacities",
+            out_shardings=shardings,
+            compiler_options=options | more or None,
+        )
+
+    topology = schedulable_topology(mesh) if recommender.config.train.order_by == "estimates" else None
+    return jit({}) if topology is None else ScheduledStep(jit, topology)
 
 
 def train_step(
@@ -155,7 +164,10 @@ def train_step(
         routed = tables.route(batch.ids, capacities)
     with jax.named_scope("lookup"):
         pooled = tables.pool(state.tables, routed)
-    return learn(state, metrics, batch, routed, pooled, stop=stop, recommender=recommender, optimizer=optimizer)
+    new_state, metrics, report, _ = learn(
+        state, metrics, batch, routed, pooled, stop=stop, recommender=recommender, optimizer=optimizer
+    )
+    return new_state, metrics, report
 
 
 def learn(
@@ -165,12 +177,12 @@ def learn(
     routed: Routed,
     source: Pooled | Embeddings,
     *,
-    ahead: Routed | None = None,
-    stale: Embeddings | None = None,
+    addressed: Addressed | None = None,
+    capacities: Capacities | None = None,
     stop: Bool[Array, " W"] | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, BinnedMetrics, StepReport]:
+) -> tuple[TrainState, BinnedMetrics, StepReport, Routed | None]:
     """The second half of a step: the dense part, its gradients, and all updates.
 
     Args:
@@ -179,25 +191,39 @@ def learn(
         batch: The batch; its ids are not looked at.
         routed: Its ids, routed.
         source: Its vectors, as `dense_gradients` takes them.
-        ahead: Ids of the next batch, routed.
-        stale: Its embeddings, if they were looked up before this update (`TrainState.stale`). Then the step needs those
-            ids to have had room, too: with no later state could they be looked up again.
+        addressed: Ids of the next batch, addressed.
+        capacities: Room for them (static).
         stop: As in `train_step`.
         recommender: The model.
         optimizer: Optimizer of its dense part.
 
     Returns:
-        As `train_step`.
+        As `train_step`, and the next batch's ids, routed. Those of a stale step are looked up before the update
+        (`TrainState.stale`), and must have had room: with no later state could they be looked up again.
     """
+    tables = recommender.tables
     with jax.named_scope("dense"):
         found = dense_gradients(
-            state.dense_params, batch, routed, source, state.residual, ahead=ahead, recommender=recommender
+            state.dense_params,
+            batch,
+            routed,
+            source,
+            state.residual,
+            addressed=addressed,
+            capacities=capacities,
+            recommender=recommender,
         )
         updates, dense_optimizer = optimizer.update(found.dense, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 
+    ahead, stale = None, state.stale
+    if found.delivered is not None:
+        with jax.named_scope("route_ahead"):
+            ahead = tables.accept(found.delivered)
     sent, overflow, needs = found.sent, routed.overflow, routed.needs
     if ahead is not None and stale is not None:
+        with jax.named_scope("lookup_stale"):
+            stale = tables.lookup(state.tables, ahead)
         overflow, needs = overflow | ahead.overflow, jnp.maximum(needs, ahead.needs)
         # The update is in place. A lookup that came after it would need a copy of the tables.
         sent, stale = jax.lax.optimization_barrier((sent, stale))
@@ -207,7 +233,7 @@ def learn(
     fault = jnp.where(state.fault == 0, wrong, state.fault)
     good = fault == 0
     with jax.named_scope("update"):
-        new_tables = recommender.tables.update(
+        new_tables = tables.update(
             state.tables,
             routed,
             sent,
@@ -227,7 +253,7 @@ def learn(
     )
     stopped = jnp.zeros((), bool) if stop is None else jnp.any(stop)
     report = StepReport(fault=fault, needs=needs, stop=stopped)
-    return new_state, metrics.update(found.logits, batch.label, jnp.where(good, batch.weight, 0.0)), report
+    return new_state, metrics.update(found.logits, batch.label, jnp.where(good, batch.weight, 0.0)), report, ahead
 
 
 def make_predict_step(recommender: Recommender) -> Any:

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         with _progress(f"compiling the training step for {topology.name}"):
             lowered = lower_train_step(config, card, result.plan, mesh)
             try:
-                compiled = compile_for_target(lowered, topology)
+                compiled = compile_for_target(lowered, topology, order_by=config.train.order_by)
             except jax.errors.JaxRuntimeError as error:
                 # Compilers for TPUs refuse what does not fit.
                 raise InputError(

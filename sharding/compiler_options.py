@@ -33,8 +33,10 @@ _TPU: CompilerOptions = {
     "xla_tpu_enable_async_all_to_all": True,
 }
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
-# All-gathers, reduce-scatters and all-reduces are synchronous on the TensorCore. SparseCores run them beside it.
+# All-gathers, reduce-scatters and all-reduces are synchronous on the TensorCore. SparseCores run them beside it. They
+# sort, too: on the TensorCore each sort of a million ids takes half a minute to compile, on SparseCores a second.
 _SPARSE_CORE: CompilerOptions = {
+    "xla_tpu_enable_offloading_sort_to_sparsecore": True,
     f"{_OFFLOAD}_all_gather": True,
     f"{_OFFLOAD}_reduce_scatter": True,
     f"{_OFFLOAD}_all_reduce": True,
@@ -95,3 +97,15 @@ def options_to_run_once(platform: str) -> CompilerOptions:
         The options. For CPUs: less is tried to make the program fast, which takes longer than it can save.
     """
     return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
+
+
+def options_to_look_at(platform: str) -> CompilerOptions:
+    """Options for programs that are looked at, never run: memory and schedule are those that running them would have.
+
+    Args:
+        platform: What JAX calls the platform. For GPUs: XLA has scheduled a program and placed its buffers before it
+            makes machine code, kernel by kernel, which is most of the time that it takes.
+    """
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {"xla_backend_optimization_level": "0", "xla_gpu_disable_gpuasm_optimizations": True}

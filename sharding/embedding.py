@@ -16,9 +16,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Implementation
 from sharding import rows as logical_rows
+from sharding.address import Addressed, address_local
 from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.codec import Codec, check_codec
+from sharding.deliver import Delivered, deliver_local
 from sharding.errors import InputError
 from sharding.jagged import KeyedJagged, for_devices
 from sharding.layout import Layout, make_layout
@@ -26,7 +28,7 @@ from sharding.lookup import bring_home_local, pool_local
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
 from sharding.place import Place, means_of
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
-from sharding.route import Routed, check_batch, route_local
+from sharding.route import Routed, accept_local, check_batch
 from sharding.state import TableState, abstract_state, init_state
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.update import send_back_local, update_local
@@ -108,7 +110,7 @@ class ShardedTables:
         )
         # Called eagerly, each is one program; called inside another jit, these are inlined into it.
         self._init = jax.jit(partial(init_state, self.layout, self.mesh, self.seed), out_shardings=self._sharding())
-        self._route = jax.jit(self._route_on_mesh, static_argnums=1)
+        self._route = jax.jit(self._route_in_parts, static_argnums=1)
         self._pool = jax.jit(self._pool_on_mesh)
         self._bring_home = jax.jit(self._bring_home_on_mesh, static_argnums=(2, 3))
         self._send_back = jax.jit(self._send_back_on_mesh, static_argnums=(2, 3))
@@ -160,6 +162,10 @@ class ShardedTables:
         parts = for_devices(ids, self.num_devices, ids.capacity if capacity is None else capacity)
         return jax.device_put(parts, jax.tree.map(lambda spec: sharding_on(self.mesh, spec), _specs(parts)))
 
+    def capacities_for(self, ids: KeyedJagged) -> Capacities:
+        """Room for whatever ids a batch of that size may have."""
+        return self.sufficient_capacities(ids.batch_size // self.num_devices, ids.capacity // self.num_devices)
+
     def sufficient_capacities(self, samples: int, ids: int, exchange_bytes: int = EXCHANGE_BYTES) -> Capacities:
         """Room for the worst case, see `sharding.capacities`, given one device's samples and room for their ids."""
         return sufficient_capacities(self.layout, samples, ids, exchange_bytes)
@@ -185,23 +191,28 @@ class ShardedTables:
             InputError: See `sharding.route.check_batch`.
         """
         check_batch(ids, self.features, self.layout)
-        if capacities is None:
-            capacities = self.sufficient_capacities(
-                ids.batch_size // self.num_devices, ids.capacity // self.num_devices
-            )
-        return self._route(ids, capacities)
+        return self._route(ids, self.capacities_for(ids) if capacities is None else capacities)
 
-    def _route_on_mesh(self, ids: KeyedJagged, capacities: Capacities) -> Routed:
-        local = partial(route_local, layout=self.layout, means=self._means, capacities=capacities)
-        groups, divisors, invalid, needs = jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(_specs(ids),),
-            out_specs=(BY_DEVICE, BY_DEVICE, REPLICATED, REPLICATED),
-            check_vma=False,
-        )(ids)
-        overflow = jnp.any(needs > jnp.asarray(capacities.as_needs()))
-        return Routed(groups=groups, divisors=divisors, invalid=invalid, needs=needs, overflow=overflow)
+    def _route_in_parts(self, ids: KeyedJagged, capacities: Capacities) -> Routed:
+        return self.accept(self.deliver(self.address(ids), capacities))
+
+    def address(self, ids: KeyedJagged) -> Addressed:
+        """The first part of `route`, for use inside `jax.jit`: sorts ids by the owners of their rows."""
+        check_batch(ids, self.features, self.layout)
+        local = partial(address_local, layout=self.layout, means=self._means)
+        return self._spread(local, (_specs(ids),), BY_DEVICE)(ids)
+
+    def deliver(self, addressed: Addressed, capacities: Capacities) -> Delivered:
+        """The second part of `route`, for use inside `jax.jit`: ids travel to the owners of their rows."""
+        local = partial(deliver_local, layout=self.layout, capacities=capacities)
+        return self._spread(local, (BY_DEVICE,), BY_DEVICE)(addressed)
+
+    def accept(self, delivered: Delivered) -> Routed:
+        """The third part of `route`, for use inside `jax.jit`: puts the ids that have arrived in order."""
+        local = partial(accept_local, layout=self.layout)
+        groups, invalid, needs = self._spread(local, (BY_DEVICE,), (BY_DEVICE, REPLICATED, REPLICATED))(delivered)
+        overflow = jnp.any(needs > jnp.asarray(delivered.capacities.as_needs()))
+        return Routed(groups=groups, divisors=delivered.divisors, invalid=invalid, needs=needs, overflow=overflow)
 
     def lookup(self, state: TableState, routed: Routed) -> Embeddings:
         """Looks ids up and pools their rows.
@@ -315,15 +326,13 @@ class ShardedTables:
         return self._on_mesh(update, (state, routed, sent), *rest)
 
     def _on_mesh(self, local: Callable, given: Any, *arrays: Any) -> Any:
-        """Runs a function on every device's part of the arrays that are given, and on the others whole."""
-        spread = jax.shard_map(
-            partial(local, place=self._place),
-            mesh=self.mesh,
-            in_specs=(BY_DEVICE,) * len(given) + (REPLICATED,) * len(arrays),
-            out_specs=BY_DEVICE,
-            check_vma=False,
-        )
-        return spread(*given, *arrays)
+        """Runs a function of the place on every device's part of the arrays that are given, and on the others whole."""
+        specs = (BY_DEVICE,) * len(given) + (REPLICATED,) * len(arrays)
+        return self._spread(partial(local, place=self._place), specs, BY_DEVICE)(*given, *arrays)
+
+    def _spread(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """A function that runs on every device."""
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def read_rows(self, state: TableState, table: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Reads rows of a table, given by name, to the host.

@@ -23,6 +23,8 @@ _CALLS = re.compile(
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Instructions whose computations are part of the schedule.
+RUNS = ("while", "conditional", "call")
 # Memory spaces of a TPU's layouts other than its main memory, such as S(1), the vector memory.
 _NEAR_MEMORY = re.compile(r"S\([1-9]\)")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sharding.collective import Collective, collective_of, role_of
 from sharding.cost_settings import CostSettings
 from sharding.mesh import CHIP, NODE
-from sharding.program import Computation, Instruction, Program
+from sharding.program import RUNS, Computation, Instruction, Program
 from sharding.scopes import named_scopes, scopes_of
 from sharding.topology import Platform, Topology
 from sharding.work import Work, work_of
@@ -26,8 +26,7 @@ LANES = (COMPUTE, INSIDE, BETWEEN)
 # xla/service/gpu/model/gpu_performance_model_base.h). TPU: the same in programs for a v5p, whose smallest fusions have
 # "estimated_cycles" of 2,100, at 1.75 GHz. CPU: a program is one piece of code.
 _KERNEL_SECONDS: dict[Platform, float] = {"cpu": 0.0, "gpu": 1e-6, "tpu": 1.2e-6}
-# Instructions whose computations are part of the schedule, and those that hand on what has started.
-_RUNS = ("while", "conditional", "call")
+# Instructions that hand on what has started.
 _PASSES_ON = ("get-tuple-element", "bitcast", "tuple", "async-update", "call-update")
 
 
@@ -260,7 +259,7 @@ class _Clock:
     def _schedule(self, computation: Computation) -> Iterator[Instruction]:
         """The instructions in order; loops and calls with collectives inside are unrolled."""
         for instruction in computation.instructions:
-            called = self._program.called_by(instruction) if instruction.opcode in _RUNS else ()
+            called = self._program.called_by(instruction) if instruction.opcode in RUNS else ()
             inner = [computation for computation in called if self._sends(computation)]
             if not inner:
                 yield instruction
@@ -277,7 +276,7 @@ class _Clock:
         if computation.name not in self._with_collectives:
             self._with_collectives[computation.name] = any(
                 self._collective(instruction) is not None
-                or (instruction.opcode in _RUNS and any(map(self._sends, self._program.called_by(instruction))))
+                or (instruction.opcode in RUNS and any(map(self._sends, self._program.called_by(instruction))))
                 for instruction in computation.instructions
             )
         return self._with_collectives[computation.name]

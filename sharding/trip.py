@@ -96,15 +96,15 @@ def make_trip(
     )
 
 
-def to_owners(trips: Sequence[Trip], records: Sequence[Shaped[Array, "n k"]]) -> list[Shaped[Array, "N k"]]:
+def to_owners(trips: Sequence[Trip], records: Sequence[Shaped[Array, "n ..."]]) -> list[Shaped[Array, "N ..."]]:
     """Takes what belongs to the records of several groups to their owners, together.
 
     Args:
         trips: A trip for each group.
-        records: For each group, numbers beside each record.
+        records: For each group, a number or numbers beside each record.
 
     Returns:
-        For each group, the numbers beside each record of the owner; zeros where it has none.
+        For each group, what is beside each record of the owner; zeros where it has none.
     """
 
     def one_round(kept: list[Array], first: Any) -> list[Array]:
@@ -160,5 +160,5 @@ def _round(trip: Trip, places: Int32[Array, "W K"], number: Any) -> Int32[Array,
     return jax.lax.dynamic_slice_in_dim(places, number * width, width, axis=1)
 
 
-def _get(values: Shaped[Array, "n k"], places: Int32[Array, "W k"]) -> Shaped[Array, "W k ..."]:
+def _get(values: Shaped[Array, "n ..."], places: Int32[Array, "W K"]) -> Shaped[Array, "W K ..."]:
     return values.at[places].get(mode="fill", fill_value=0)

@@ -125,10 +125,10 @@ def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
 @pytest.mark.parametrize(
     ("target", "least"),
     [
-        ("h200:1x8", 0.9),
-        # Vectors and gradients between nodes are waited for: docs/overlap.md has the bounds.
-        ("h200:16x8", 0.4),
-        ("zionex:16x8", 0.3),
+        ("h200:1x8", 0.95),
+        # Exchanges take nearly as long as all computing: docs/overlap.md has the bounds.
+        ("h200:16x8", 0.7),
+        ("zionex:16x8", 0.8),
     ],
 )
 def test_dcnv2_mlperf_then_so_much_of_its_exchanges_is_hidden(target: str, least: float) -> None:

@@ -206,7 +206,7 @@ def test_stale_steps_then_those_of_a_loop_that_looks_up_before_each_update(data,
     for batch, following in itertools.pairwise(on_devices):
         following_routed = tables.route(following.ids)
         before_the_update = tables.lookup(state.tables, following_routed)
-        state, metrics, _ = update(state, metrics, batch, routed, embeddings)
+        state, metrics, *_ = update(state, metrics, batch, routed, embeddings)
         routed, embeddings = following_routed, before_the_update
     tiny.assert_identical(steps.state, dataclasses.replace(state, stale=embeddings))
 

@@ -60,8 +60,8 @@ def sort_ids(
     if statistics is not None:
         fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
     fields |= more or {}
-    # No two keys are equal: a sort that need not be stable gives the stable order.
+    # By one key: SparseCores sort by no more, and their sorts take a second to compile, others half a minute.
     sorted_rows, order, *values = jax.lax.sort(
-        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=2, is_stable=False
+        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=1, is_stable=True
     )
     return SortedIds(sorted_rows, order, dict(zip(fields, values, strict=True)), jnp.sum(valid, dtype=jnp.int32))

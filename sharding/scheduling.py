@@ -1,0 +1,95 @@
+"""Lets XLA order a program for GPUs by the estimates of `sharding.timeline`, instead of its own.
+
+XLA's scheduler starts an exchange so long before its end as it takes, and runs beside it what takes as long, by figures
+of its own. Those are rough: by them an all-to-all on A100s takes no time, and one on H200s hardly any. It takes others
+if it is given a profile, which is meant for times that were measured. So a program is compiled once, what each of its
+instructions takes is estimated, and it is compiled again by that. Only the order of instructions changes.
+
+The profile is a ``ProfiledInstructionsProto`` as text (tsl/profiler/protobuf/profiled_instructions.proto): a name and
+microseconds for each instruction.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from sharding.collective import collective_of, role_of
+from sharding.compiler_options import CompilerOptions
+from sharding.cost_settings import CostSettings
+from sharding.program import RUNS, Computation, Instruction, Program, parse_program
+from sharding.timeline import exchange_seconds, work_seconds
+from sharding.topology import Topology
+from sharding.work import work_of
+
+
+def can_schedule(topology: Topology) -> bool:
+    """Whether there is something to order, and a compiler that takes profiles."""
+    return topology.platform == "gpu" and topology.num_devices > 1
+
+
+def scheduling_options(
+    compiled: jax.stages.Compiled, topology: Topology, settings: CostSettings | None = None
+) -> CompilerOptions:
+    """Options by which the same program, compiled again, is ordered by our estimates.
+
+    They name a file in the machine's folder for temporary files, which has to be there when they are used.
+
+    Args:
+        compiled: The program.
+        topology: What it was compiled for.
+        settings: Efficiencies.
+    """
+    profile = profile_of(parse_program(compiled.as_text() or ""), topology, settings or CostSettings())
+    return {
+        "xla_gpu_pgle_profile_file_or_directory_path": str(_kept(profile)),
+        # Some instructions are made after scheduling, and have no place in it.
+        "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
+    }
+
+
+def profile_of(program: Program, topology: Topology, settings: CostSettings) -> str:
+    """The profile of a program: what a device or its links need for each instruction that is scheduled.
+
+    Args:
+        program: The program.
+        topology: The machine.
+        settings: Efficiencies.
+    """
+    lines = []
+    for instruction in _scheduled(program, program.entry):
+        role = role_of(instruction, program)
+        collective = collective_of(instruction, program, topology.nodes, topology.chips)
+        if role in ("whole", "start") and collective is not None:
+            seconds = max(exchange_seconds(collective, topology, settings).values(), default=0.0)
+        elif role in ("prepare", "carry", "end"):
+            continue
+        else:
+            seconds = work_seconds(work_of(instruction, program), topology, settings)
+        if seconds:
+            lines.append(f'costs {{ name: "{instruction.name}" cost_us: {seconds * 1e6:.4f} }}\n')
+    return "".join(lines)
+
+
+def _scheduled(program: Program, computation: Computation) -> Iterator[Instruction]:
+    """The instructions of a computation, and of those that it runs."""
+    for instruction in computation.instructions:
+        yield instruction
+        if instruction.opcode in RUNS:
+            for inner in program.called_by(instruction):
+                yield from _scheduled(program, inner)
+
+
+def _kept(profile: str) -> Path:
+    """A file with the profile, named by its text: equal programs have equal options, also in compilation caches."""
+    folder = Path(tempfile.gettempdir()) / f"dlrm_jax-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{hashlib.sha256(profile.encode()).hexdigest()}.pbtxt"
+    # Whole or not at all: other processes of this machine may read it.
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(profile)
+    Path(file.name).replace(path)
+    return path
