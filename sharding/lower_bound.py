@@ -40,22 +40,24 @@ _PROGRESS = 3e-4
 # Searches for whole vectors, likewise, up to as many candidates.
 _VECTOR_ROUNDS = 3
 _MEDIUM = 4000
-# Searches for whole tables: up to so many candidates, so many rounds. Where there are more, of the most promising ones,
-# for starts alone.
-_TABLE_ROUNDS = ((400, 3), (700, 2), (1300, 1))
-_SOME_ROUNDS = 2
-_SOME_OF_A_TABLE = 4
-# Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
-_NODES = 20
+# Searches for whole tables: up to so many candidates, so many rounds; and up to how many there is time to try branches
+# out before one is taken.
+_TABLE_ROUNDS = ((400, 3), (_MEDIUM, 2))
+_FEW = 1300
+# Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
+# found late, and only then does their bound rise.
+_VECTOR_NODES = 20
+_TABLE_NODES = 400
+_FAST_NODES = 100
 _GAP = 3e-3
 # By default, 1e-6, HiGHS 1.15 now and then cuts off the optimum and proves a bound that a plan beats.
 _TOLERANCE = 1e-9
 # Improving solutions of one search that are worth a start.
-_SOLUTIONS = 3
+_SOLUTIONS = 5
 # Times that the relaxation is solved again with what cannot be whole left out.
 _DIVES = 2
 
-Whole = Literal["vectors", "all", "some"]
+Whole = Literal["vectors", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,13 +219,11 @@ class _Programme:
         integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
         kind = np.full(len(integral), int(highspy.HighsVarType.kInteger), np.uint8)
         highs.changeColsIntegrality(len(integral), integral, kind)
-        if whole == "some":
-            promising = self._promising()
-            if start is not None:
-                promising |= start[: self.num_x] > 0.5
-            every = np.arange(self.num_x, dtype=np.int32)
-            highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), promising.astype(np.float64))
-        highs.setOptionValue("mip_max_nodes", _NODES)
+        highs.setOptionValue("mip_max_nodes", _VECTOR_NODES)
+        if whole == "all":
+            highs.setOptionValue("mip_max_nodes", _TABLE_NODES if self.num_x <= _FEW else _FAST_NODES)
+            if self.num_x > _FEW:
+                highs.setOptionValue("mip_pscost_minreliable", 0)
         highs.setOptionValue("mip_rel_gap", _GAP)
         highs.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
         # A restart costs more here than it gives.
@@ -238,23 +238,11 @@ class _Programme:
             return None
         columns = np.array(highs.getSolution().col_value)
         return _Solved(
-            # Without the other candidates it bounds nothing.
-            bound=-np.inf if whole == "some" else info.mip_dual_bound,
+            bound=info.mip_dual_bound,
             cost=info.objective_function_value,
             columns=columns,
             others=tuple(found[-_SOLUTIONS:-1]),
         )
-
-    def _promising(self) -> np.ndarray:
-        """Which candidates have the least reduced costs of their tables, where all may be fractions."""
-        self._highs.run()
-        reduced = np.array(self._highs.getSolution().col_dual)[: self.num_x]
-        kept = np.zeros(self.num_x, bool)
-        first = 0
-        for options in self.choices.of_table:
-            kept[first + np.argsort(reduced[first : first + len(options)], kind="stable")[:_SOME_OF_A_TABLE]] = True
-            first += len(options)
-        return kept
 
     def keep_whole(self, columns: np.ndarray) -> None:
         """Leaves out the candidates that the maxima of a solution have no room for.
@@ -353,5 +341,5 @@ def _best_bound(proved: Sequence[_Solved]) -> float:
 
 def _searches(num_candidates: int) -> tuple[tuple[Whole, int], ...]:
     """What is to be whole, and the rounds of each."""
-    rounds = next((rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most), 0)
-    return ("vectors", _VECTOR_ROUNDS), ("all", rounds) if rounds else ("some", _SOME_ROUNDS)
+    rounds = next(rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most)
+    return ("vectors", _VECTOR_ROUNDS), ("all", rounds)
