@@ -130,11 +130,12 @@ def _added_over(parts: Sequence[Float[Array, "M ..."]], axis: str, codec: Codec)
 def _of_own_node(joined: Float[Array, "W x"], nodes: int) -> Float[Array, "N rows lanes"]:
     """Adds over the chips of this node: for each node, what its device with this one's number among its chips gets.
 
-    In rows of 128 numbers where they divide: of one of long rows TPUs make an all-reduce, which sends twice the bytes.
+    In rows of 128 numbers where they divide, those of all chips in one dimension: of long rows, and of many rows in a
+    dimension of their own, TPUs make an all-reduce, which sends twice the bytes.
     """
     lanes = math.gcd(_LANES, joined.shape[1])
-    by_node = joined.reshape(nodes, joined.shape[0] // nodes, -1, lanes)
-    return jax.lax.psum_scatter(by_node, CHIP, scatter_dimension=1)
+    by_node = joined.reshape(nodes, -1, lanes)
+    return jax.lax.psum_scatter(by_node, CHIP, scatter_dimension=1, tiled=True)
 
 
 def _join(owned: Owned) -> tuple[Float[Array, "W x"], list[tuple[int, ...]]]:

@@ -4,6 +4,7 @@ Needs the extra `aot`, as tests/test_aot.py.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from sharding.compiler_options import compiler_options
 from sharding.cost_settings import CostSettings
 from sharding.mesh import AXES, BY_DEVICE, BY_DEVICE_SECOND, CHIP, NODE, REPLICATED, sharding_on
 from sharding.plan import ShardingPlan, row_wise, table_wise
+from sharding.returns import bring_home_table_row_wise
 from sharding.tables import TableSpec
 from sharding.timeline import Timeline
 from sharding.timeline_report import summary
@@ -111,6 +113,25 @@ def test_vectors_on_their_way_home_then_arithmetic_goes_on_beside_them(target: s
     assert found.hidden_share > (0.5 if topology.kind == "v5e" else 0.8)
 
 
+@pytest.mark.parametrize("samples", [1024, 16384])
+def test_partial_sums_then_a_tpu_adds_them_by_reduce_scatter_however_many(samples: int) -> None:
+    topology = parse_topology("v6e:2x4")
+    mesh = target_mesh(topology)
+    bring_home = partial(bring_home_table_row_wise, nodes=topology.nodes, codec="float32")
+    step = jax.shard_map(
+        lambda sums: bring_home([jnp.tanh(sums)])[0],
+        mesh=mesh,
+        in_specs=BY_DEVICE,
+        out_specs=BY_DEVICE,
+        check_vma=False,
+    )
+    shape = (topology.num_devices**2, samples, 1, DIM)
+    sums = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding_on(mesh, BY_DEVICE))
+    found = step_timeline(compile_for_target(jax.jit(step).lower(sums), topology), topology, CostSettings())
+    # An all-reduce would send each byte twice.
+    assert [one.collective.kind for one in found.exchanges] == ["reduce-scatter", "all-to-all"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiler_options_then_every_kind_of_accelerator_has_some(kind: str) -> None:
     topology = parse_topology(f"{kind}:1x8" if kind != "v5p" else "v5p:1x4")
@@ -128,7 +149,7 @@ def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
         ("h200:1x8", 0.95),
         # Exchanges take nearly as long as all computing: docs/overlap.md has the bounds.
         ("h200:16x8", 0.7),
-        ("zionex:16x8", 0.8),
+        ("zionex:16x8", 0.7),
     ],
 )
 def test_dcnv2_mlperf_then_so_much_of_its_exchanges_is_hidden(target: str, least: float) -> None:

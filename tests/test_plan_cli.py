@@ -144,7 +144,7 @@ def test_a_step_when_compiled_then_its_collectives_and_estimated_time_are_printe
     code, printed, _ = plan("reference_random", "--mesh.chips", "2", "--compile", "--timeline", picture)
     assert code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"all-to-all +│ lookup +│ chip", printed)
+    assert re.search(r"all-to-all +│ dense/return_0 +│ chip", printed)
     milliseconds, samples = re.findall(r"estimated step: ([\d,.]+) ms, ([\d,]+) samples a second", printed)[0]
     assert float(milliseconds.replace(",", "")) * float(samples.replace(",", "")) == pytest.approx(2048e3, rel=0.01)
 
