@@ -3,7 +3,7 @@
 XLA's scheduler starts an exchange so long before its end as it takes, and runs beside it what takes as long, by figures
 of its own. Those are rough: by them an all-to-all on A100s takes no time, and one on H200s hardly any. It takes others
 if it is given a profile, which is meant for times that were measured. So a program is compiled once, what each of its
-instructions takes is estimated, and it is compiled again by that. Only the order of instructions changes.
+instructions takes is estimated, and it is compiled again by that. What is computed stays the same.
 
 The profile is a ``ProfiledInstructionsProto`` as text (tsl/profiler/protobuf/profiled_instructions.proto): a name and
 microseconds for each instruction.

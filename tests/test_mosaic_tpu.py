@@ -89,7 +89,7 @@ def test_an_update_when_races_are_looked_for_then_none(racing: None) -> None:
 @pytest.mark.parametrize(
     ("rule", "width", "dtype", "storage_rounding"),
     [
-        ("partial_rowwise_adam", 8, jnp.float32, "nearest"),
+        pytest.param("partial_rowwise_adam", 8, jnp.float32, "nearest", marks=pytest.mark.slow),
         pytest.param("lamb", 384, jnp.float32, "nearest", marks=pytest.mark.slow),
         ("rowwise_adagrad", 64, jnp.bfloat16, "stochastic"),
         pytest.param("adagrad", 384, jnp.bfloat16, "nearest", marks=pytest.mark.slow),

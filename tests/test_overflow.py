@@ -143,6 +143,7 @@ def test_fault_when_it_comes_after_a_step_without_room_then_the_steps_between_ar
     assert int(steps.state.step) == 2
 
 
+@pytest.mark.slow
 def test_prediction_when_ids_need_more_room_then_its_bits_are_those_of_unlimited_room(models):
     recommender, optimizer, _ = models["none"]
     state = init_train_state(recommender, optimizer)

@@ -61,7 +61,7 @@ def losses_by_dense_gradients(case: Case) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("case", [DOT, CROSS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(DOT, id="dot"), pytest.param(CROSS, id="cross", marks=pytest.mark.slow)])
 def test_our_side_with_sgd_has_the_losses_of_dense_gradients(case: Case) -> None:
     ours = Ours(case)
     ours.load()

@@ -139,7 +139,7 @@ def test_an_update_when_races_are_looked_for_then_none(racing: None) -> None:
 @pytest.mark.parametrize(
     ("rule", "width", "num_ids", "weighted"),
     [
-        ("rowwise_adagrad", 8, RUN_BLOCK + 56, True),
+        pytest.param("rowwise_adagrad", 8, RUN_BLOCK + 56, True, marks=pytest.mark.slow),
         pytest.param("partial_rowwise_adam", 64, 4 * RUN_BLOCK, False, marks=pytest.mark.slow),
         pytest.param("lamb", 384, 4 * RUN_BLOCK, True, marks=pytest.mark.slow),
     ],
