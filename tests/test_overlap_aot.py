@@ -150,8 +150,10 @@ def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
         # Exchanges take long beside what is computed: docs/overlap.md has the bounds.
         ("h200:16x8", 0.55),
         ("zionex:16x8", 0.7),
-        # Its compiler takes no figures of others, and ten minutes.
+        # Their compiler takes no figures of others, and ten minutes.
         ("v6e:2x4", 0.2),
+        ("v5p:2x4", 0.2),
+        ("tpu7x:2x4", 0.15),
     ],
 )
 def test_dcnv2_mlperf_then_so_much_of_its_exchanges_is_hidden(target: str, least: float) -> None:
