@@ -28,7 +28,6 @@ from dlrm_jax.recommender import Recommender
 from sharding import Embeddings
 from sharding.address import Addressed
 from sharding.all_reduce import AllReduce, all_reduce_local
-from sharding.capacities import Capacities
 from sharding.deliver import Delivered
 from sharding.embedding import Pooled
 from sharding.lookup import chunk_of
@@ -76,7 +75,6 @@ def dense_gradients(
     residual: Float[Array, "W P"] | None,
     *,
     addressed: Addressed | None = None,
-    capacities: Capacities | None = None,
     recommender: Recommender,
 ) -> Gradients:
     """Computes the loss of a batch and its gradients.
@@ -88,7 +86,6 @@ def dense_gradients(
         source: Its vectors: at the owners of the rows, to be brought home here; or at home already.
         residual: What earlier all-reduces owe.
         addressed: Ids of the next batch, addressed, which are delivered beside the dense part.
-        capacities: Room for them; None where there are none.
         recommender: The model; it says how many chunks there are, and how gradients travel.
     """
     tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
@@ -110,9 +107,8 @@ def dense_gradients(
         source, embeddings = jax.lax.optimization_barrier((source, embeddings))
     delivered = None
     if addressed is not None:
-        assert capacities is not None
         with jax.named_scope("route_ahead"):
-            delivered = tables.deliver(addressed, capacities)
+            delivered = tables.deliver(addressed)
     for chunk in range(chunks):
         following = arrive(source, chunk + 1) if chunk + 1 < chunks else embeddings
         of_chunk, d_embeddings = on_devices(

@@ -114,10 +114,8 @@ def pipelined_step(
         if tables.num_devices > 1:
             # While the first vectors travel there is nothing else to do yet.
             next_ids, source = jax.lax.optimization_barrier((next_ids, source))
-    if capacities is None:
-        capacities = tables.capacities_for(next_ids)
     with jax.named_scope("route_ahead"):
-        addressed = tables.address(next_ids)
+        addressed = tables.address(next_ids, capacities)
     new_state, metrics, report, next_routed = learn(
         state,
         metrics,
@@ -125,7 +123,6 @@ def pipelined_step(
         routed,
         source,
         addressed=addressed,
-        capacities=capacities,
         stop=stop,
         recommender=recommender,
         optimizer=optimizer,

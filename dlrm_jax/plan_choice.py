@@ -11,7 +11,7 @@ from sharding.chunks import best_chunks
 from sharding.errors import InputError
 from sharding.measure import topology_of
 from sharding.plan import ShardingPlan, one_device_plan
-from sharding.topology import kind_of, preset
+from sharding.topology import preset_of
 
 # Of accelerators whose figures are not known. To measure them would make a number that changes from run to run.
 _CHUNKS_OF_UNKNOWN = 4
@@ -65,9 +65,8 @@ def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: M
     device = mesh.devices.flat[0]
     if mesh.devices.size == 1 or device.platform == "cpu":
         return 1
-    try:
-        topology = preset(kind_of(device.device_kind) or "", *mesh.devices.shape)
-    except InputError:
+    topology = preset_of(device.device_kind, *mesh.devices.shape)
+    if topology is None:
         return math.gcd(_CHUNKS_OF_UNKNOWN, samples)
     known = planning_input(config, card, mesh.devices.size)
     return best_chunks(known.layout(plan), known.features, known.step(topology))

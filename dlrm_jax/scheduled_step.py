@@ -8,9 +8,8 @@ from jax.sharding import Mesh
 
 from sharding.capacities import Capacities
 from sharding.compiler_options import CompilerOptions, options_to_look_at
-from sharding.errors import InputError
 from sharding.scheduling import can_schedule, scheduling_options
-from sharding.topology import Topology, kind_of, preset
+from sharding.topology import Topology, preset_of
 
 
 class ScheduledStep:
@@ -50,8 +49,5 @@ def schedulable_topology(mesh: Mesh) -> Topology | None:
     Args:
         mesh: The devices.
     """
-    try:
-        topology = preset(kind_of(mesh.devices.flat[0].device_kind) or "", *mesh.devices.shape)
-    except InputError:
-        return None
-    return topology if can_schedule(topology) else None
+    topology = preset_of(mesh.devices.flat[0].device_kind, *mesh.devices.shape)
+    return topology if topology is not None and can_schedule(topology) else None

@@ -178,7 +178,6 @@ def learn(
     source: Pooled | Embeddings,
     *,
     addressed: Addressed | None = None,
-    capacities: Capacities | None = None,
     stop: Bool[Array, " W"] | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
@@ -192,7 +191,6 @@ def learn(
         routed: Its ids, routed.
         source: Its vectors, as `dense_gradients` takes them.
         addressed: Ids of the next batch, addressed.
-        capacities: Room for them (static).
         stop: As in `train_step`.
         recommender: The model.
         optimizer: Optimizer of its dense part.
@@ -210,7 +208,6 @@ def learn(
             source,
             state.residual,
             addressed=addressed,
-            capacities=capacities,
             recommender=recommender,
         )
         updates, dense_optimizer = optimizer.update(found.dense, state.dense_optimizer, state.dense_params)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.bags import bags_of_ids
 from pallas_kernels.scans import offsets_of, places_of
 from sharding import words
+from sharding.capacities import Capacities
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged
 from sharding.layout import Layout
@@ -92,21 +93,26 @@ class Addressed:
         divisors: What each mean divides by.
         invalid: Number of invalid ids of each device.
         count: Number of ids of each device, those included that its part of the batch has no room for.
+        capacities: Room on their way.
     """
 
     groups: tuple[AddressedGroup, ...]
     divisors: Float[Any, "b means"]
     invalid: Int32[Any, " W"]
     count: Int32[Any, " W"]
+    capacities: Capacities = dataclasses.field(metadata={"static": True})
 
 
-def address_local(ids: KeyedJagged, *, layout: Layout, means: Sequence[FeatureSpec]) -> Addressed:
+def address_local(
+    ids: KeyedJagged, *, layout: Layout, means: Sequence[FeatureSpec], capacities: Capacities
+) -> Addressed:
     """Finds out where the ids of a device's samples go.
 
     Args:
         ids: A device's part of the batch; every feature of the layout must be in it, others are ignored.
         layout: The layout.
         means: The features that are pooled by their mean.
+        capacities: Room on their way.
     """
     device = device_number() if layout.num_devices > 1 else jnp.int32(0)
     if layout.wide and ids.values.ndim == 1:
@@ -124,6 +130,7 @@ def address_local(ids: KeyedJagged, *, layout: Layout, means: Sequence[FeatureSp
         divisors=_divisors(ids, means),
         invalid=invalid[None],
         count=jnp.sum(ids.lengths, dtype=jnp.int32)[None],
+        capacities=capacities,
     )
 
 
@@ -174,7 +181,7 @@ def _leaving(records: Records, group: Group, samples: int) -> AddressedGroup:
 
 
 def _columns(records: Records, bags: Int32[Array, " n"]) -> tuple[Int32[Array, " n"], ...]:
-    # Not one array of two or three numbers a record, whose reshapes TPUs take minutes to compile.
+    # Not one array of two or three numbers a record: its exchange takes TPU compilers minutes, that of columns seconds.
     columns = (records.rows, jnp.where(records.present, bags, -1))
     if records.weights is None:
         return columns

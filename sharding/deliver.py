@@ -56,7 +56,7 @@ class Delivered:
         divisors: As of `Addressed`.
         invalid: As of `Addressed`.
         count: As of `Addressed`.
-        capacities: The room that there was.
+        capacities: As of `Addressed`.
     """
 
     groups: tuple[DeliveredGroup, ...]
@@ -66,13 +66,12 @@ class Delivered:
     capacities: Capacities = dataclasses.field(metadata={"static": True})
 
 
-def deliver_local(addressed: Addressed, *, layout: Layout, capacities: Capacities) -> Delivered:
+def deliver_local(addressed: Addressed, *, layout: Layout) -> Delivered:
     """Sends ids to the owners of their rows, and receives those whose rows this device holds.
 
     Args:
         addressed: The ids of this device's samples.
         layout: The layout.
-        capacities: Room on the way.
     """
     groups = {
         number: _spread(addressed.groups[number], layout.num_devices)
@@ -80,13 +79,13 @@ def deliver_local(addressed: Addressed, *, layout: Layout, capacities: Capacitie
         if group.family == "local"
     }
     travelling = {number: group for number, group in enumerate(addressed.groups) if number not in groups}
-    groups |= _travel(travelling, capacities)
+    groups |= _travel(travelling, addressed.capacities)
     return Delivered(
         groups=tuple(groups[number] for number in range(len(addressed.groups))),
         divisors=addressed.divisors,
         invalid=addressed.invalid,
         count=addressed.count,
-        capacities=capacities,
+        capacities=addressed.capacities,
     )
 
 

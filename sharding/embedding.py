@@ -162,10 +162,6 @@ class ShardedTables:
         parts = for_devices(ids, self.num_devices, ids.capacity if capacity is None else capacity)
         return jax.device_put(parts, jax.tree.map(lambda spec: sharding_on(self.mesh, spec), _specs(parts)))
 
-    def capacities_for(self, ids: KeyedJagged) -> Capacities:
-        """Room for whatever ids a batch of that size may have."""
-        return self.sufficient_capacities(ids.batch_size // self.num_devices, ids.capacity // self.num_devices)
-
     def sufficient_capacities(self, samples: int, ids: int, exchange_bytes: int = EXCHANGE_BYTES) -> Capacities:
         """Room for the worst case, see `sharding.capacities`, given one device's samples and room for their ids."""
         return sufficient_capacities(self.layout, samples, ids, exchange_bytes)
@@ -191,20 +187,23 @@ class ShardedTables:
             InputError: See `sharding.route.check_batch`.
         """
         check_batch(ids, self.features, self.layout)
-        return self._route(ids, self.capacities_for(ids) if capacities is None else capacities)
+        return self._route(ids, capacities)
 
-    def _route_in_parts(self, ids: KeyedJagged, capacities: Capacities) -> Routed:
-        return self.accept(self.deliver(self.address(ids), capacities))
+    def _route_in_parts(self, ids: KeyedJagged, capacities: Capacities | None) -> Routed:
+        return self.accept(self.deliver(self.address(ids, capacities)))
 
-    def address(self, ids: KeyedJagged) -> Addressed:
+    def address(self, ids: KeyedJagged, capacities: Capacities | None = None) -> Addressed:
         """The first part of `route`, for use inside `jax.jit`: sorts ids by the owners of their rows."""
         check_batch(ids, self.features, self.layout)
-        local = partial(address_local, layout=self.layout, means=self._means)
+        if capacities is None:
+            devices = self.num_devices
+            capacities = self.sufficient_capacities(ids.batch_size // devices, ids.capacity // devices)
+        local = partial(address_local, layout=self.layout, means=self._means, capacities=capacities)
         return self._spread(local, (_specs(ids),), BY_DEVICE)(ids)
 
-    def deliver(self, addressed: Addressed, capacities: Capacities) -> Delivered:
+    def deliver(self, addressed: Addressed) -> Delivered:
         """The second part of `route`, for use inside `jax.jit`: ids travel to the owners of their rows."""
-        local = partial(deliver_local, layout=self.layout, capacities=capacities)
+        local = partial(deliver_local, layout=self.layout)
         return self._spread(local, (BY_DEVICE,), BY_DEVICE)(addressed)
 
     def accept(self, delivered: Delivered) -> Routed:

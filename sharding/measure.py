@@ -22,7 +22,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float64
 
 from sharding import topology
-from sharding.errors import InputError
 from sharding.mesh import BY_DEVICE, CHIP, NODE, make_mesh, sharding_on
 from sharding.topology import Platform, Topology
 
@@ -48,12 +47,7 @@ def topology_of(mesh: Mesh) -> Topology:
     Returns:
         The topology.
     """
-    nodes, chips = mesh.devices.shape
-    kind = topology.kind_of(mesh.devices.flat[0].device_kind)
-    try:
-        preset = None if kind is None else topology.preset(kind, nodes, chips)
-    except InputError:
-        preset = None  # Such as 2 TPUs of a host, or 16 GPUs that NVLink joins.
+    preset = topology.preset_of(mesh.devices.flat[0].device_kind, *mesh.devices.shape)
     return measure(mesh) if preset is None else _with_real_memory(preset, mesh)
 
 

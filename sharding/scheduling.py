@@ -1,7 +1,7 @@
 """Lets XLA order a program for GPUs by the estimates of `sharding.timeline`, instead of its own.
 
 XLA's scheduler starts an exchange so long before its end as it takes, and runs beside it what takes as long, by figures
-of its own. Those are rough: by them an all-to-all on A100s takes no time, and one on H200s hardly any. It takes others
+of its own. Those are rough: in its order the windows of exchanges are often far from what we estimate. It takes others
 if it is given a profile, which is meant for times that were measured. So a program is compiled once, what each of its
 instructions takes is estimated, and it is compiled again by that. What is computed stays the same.
 

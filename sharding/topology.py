@@ -283,6 +283,24 @@ def kind_of(device_kind: str) -> str | None:
     return next((kind for kind, tpu in _TPUS.items() if device_kind in tpu.device_kinds), None)
 
 
+def preset_of(device_kind: str, nodes: int, chips: int) -> Topology | None:
+    """The figures of so many of what JAX calls such a device.
+
+    Args:
+        device_kind: ``device.device_kind``.
+        nodes: Size of NODE.
+        chips: Size of CHIP.
+
+    Returns:
+        Their figures; None for a kind that is not known, or a number in which such devices do not come together.
+    """
+    kind = kind_of(device_kind)
+    try:
+        return None if kind is None else preset(kind, nodes, chips)
+    except InputError:
+        return None  # Such as 2 TPUs of a host, or 16 GPUs that NVLink joins.
+
+
 def tpu_slice(topology: Topology) -> tuple[int, ...]:
     """Sides, in chips, of the slice that holds a preset's TPUs.
 

@@ -17,7 +17,7 @@ from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
 from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh
-from pallas_kernels.sparsecore.update_call import UpdateCall
+from pallas_kernels.sparsecore.update_call import ShareCall
 from pallas_kernels.sparsecore.update_kernel import update_shares
 from pallas_kernels.sparsecore.work import Work, share_out
 from pallas_kernels.target import current_target
@@ -115,7 +115,7 @@ def _run(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     only_statistics: bool,
-) -> tuple[UpdateCall, Work, Sequence[Array]]:
+) -> tuple[ShareCall, Work, Sequence[Array]]:
     """Runs the kernel; the stores are references where it is to change them.
 
     Returns:
@@ -143,7 +143,7 @@ def _run(
         block=block,
         shares=shares,
     )
-    call = UpdateCall(
+    call = ShareCall(
         shape=shape,
         rule=rule,
         lanes=lanes,

@@ -22,7 +22,7 @@ _NUM_SEMAPHORES = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpdateCall:
+class ShareCall:
     """What is known of a call while it is traced.
 
     Attributes:

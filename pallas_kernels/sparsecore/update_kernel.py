@@ -20,22 +20,14 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.mosaic_tpu.lines import LANES
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowValues
 from pallas_kernels.sparsecore.subcores import this_subcore
-from pallas_kernels.sparsecore.update_call import (
-    CHUNKS_HELD,
-    GRADIENTS,
-    LINES_IN,
-    LINES_OUT,
-    SCALARS,
-    WORDS,
-    UpdateCall,
-)
+from pallas_kernels.sparsecore.update_call import CHUNKS_HELD, GRADIENTS, LINES_IN, LINES_OUT, SCALARS, WORDS, ShareCall
 from pallas_kernels.sparsecore.work import bounds_size, tag_fields
 
 # Vectors of a row that are read, changed and written in one iteration.
 _VECTORS_IN_FLIGHT = 8
 
 
-def update_shares(call: UpdateCall, operands: dict[str, Any], scratch: dict[str, Any]) -> None:
+def update_shares(call: ShareCall, operands: dict[str, Any], scratch: dict[str, Any]) -> None:
     """Updates the rows of the shares that fall to this subcore.
 
     Args:
@@ -43,7 +35,7 @@ def update_shares(call: UpdateCall, operands: dict[str, Any], scratch: dict[str,
         operands: In HBM: "bounds", "words", "units" and "sources" of the work; "hyper", h vectors for each slot;
             "elements", weights and elementwise state; "scalars", row-wise state, one number after the other; and, if
             sums over rows are asked for, "statistics", a line for each unit.
-        scratch: See `UpdateCall.scratch`.
+        scratch: See `ShareCall.scratch`.
     """
     worker = this_subcore(call.workers, call.subcores)
     pltpu.sync_copy(operands["bounds"], scratch["bounds"])
@@ -58,7 +50,7 @@ def update_shares(call: UpdateCall, operands: dict[str, Any], scratch: dict[str,
 class _Share:
     """One share of the work, while the kernel is traced."""
 
-    def __init__(self, call: UpdateCall, operands: dict[str, Any], scratch: dict[str, Any], share: Int32[Array, ""]):
+    def __init__(self, call: ShareCall, operands: dict[str, Any], scratch: dict[str, Any], share: Int32[Array, ""]):
         self.call, self.operands, self.scratch = call, operands, scratch
         half = bounds_size(call.shares)
         self.first, self.end, self.first_rank, self.end_rank = (
