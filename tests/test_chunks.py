@@ -1,18 +1,16 @@
-"""Batches in chunks: the same numbers travel, the tables keep their bits, and the number of chunks fits the machine."""
+"""Batches in chunks: their number fits the machine. That the same numbers travel is in test_placements.py."""
 
 import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import placement_cases as cases
 import pytest
 import tiny
 
 from dlrm_jax.config import MeshConfig
 from dlrm_jax.recommender import Recommender
-from sharding import Embeddings, FeatureSpec, InputError, ShardedTables, TableSpec
+from sharding import FeatureSpec, InputError, ShardedTables, TableSpec
 from sharding.chunks import best_chunks
 from sharding.cost import Step
 from sharding.cost_settings import DenseLoad
@@ -23,55 +21,12 @@ from sharding.plan import ShardingPlan, table_wise
 from sharding.topology import preset
 
 NODES, CHIPS = 2, 4
-CHUNKS = 2
-
-
-def tables_on(plan: str, nodes: int, chips: int) -> ShardedTables:
-    return ShardedTables(
-        cases.TABLES, cases.FEATURES, plan=cases.plan_of(nodes, chips, plan), mesh=make_mesh(nodes, chips), seed=3
-    )
-
-
-def chunks_of(whole: Embeddings, devices: int) -> tuple[Embeddings, ...]:
-    """Of each device's samples the first half, then the second."""
-
-    def part(values: jax.Array, chunk: int) -> np.ndarray:
-        by_device = np.asarray(values).reshape(devices, CHUNKS, -1, *values.shape[1:])
-        return by_device[:, chunk].reshape(-1, *values.shape[1:])
-
-    return tuple(jax.tree.map(lambda values, chunk=chunk: part(values, chunk), whole) for chunk in range(CHUNKS))
-
-
-@pytest.mark.parametrize(
-    ("plan", "nodes", "chips"),
-    [("mixed", 2, 4), pytest.param("mixed", 4, 2, marks=pytest.mark.slow)]
-    + [pytest.param(plan, 2, 4, marks=pytest.mark.slow) for plan in cases.PLANS if plan != "mixed"],
-)
-def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel_whole(plan, nodes, chips):
-    tables = tables_on(plan, nodes, chips)
-    devices = nodes * chips
-    routed = tables.route(tables.to_devices(cases.samples_of(0).jagged()))
-    whole = tables.lookup(tables.init(), routed)
-    pooled = tables.pool(tables.init(), routed)
-    expected = chunks_of(whole, devices)
-    for chunk in range(CHUNKS):
-        found = tables.bring_home(pooled, routed, chunk=chunk, chunks=CHUNKS)
-        jax.tree.map(np.testing.assert_array_equal, found, expected[chunk])
-
-    random = np.random.default_rng(1)
-    gradients = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape).astype(np.float32)), whole)
-    once = tables.update(tables.init(), routed, gradients, step=1)
-    sent = [
-        tables.send_back(routed, part, chunk=chunk, chunks=CHUNKS)
-        for chunk, part in enumerate(chunks_of(gradients, devices))
-    ]
-    in_parts = tables.update(tables.init(), routed, sent, step=1)
-    jax.tree.map(np.testing.assert_array_equal, in_parts, once)
 
 
 @pytest.mark.parametrize(("chunk", "chunks"), [(0, 3), (2, 2), (0, 0)])
 def test_a_chunk_that_does_not_exist_then_an_error_says_so(chunk, chunks):
-    tables = tables_on("table_wise", NODES, CHIPS)
+    plan = cases.plan_of(NODES, CHIPS, "table_wise")
+    tables = ShardedTables(cases.TABLES, cases.FEATURES, plan=plan, mesh=make_mesh(NODES, CHIPS))
     routed = jax.eval_shape(tables.route, tables.to_devices(cases.samples_of(0).jagged()))
     pooled = jax.eval_shape(tables.pool, tables.abstract_state(), routed)
     with pytest.raises(InputError, match=rf"there is no chunk {chunk} of {chunks} of the 2 samples of a device"):

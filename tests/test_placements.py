@@ -13,6 +13,7 @@ from sharding import Embeddings, ShardedTables, TableState, make_mesh
 
 MESHES = ((1, 8), (2, 4), (4, 2))
 UPDATES = 3
+CHUNKS = 2
 # Partial sums of a bag are added in another order than the bag's ids: a few roundings of float32.
 TOLERANCE = 2e-6
 
@@ -58,7 +59,8 @@ samples = st.builds(
 )
 
 
-@pytest.mark.parametrize(
+# Each of them compiles programs for eight devices for half a minute.
+everywhere = pytest.mark.parametrize(
     ("nodes", "chips", "plan"),
     [
         (*mesh, plan) if (mesh, plan) == ((2, 4), "mixed") else pytest.param(*mesh, plan, marks=pytest.mark.slow)
@@ -66,10 +68,14 @@ samples = st.builds(
         for plan in PLANS
     ],
 )
+
+
+@everywhere
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 @settings(max_examples=2, deadline=None)
-@given(samples=samples, weighted=st.booleans())
+@given(samples=samples)
 def test_three_updates_on_eight_devices_then_the_same_bits_as_on_one(
-    nodes: int, chips: int, plan: str, samples: Samples, weighted: bool
+    nodes: int, chips: int, plan: str, weighted: bool, samples: Samples
 ) -> None:
     one, many = tables_on(1, 1, ""), tables_on(nodes, chips, plan)
     (alone, state_alone), (together, state_together) = (trained(tables, samples, weighted) for tables in (one, many))
@@ -83,3 +89,36 @@ def test_three_updates_on_eight_devices_then_the_same_bits_as_on_one(
         expected, found = rows_and_state(one, state_alone, spec.name), rows_and_state(many, state_together, spec.name)
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{spec.name}: {name}")
+
+
+def chunks_of(whole: Embeddings, devices: int) -> tuple[Embeddings, ...]:
+    """Of each device's samples the first half, then the second."""
+
+    def part(values: jax.Array, chunk: int) -> np.ndarray:
+        by_device = np.asarray(values).reshape(devices, CHUNKS, -1, *values.shape[1:])
+        return by_device[:, chunk].reshape(-1, *values.shape[1:])
+
+    return tuple(jax.tree.map(lambda values, chunk=chunk: part(values, chunk), whole) for chunk in range(CHUNKS))
+
+
+@everywhere
+def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel_whole(
+    nodes: int, chips: int, plan: str
+) -> None:
+    tables = tables_on(nodes, chips, plan)
+    routed = tables.route(tables.to_devices(samples_of(0).jagged()))
+    whole = tables.lookup(tables.init(), routed)
+    pooled = tables.pool(tables.init(), routed)
+    expected = chunks_of(whole, nodes * chips)
+    for chunk in range(CHUNKS):
+        found = tables.bring_home(pooled, routed, chunk=chunk, chunks=CHUNKS)
+        jax.tree.map(np.testing.assert_array_equal, found, expected[chunk])
+
+    gradients = gradients_like(whole, 1)
+    once = tables.update(tables.init(), routed, gradients, step=1)
+    sent = [
+        tables.send_back(routed, part, chunk=chunk, chunks=CHUNKS)
+        for chunk, part in enumerate(chunks_of(gradients, nodes * chips))
+    ]
+    in_parts = tables.update(tables.init(), routed, sent, step=1)
+    jax.tree.map(np.testing.assert_array_equal, in_parts, once)
