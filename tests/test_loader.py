@@ -6,67 +6,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_cases import CARD, make_table, write_dataset
 
 from dlrm_jax.data.assemble import one_batch
-from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary, read_card, write_card
+from dlrm_jax.data.card import SparseColumn, read_card
 from dlrm_jax.data.loader import Loader
 from dlrm_jax.data.row_groups import columns_of
 from sharding.errors import InputError
 from sharding.jagged import ids_of_values
-
-CARD = DatasetCard(
-    name="clicks",
-    dense=(DenseColumn(name="row"), DenseColumn(name="price", mean=2.0, std=4.0)),
-    sparse=(
-        SparseColumn(name="user", num_rows=1000),
-        SparseColumn(name="tags", num_rows=100, bag=True, max_pooling_factor=5, mean_pooling_factor=1.5),
-        SparseColumn(name="ad", num_rows=7),
-        SparseColumn(
-            name="clicked", num_rows=50, bag=True, max_pooling_factor=9, mean_pooling_factor=3, weights="clicked_weight"
-        ),
-    ),
-    splits={},
-)
-
-
-def make_table(num_rows):
-    """Rows whose content follows from their number, with nulls, empty bags and bags of many lengths."""
-    rows = np.arange(num_rows)
-    tags = [None if row % 7 == 0 else [int(row + i) % 100 for i in range(row % 5)] for row in rows]
-    clicked = [None if row % 11 == 0 else [int(row * i) % 50 for i in range(row % 9)] for row in rows]
-    return pa.table(
-        {
-            "label": pa.array((rows % 3 == 0).astype(np.float32)),
-            "row": pa.array(rows.astype(np.float32)),
-            "price": pa.array((rows % 10).astype(np.float32)),
-            "user": pa.array([None if row % 13 == 0 else int(row) % 1000 for row in rows], pa.int64()),
-            "tags": pa.array(tags, pa.list_(pa.int64())),
-            "ad": pa.array(rows % 7),
-            "clicked": pa.array(clicked, pa.list_(pa.int64())),
-            "clicked_weight": pa.array(
-                [None if bag is None else [float(row + i) for i in range(len(bag))] for row, bag in enumerate(clicked)],
-                pa.list_(pa.float32()),
-            ),
-        }
-    )
-
-
-def write_dataset(directory, table, *, split="train", rows_per_group=10, rows_per_file=35, card=CARD):
-    folder = Path(directory, split)
-    folder.mkdir(parents=True)
-    for file, start in enumerate(range(0, table.num_rows, rows_per_file)):
-        part = table.slice(start, rows_per_file)
-        pq.write_table(part, folder / f"part-{file:05d}.parquet", row_group_size=rows_per_group)
-    splits = {**card.splits, split: SplitSummary(num_samples=table.num_rows, positive_rate=0.3)}
-    write_card(dataclasses.replace(card, splits=splits), directory)
 
 
 @pytest.fixture
@@ -341,35 +294,6 @@ next(batches)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"batch_size": 100}, "batch_size 100 is not a multiple of virtual_shards 64.*use batch_size 128"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"virtual_shards": 0}, "virtual_shards is 0"),
-        ({"shuffle_window": 0}, "shuffle_window is 0"),
-        ({"threads": 0}, "threads is 0"),
-        ({"prefetch": 0}, "prefetch is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"shards": range(60, 65)}, "60, 65.*0 <= start < stop <= 64"),
-        ({"shards": range(0)}, "one or more"),
-        ({"features": ("user", "item")}, "no sparse feature 'item'"),
-        ({"features": ("user", "user")}, "'user' is asked for twice"),
-    ],
-)
-def test_argument_out_of_its_limits_is_an_input_error(dataset, arguments, message):
-    with pytest.raises(InputError, match=message):
-        Loader(dataset, "train", **{"batch_size": 64, **arguments})
-
-
-@pytest.mark.parametrize(("epoch", "first_step"), [(-1, 0), (0, -1), (0, 3)])
-def test_step_that_does_not_exist_is_an_input_error(dataset, epoch, first_step):
-    loader = Loader(dataset, "train", batch_size=64)
-    assert list(loader.batches(0, 2)) == []
-    with pytest.raises(InputError, match="has the steps 0 to 1"):
-        loader.batches(epoch, first_step)
-
-
 def test_table_of_more_rows_than_31_bits_name_then_ids_come_as_two_words(tmp_path):
     rows = 2**33
     card = dataclasses.replace(CARD, sparse=(SparseColumn(name="user", num_rows=rows), *CARD.sparse[1:]))
@@ -380,62 +304,3 @@ def test_table_of_more_rows_than_31_bits_name_then_ids_come_as_two_words(tmp_pat
     (batch,) = Loader(tmp_path, "train", features=("user",), batch_size=64, shuffle=False).batches(0)
     assert batch.ids.values.dtype == np.uint32
     assert sorted(ids_of_values(batch.ids.values[:64])) == sorted(users)
-
-
-def test_split_that_is_missing_or_empty_or_of_another_size_is_an_input_error(dataset):
-    with pytest.raises(InputError, match=r"no split 'test'; use one of \['train'\]"):
-        Loader(dataset, "test", batch_size=64)
-    last = sorted((dataset / "train").iterdir())[-1]
-    last.unlink()
-    with pytest.raises(InputError, match="hold 70 rows, but the card says 100"):
-        Loader(dataset, "train", batch_size=64)
-    for file in (dataset / "train").iterdir():
-        file.unlink()
-    with pytest.raises(InputError, match=r"no \.parquet file"):
-        Loader(dataset, "train", batch_size=64)
-    pq.write_table(make_table(0), last)
-    with pytest.raises(InputError, match="hold no rows"):
-        Loader(dataset, "train", batch_size=64)
-
-
-def test_column_that_is_missing_or_of_another_type_is_an_input_error_that_names_the_file(tmp_path):
-    write_dataset(tmp_path / "missing", make_table(10).drop_columns("tags"))
-    with pytest.raises(InputError, match=r"part-00000\.parquet.*'tags'"):
-        Loader(tmp_path / "missing", "train", batch_size=64)
-    assert Loader(tmp_path / "missing", "train", features=("user",), batch_size=64).num_samples == 10
-    table = make_table(10)
-    write_dataset(tmp_path / "type", table.set_column(4, "tags", table["ad"]))
-    with pytest.raises(InputError, match=r"part-00000\.parquet.*'tags'"):
-        Loader(tmp_path / "type", "train", batch_size=64)
-
-
-def test_corrupt_file_is_a_one_line_input_error_from_the_iterator(dataset):
-    path = dataset / "train" / "part-00001.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:400] = b"\xff" * 396  # the footer, at the end, stays
-    path.write_bytes(content)
-    before = set(threading.enumerate())
-    batches = Loader(dataset, "train", batch_size=64).batches(0)
-    with pytest.raises(InputError, match=r"part-00001\.parquet: row group 0 cannot be read") as caught:
-        list(batches)
-    assert "\n" not in str(caught.value)
-    assert list(batches) == []
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=30)
-        assert not thread.is_alive()
-
-
-def test_truncated_file_is_an_input_error(dataset):
-    path = dataset / "train" / "part-00001.parquet"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"part-00001\.parquet: cannot be read as Parquet"):
-        Loader(dataset, "train", batch_size=64)
-
-
-def test_value_out_of_its_limits_is_an_input_error_that_names_file_and_row(tmp_path):
-    table = make_table(100)
-    users = table["user"].to_pylist()
-    users[57] = 2**31 + 5
-    write_dataset(tmp_path, table.set_column(3, "user", pa.array(users, pa.int64())))
-    with pytest.raises(InputError, match=r"part-00001\.parquet.*row 22.*'user'.*2147483653"):
-        list(Loader(tmp_path, "train", batch_size=64).batches(0))
