@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.record import record
 from configs import CONFIGS
 from configs.stated import KAGGLE_ROWS, criteo_card
-from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, TableConfig
+from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, MeshConfig, TableConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
 from dlrm_jax.metrics import BinnedMetrics
@@ -35,6 +35,7 @@ from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import card_of, open_split
 from dlrm_jax.train_state import init_train_state, make_dense_optimizer
 from dlrm_jax.train_step import StepReport, make_train_step
+from scripts.command_line import configure_jax
 from sharding import Embeddings
 from sharding.capacities import Capacities
 from sharding.mesh import make_mesh
@@ -147,7 +148,7 @@ def main(
         workloads: Names of the workloads; all unless given.
         out: Where to write the figures.
     """
-    jax.config.update("jax_num_cpu_devices", nodes * chips)
+    configure_jax(MeshConfig(nodes=nodes, chips=chips))
     results = []
     for name, config in _workloads(batch_size).items():
         if workloads and name not in workloads:
