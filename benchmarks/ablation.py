@@ -27,8 +27,8 @@ from configs.paper_f import paper_f
 from configs.paper_i import paper_i
 from dlrm_jax.config import Config
 from dlrm_jax.planning import PlanningInput, planning_input
-from sharding.candidates import Constraint
 from sharding.chunks import best_chunks, overlapped_seconds
+from sharding.constraints import Constraint
 from sharding.cost import cost_of_layout
 from sharding.errors import InputError
 from sharding.plan import ShardingPlan

@@ -16,7 +16,7 @@ from dlrm_jax.config import Config, DenseOptimizerConfig, make_specs
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import DLRM
 from pallas_kernels.interaction import num_pairs
-from sharding.candidates import Constraint
+from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.cost_settings import CostSettings, DenseLoad
 from sharding.errors import InputError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
-from sharding.candidates import Constraint
+from sharding.constraints import Constraint
 from sharding.errors import InputError
 from sharding.mesh import NODE
 from sharding.plan import PlacementKind, Returns

@@ -1,4 +1,4 @@
-"""Candidates: the ways in which each table could be placed, owners aside, with what each costs. And users' constraints.
+"""Candidates: the ways in which each table could be placed, owners aside, with what each costs.
 
 Letters: W devices, L devices that hold one slice (1, the chips of a node, or all), Q of `SPREAD`.
 """
@@ -6,12 +6,12 @@ Letters: W devices, L devices that hold one slice (1, the chips of a node, or al
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
+from sharding.constraints import Allowed, Constraint, allowed_of, together_sets
 from sharding.cost import CUT_IDS, DISTINCT, IDS, SENT_ROWS, STAGES, VECTORS, Step, statistics_of
 from sharding.errors import InputError
 from sharding.layout import Family, Shard, store_name, stored_width
@@ -25,30 +25,6 @@ _MAX_SLICES = 8
 _TPU_LANES = 128
 # A replica of a table costs every device's memory: worth a thought for small tables only.
 _REPLICA_SHARE = 0.02
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constraint:
-    """What a user wants of some tables.
-
-    Attributes:
-        tables: Names of the tables.
-        kinds: The kinds of placement that are allowed; None for all.
-        forbidden: The kinds that are not.
-        devices: The devices that hold it: one (table-wise), or one a column slice (column-wise). One table only, unless
-            it is one device.
-        nodes: The nodes that do: one (table-row-wise), or one a column slice (grid).
-        returns: The only return that is allowed for spread rows; None for both.
-        together: Whether the tables are to be on one device, whichever.
-    """
-
-    tables: tuple[str, ...]
-    kinds: tuple[PlacementKind, ...] | None = None
-    forbidden: tuple[PlacementKind, ...] = ()
-    devices: tuple[int, ...] | None = None
-    nodes: tuple[int, ...] | None = None
-    returns: Returns | None = None
-    together: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,74 +123,12 @@ class Choices:
         return dataclasses.replace(self, of_table=others)
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Allowed:
-    """What the constraints on one table leave."""
-
-    kinds: set[PlacementKind] | None = None
-    forbidden: set[PlacementKind] = dataclasses.field(default_factory=set)
-    devices: tuple[int, ...] | None = None
-    nodes: tuple[int, ...] | None = None
-    returns: Returns | None = None
-
-    def allows(self, kind: PlacementKind, num_slices: int, returns: Returns | None) -> bool:
-        if (self.kinds is not None and kind not in self.kinds) or kind in self.forbidden:
-            return False
-        if self.returns is not None and returns is not None and returns != self.returns:
-            return False
-        if self.devices is not None:
-            return kind in ("table_wise", "column_wise") and num_slices == len(self.devices)
-        if self.nodes is not None:
-            return kind in ("table_row_wise", "grid") and num_slices == len(self.nodes)
-        return True
-
-
-def _allowed(tables: Sequence[TableSpec], constraints: Sequence[Constraint], step: Step) -> dict[str, _Allowed]:
-    allowed = {table.name: _Allowed() for table in tables}
-    topology = step.topology
-    for constraint in constraints:
-        for name in constraint.tables:
-            if name not in allowed:
-                raise InputError(f"a constraint names table {name!r}, which does not exist: {list(allowed)[:20]}")
-        for kind in (*(constraint.kinds or ()), *constraint.forbidden):
-            if kind not in get_args(PlacementKind):
-                raise InputError(
-                    f"a constraint on table {constraint.tables[0]!r} names kind {kind!r}; the kinds are "
-                    f"{', '.join(get_args(PlacementKind))}"
-                )
-        for word, owners, limit in (
-            ("devices", constraint.devices, topology.nodes * topology.chips),
-            ("nodes", constraint.nodes, topology.nodes),
-        ):
-            wrong = [owner for owner in owners or () if not 0 <= owner < limit]
-            if wrong:
-                raise InputError(
-                    f"table {constraint.tables[0]!r} is pinned to {word.removesuffix('s')} {wrong[0]}, but "
-                    f"{topology.nodes} x {topology.chips} has {word} 0 to {limit - 1}"
-                )
-            if owners is not None and (not owners or len(set(owners)) < len(owners)):
-                raise InputError(f"table {constraint.tables[0]!r} is pinned to {word} {owners}; name each of them once")
-        for name in constraint.tables:
-            mine = allowed[name]
-            kinds: set[PlacementKind] | None = set(constraint.kinds) if constraint.kinds is not None else None
-            if constraint.together:
-                only: set[PlacementKind] = {"table_wise"}
-                kinds = only if kinds is None else kinds & only
-            if kinds is not None:
-                mine.kinds = kinds if mine.kinds is None else mine.kinds & kinds
-            mine.forbidden |= set(constraint.forbidden)
-            mine.devices = constraint.devices or mine.devices
-            mine.nodes = constraint.nodes or mine.nodes
-            mine.returns = constraint.returns or mine.returns
-    return allowed
-
-
 def _slice_counts(table: TableSpec, most: int, multiple: int) -> list[int]:
     return [count for count in range(2, most + 1) if table.dim % count == 0 and table.dim // count % multiple == 0]
 
 
 def _ways(
-    table: TableSpec, allowed: _Allowed, step: Step, replica_bytes: float
+    table: TableSpec, allowed: Allowed, step: Step, replica_bytes: float
 ) -> Iterator[tuple[PlacementKind, int, Returns | None]]:
     nodes, chips = step.topology.nodes, step.topology.chips
     pinned = allowed.devices or allowed.nodes or ()
@@ -275,7 +189,7 @@ def make_choices(
     """
     topology = step.topology
     devices = topology.nodes * topology.chips
-    allowed = _allowed(tables, constraints, step)
+    allowed = allowed_of(tables, constraints, topology)
     features_of: dict[str, list[FeatureSpec]] = {}
     for feature in features:
         features_of.setdefault(feature.table, []).append(feature)
@@ -346,7 +260,7 @@ def make_choices(
         groups=tuple(groups),
         stores=tuple(stores),
         of_table=tuple(of_table),
-        together=_joined([[by_name[name] for name in each.tables] for each in constraints if each.together]),
+        together=tuple(tuple(sorted(by_name[name] for name in names)) for names in together_sets(constraints)),
         vector_seconds=tuple(float(rate[VECTORS]) for rate in rates),
         exchange_seconds=step.exchange_latency(),
     )
@@ -361,16 +275,6 @@ def _stage_weights(step: Step) -> Float[np.ndarray, " T"]:
 def at_stages(step: Step) -> float:
     """Seconds of what is the same for every plan, as the search counts them."""
     return float(_stage_weights(step) @ step.fixed_seconds())
-
-
-def _joined(sets: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Sets that share a member, as one."""
-    joined: list[set[int]] = []
-    for members in sets:
-        touching = [other for other in joined if other & set(members)]
-        joined = [other for other in joined if not other & set(members)]
-        joined.append(set(members).union(*touching))
-    return tuple(tuple(sorted(members)) for members in joined)
 
 
 def to_placement(candidate: Candidate, table: TableSpec, owners: Sequence[int]) -> Placement:

@@ -17,7 +17,12 @@ for any s >= 0, since a maximum is at least the mean over K bins::
 A nest says that no slice is divisible: with m_i the seconds of a slice of any members of a group, falling, ``Z_gq >=
 sum_i (m_i - m_i+1) x_i``. Where tables are whole, and i is the first member with x_i = 1, the sum is at most m_i.
 
-The last kind adds up, on one device, what tables of skewed ids leave there, wherever their slices are.
+The last kind adds up what tables of skewed ids leave on a device. Slices of D devices, or of a multiple of D, begin at
+a multiple of D, so together they add the same to the devices of one place, those whose number mod D it is, wherever
+they are. A maximum is at least the mean over these W / D, and what smaller slices add is at least nothing. With h_c the
+seconds that a slice adds to them, for the candidates c whose slices are such::
+
+    Z_gq >= (D / W) sum_c k_c h_c x_c
 """
 
 import dataclasses
@@ -172,17 +177,18 @@ class Cuts:
                 )
 
     def _hot_rows(self, group: int, quantity: int, x: np.ndarray, least: float) -> Iterator[Cut]:
-        load = np.zeros(self.num_devices)
         mine = self.members[group]
-        for member in mine[x[mine] > 1e-6].tolist():
-            load += x[member] * self._at_devices(member, quantity)
-        device = int(load.argmax())
-        if load[device] > least and self._is_new(3, group, quantity, device):
-            values = np.array([self._at_devices(member, quantity)[device] for member in mine.tolist()])
-            yield Cut(group=group, quantity=quantity, members=mine, values=values)
+        for span in sorted(set(self.spans[mine].tolist()) - {1}):
+            at_places = np.stack([self._at_places(member, quantity, span) for member in mine.tolist()])
+            load = x[mine] @ at_places
+            place = int(load.argmax())
+            if load[place] > least and self._is_new(3, group, quantity, span, place):
+                yield Cut(group=group, quantity=quantity, members=mine, values=at_places[:, place])
 
-    def _at_devices(self, member: int, quantity: int) -> Float[np.ndarray, " W"]:
-        """What a candidate adds to each device, averaged over where its slices may be."""
+    def _at_places(self, member: int, quantity: int, span: int) -> Float[np.ndarray, " span"]:
+        """What a candidate adds to the devices of each place, on average, or less."""
         candidate = self.candidates[member]
-        share = candidate.num_slices * candidate.span / self.num_devices / self.unit
-        return np.tile(candidate.profile[quantity], self.num_devices // candidate.span) * share
+        if candidate.span % span:
+            return np.zeros(span)
+        slices = candidate.num_slices * candidate.profile[quantity].reshape(-1, span).sum(axis=0)
+        return slices * span / self.num_devices / self.unit

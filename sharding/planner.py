@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sharding.assignment import Assignment, initial_assignment
-from sharding.candidates import Candidate, Choices, Constraint, at_stages, make_choices
+from sharding.candidates import Candidate, Choices, at_stages, make_choices
+from sharding.constraints import Constraint
 from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
 from sharding.errors import InputError
 from sharding.layout import make_layout

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from sharding.candidates import Constraint, make_choices
+from sharding.candidates import make_choices
+from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.errors import InputError
 from sharding.tables import FeatureSpec, TableSpec

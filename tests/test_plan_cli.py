@@ -14,7 +14,7 @@ from dlrm_jax.planning import PlanningInput, feature_load, planning_input
 from scripts import plan as plan_script
 from scripts.constraints import parse_constraints
 from scripts.one_line_errors import run
-from sharding.candidates import Constraint
+from sharding.constraints import Constraint
 from sharding.load import FeatureLoad
 from sharding.plan import ShardingPlan, check_plan, table_wise
 from sharding.tables import TableSpec

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from benchmarks.planner import SAMPLES_PER_DEVICE, random_instance
 from sharding import lower_bound
 from sharding.assignment import Assignment
-from sharding.candidates import Choices, Constraint, make_choices
+from sharding.candidates import Choices, make_choices
+from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.errors import InputError
@@ -34,6 +35,7 @@ CUT_CASES = [
     ("h200:1x3", ("table_wise", "column_wise"), 32),
     ("h200:1x4", ("table_wise", "column_wise"), 64),
     ("h200:3x2", ("table_row_wise", "grid"), 48),
+    ("h200:2x2", ("row_wise", "table_row_wise"), 32),
 ]
 
 random_tables = st.lists(
@@ -248,6 +250,39 @@ def test_tables_when_kept_together_then_they_share_a_device():
 def test_constraint_when_impossible_then_an_error_says_why(constraint: Constraint, message: str):
     with pytest.raises(InputError, match=message):
         plan_of(constraints=[constraint])
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        (
+            (Constraint(tables=("t0",), devices=(0,)), Constraint(tables=("t0",), devices=(1,))),
+            r"'t0' is asked to have devices \(0,\) and \(1,\): keep one",
+        ),
+        (
+            (Constraint(tables=("t0",), devices=(3,)), Constraint(tables=("t0",), nodes=(0,))),
+            r"'t0' is pinned to devices \(3,\), and spread over nodes \(0,\): keep one",
+        ),
+        (
+            (Constraint(tables=("t0",), returns="rows"), Constraint(tables=("t0",), returns="partial_sums")),
+            "'t0' is asked to have returns rows and partial_sums",
+        ),
+        (
+            (
+                Constraint(tables=("t0", "t1"), together=True),
+                Constraint(tables=("t1", "t2"), together=True),
+                Constraint(tables=("t0",), devices=(0,)),
+                Constraint(tables=("t2",), devices=(1,)),
+            ),
+            r"'t0' and 't2' are to be together, but are pinned to devices \(0,\) and \(1,\)",
+        ),
+    ],
+)
+def test_constraints_when_they_contradict_each_other_then_an_error_names_both(
+    constraints: tuple[Constraint, ...], message: str
+):
+    with pytest.raises(InputError, match=message):
+        plan_of(constraints=constraints)
 
 
 def test_tables_when_they_do_not_fit_then_the_error_has_figures_and_three_ways_out():
