@@ -39,13 +39,33 @@ def pooled_lookup(
         One pooled row for each bag, float32.
 
     Raises:
-        ValueError: A width that the store cannot hold, or an implementation that does not exist or cannot serve.
+        ValueError: A width that the store cannot hold, arrays of other shapes or dtypes, or an implementation that does
+            not exist or cannot serve.
     """
     check_store(store, width)
+    check_ids(rows, offsets, weights)
     chosen = implementation_of(
         implementation, dtype=store.dtype, width=width, in_lines=store.shape[1] * store.dtype.itemsize == LINE_BYTES
     )
     return chosen.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
+
+
+def check_ids(rows: Array, offsets: Array, weights: Array | None) -> None:
+    """Raises ValueError unless there are ids and bags in int32, and one float32 weight for each id, or none.
+
+    Args:
+        rows: Row of each id.
+        offsets: Bags.
+        weights: Weights.
+    """
+    if rows.ndim != 1 or rows.dtype != jnp.int32:
+        raise ValueError(f"rows are {rows.dtype} of shape {rows.shape}; give int32, one for each id")
+    if offsets.ndim != 1 or offsets.size == 0 or offsets.dtype != jnp.int32:
+        raise ValueError(f"offsets are {offsets.dtype} of shape {offsets.shape}; give int32, one more than bags")
+    if weights is not None and (weights.shape != rows.shape or weights.dtype != jnp.float32):
+        raise ValueError(
+            f"{rows.size} ids have {weights.dtype} weights of shape {weights.shape}; give float32, one each"
+        )
 
 
 def check_store(store: Float[Array, "lines line"], width: int) -> None:
@@ -57,6 +77,8 @@ def check_store(store: Float[Array, "lines line"], width: int) -> None:
     """
     if width not in (8, 16, 32, 64) and (width < 128 or width % 128):
         raise ValueError(f"width {width} is not stored: rows are padded to 8, 16, 32, 64, 128 or a multiple of 128")
+    if store.ndim != 2:
+        raise ValueError(f"a store of shape {store.shape} has no lines; give [lines, elements of a line]")
     if store.size % width:
         raise ValueError(f"a store of {store.size} elements is no whole number of rows of width {width}")
     if store.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -1,10 +1,10 @@
 """sparse_update: the optimizer applied once to each row that a batch touches, in place."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int32, UInt32
 
 from pallas_kernels.implementations import Implementation, implementation_of
-from pallas_kernels.lookup import check_store
+from pallas_kernels.lookup import check_ids, check_store
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.slots import Slots
@@ -22,8 +22,8 @@ def sparse_update(
     *,
     logical_rows: UInt32[Array, "n words"],
     slots: Slots,
-    step: Int32[Array, ""],
-    seed: UInt32[Array, ""],
+    step: ArrayLike,
+    seed: ArrayLike,
     optimizer: RowOptimizer,
     width: int,
     storage_rounding: Rounding = "nearest",
@@ -45,7 +45,8 @@ def sparse_update(
         store: Line store of weights, seen as ``[-1, width]``.
         element_state: One store of float32 for each of the optimizer's elementwise states, with as many elements as
             ``store``. With split weights, after them, one of uint16: the low halves.
-        row_state: One store of float32 for each of its row-wise states, see `Slots.first_scalar`.
+        row_state: One store of float32 for each of its row-wise states, see `Slots.first_scalar`. That it has a number
+            for every row is the caller's promise.
         rows: Row of each id, in canonical order (feature, sample, position in the bag). A row outside the store is
             ignored.
         slots_of_ids: Slot of each id. Equal rows have equal slots.
@@ -70,10 +71,13 @@ def sparse_update(
         Weights, elementwise and row-wise state after the update.
 
     Raises:
-        ValueError: A width or state that does not fit store and rule, or an implementation that does not exist.
+        ValueError: A width or state that does not fit store and rule, arrays of other shapes or dtypes, or an
+            implementation that does not exist.
     """
     check_store(store, width)
     _check_state(store, element_state, row_state, optimizer, storage_rounding)
+    check_ids(rows, offsets, weights)
+    _check_gradients(rows, slots_of_ids, offsets, gradients, width)
     chosen = implementation_of(
         implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
     )
@@ -88,8 +92,8 @@ def sparse_update(
         weights,
         logical_rows=logical_rows,
         slots=slots,
-        step=step,
-        seed=seed,
+        step=_number_of(step),
+        seed=jnp.asarray(seed, jnp.uint32),
         optimizer=optimizer,
         width=width,
         storage_rounding=storage_rounding,
@@ -108,7 +112,7 @@ def row_statistics(
     weights: Float[Array, " n"] | None = None,
     *,
     slots: Slots,
-    step: Int32[Array, ""],
+    step: ArrayLike,
     optimizer: RowOptimizer,
     width: int,
     storage_rounding: Rounding = "nearest",
@@ -144,6 +148,8 @@ def row_statistics(
     """
     check_store(store, width)
     _check_state(store, element_state, row_state, optimizer, storage_rounding)
+    check_ids(rows, offsets, weights)
+    _check_gradients(rows, slots_of_ids, offsets, gradients, width)
     chosen = implementation_of(
         implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
     )
@@ -157,11 +163,29 @@ def row_statistics(
         gradients,
         weights,
         slots=slots,
-        step=step,
+        step=_number_of(step),
         optimizer=optimizer,
         width=width,
         storage_rounding=storage_rounding,
     )
+
+
+def _number_of(step: ArrayLike) -> Int32[Array, ""]:
+    if isinstance(step, int) and step < 1:
+        raise ValueError(f"step is {step}; updates are counted from 1")
+    return jnp.asarray(step, jnp.int32)
+
+
+def _check_gradients(rows: Array, slots_of_ids: Array, offsets: Array, gradients: Array, width: int) -> None:
+    if slots_of_ids.shape != rows.shape or slots_of_ids.dtype != jnp.int32:
+        raise ValueError(
+            f"{rows.size} ids have {slots_of_ids.dtype} slots of shape {slots_of_ids.shape}; give int32, one each"
+        )
+    wanted = (offsets.size - 1, width)
+    if gradients.shape != wanted or gradients.dtype != jnp.float32:
+        raise ValueError(
+            f"gradients are {gradients.dtype} of shape {gradients.shape}; give float32 of {wanted}: bags, stored width"
+        )
 
 
 def _check_state(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
+from sharding.errors import InputError
 from sharding.groups import Group
 from sharding.layout import Layout
 
@@ -122,7 +123,13 @@ def expected_capacities(
         ids: Room for their ids.
         mean_ids: Mean ids of a bag, by feature.
         exchange_bytes: Budget of an exchange's buffers.
+
+    Raises:
+        InputError: A feature is missing from ``mean_ids``.
     """
+    missing = sorted({lookup.feature.name for group in layout.groups for lookup in group.lookups} - set(mean_ids))
+    if missing:
+        raise InputError(f"mean_ids has no feature {missing[0]!r}; it has {sorted(mean_ids)}")
     groups = []
     for group in layout.groups:
         if group.family == "local":

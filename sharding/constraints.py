@@ -105,9 +105,7 @@ def allowed_of(
             for field in ("devices", "nodes", "returns"):
                 wanted, before = getattr(constraint, field), getattr(mine, field)
                 if wanted is not None and before is not None and wanted != before:
-                    raise InputError(
-                        f"table {name!r} is asked to have {field} {before} and {wanted}: keep one of them"
-                    )
+                    raise InputError(f"table {name!r} is asked to have {field} {before} and {wanted}: keep one of them")
                 setattr(mine, field, before if wanted is None else wanted)
             if mine.devices is not None and mine.nodes is not None:
                 raise InputError(

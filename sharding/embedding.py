@@ -19,19 +19,19 @@ from sharding import rows as logical_rows
 from sharding.address import Addressed, address_local
 from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
-from sharding.codec import Codec, check_codec
+from sharding.codec import Codec
 from sharding.deliver import Delivered, deliver_local
 from sharding.errors import InputError
 from sharding.jagged import KeyedJagged, for_devices
 from sharding.layout import Layout, make_layout
 from sharding.lookup import bring_home_local, pool_local
 from sharding.mesh import BY_DEVICE, BY_DEVICE_SECOND, REPLICATED, make_mesh, sharding_on
-from sharding.place import Place, means_of
+from sharding.place import Place, check_settings, means_of
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
 from sharding.route import Routed, accept_local, check_batch
 from sharding.state import TableState, abstract_state, init_state
 from sharding.tables import FeatureSpec, TableSpec, check_specs
-from sharding.update import send_back_local, update_local
+from sharding.update import check_step, send_back_local, update_local
 from sharding.vectors import Block, Embeddings, blocks_of
 
 # The vectors of each group, or their gradients, where the rows are.
@@ -81,13 +81,8 @@ class ShardedTables:
             InputError: Specifications or plan that contradict themselves, each other or the mesh; no such codec.
         """
         check_specs(tables, features)
-        check_codec(forward_codec, "forward_codec")
-        check_codec(backward_codec, "backward_codec")
         self.mesh = make_mesh() if mesh is None else mesh
-        if plan is None and self.mesh.devices.size > 1:
-            raise InputError(
-                f"a mesh of {self.mesh.devices.size} devices needs a plan: make one with sharding.planner.make_plan"
-            )
+        check_settings(self.mesh, plan, kernels, forward_codec, backward_codec)
         self.plan = one_device_plan(tables) if plan is None else plan
         nodes, chips = self.mesh.devices.shape
         check_plan(self.plan, tables, nodes, chips)
@@ -151,10 +146,13 @@ class ShardedTables:
 
         Args:
             ids: The batch, as numpy arrays; the samples divide over the devices.
-            capacity: Room for the ids of one device; as many as the batch has room for unless given.
+            capacity: Room for the ids of one device; as many as the batch has room for unless given. Give every batch
+                the same, or each is a program of its own.
 
         Returns:
-            The batch that `route` takes.
+            The batch that `route` takes. Ids beyond the capacity of a device are left out, and nothing is raised here:
+            the lengths still tell of them, so that `Routed.overflow` is set and `Routed.needs` begins with the room
+            that they take. Do nothing with what such a batch gives: call this again with more room.
 
         Raises:
             InputError: The samples do not divide.
@@ -300,7 +298,11 @@ class ShardedTables:
 
         Returns:
             The tables after the update.
+
+        Raises:
+            InputError: The step is below 1, or gradients are not float32.
         """
+        check_step(step)
         sent = (self.send_back(routed, gradients),) if isinstance(gradients, Embeddings) else tuple(gradients)
         return self._update(
             state,

@@ -155,8 +155,12 @@ def check_arrays(ids: KeyedJagged) -> None:
             f"ids of {len(ids.features)} features have values {ids.values.shape} and lengths {ids.lengths.shape}: give "
             "[capacity] and [features, samples]"
         )
+    if len(set(ids.features)) < len(ids.features):
+        raise InputError(f"a feature is named twice in {ids.features}; join its bags")
     if ids.weights is not None and ids.weights.shape != ids.values.shape[:1]:
         raise InputError(f"{ids.values.shape} ids have {ids.weights.shape} weights; give one weight for each id")
+    if ids.weights is not None and ids.weights.dtype != np.float32:
+        raise InputError(f"weights are {ids.weights.dtype}; give float32")
 
 
 def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagged:
@@ -173,9 +177,14 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
         of them, the route reports what they need.
 
     Raises:
-        InputError: The samples do not divide.
+        InputError: The samples do not divide, or the lengths are those of other ids; see also `check_arrays`.
     """
+    check_arrays(ids)
     num_features, num_samples = ids.lengths.shape
+    if ids.lengths.size and ids.lengths.min() < 0:
+        raise InputError(f"a bag has {ids.lengths.min()} ids; lengths are counts, so give 0 or more")
+    if ids.lengths.sum(dtype=np.int64) > ids.capacity:
+        raise InputError(f"lengths add up to {ids.lengths.sum(dtype=np.int64)} ids, but values has {ids.capacity}")
     if num_samples % num_devices:
         raise InputError(
             f"{num_samples} samples do not divide over {num_devices} devices: use a batch size that is a multiple"
@@ -186,7 +195,7 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
     lengths = np.asarray(ids.lengths, np.int64)
     starts = (np.cumsum(lengths) - lengths.reshape(-1)).reshape(lengths.shape)
     # A device's bags of one feature lie side by side already: what moves is runs of them.
-    firsts = starts[:, ::samples].T.reshape(-1) if samples else np.zeros(0, np.int64)
+    firsts = starts[:, :: max(samples, 1)].T.reshape(-1) if samples else np.zeros(num_features * num_devices, np.int64)
     runs = lengths.reshape(num_features, num_devices, -1).sum(axis=2).T
     ends = runs.cumsum(axis=1)
     to = (ends - runs + np.arange(num_devices)[:, None] * capacity).reshape(-1)

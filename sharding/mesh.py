@@ -79,6 +79,12 @@ def _even_counts(rooms: Sequence[int], total: int) -> list[int]:
     return counts
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raises InputError unless the mesh has the axes NODE and CHIP, in this order."""
+    if mesh.axis_names != AXES:
+        raise InputError(f"the mesh has axes {mesh.axis_names}, but tables need {AXES}: make it with make_mesh")
+
+
 def sharding_on(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """The sharding that a spec means on a mesh."""
     return NamedSharding(mesh, spec)

@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.implementations import Implementation
+from pallas_kernels.implementations import IMPLEMENTATIONS, Implementation
 from sharding.assemble import BlockSource
-from sharding.codec import Codec
+from sharding.codec import Codec, check_codec
+from sharding.errors import InputError
 from sharding.layout import Layout
-from sharding.mesh import device_number
+from sharding.mesh import check_mesh, device_number
+from sharding.plan import ShardingPlan
 from sharding.tables import FeatureSpec
 from sharding.vectors import Block
 
@@ -49,6 +52,29 @@ class Place(NamedTuple):
     def numbers(self, family: str) -> list[int]:
         """Numbers of the groups of a family."""
         return [number for number, group in enumerate(self.layout.groups) if group.family == family]
+
+
+def check_settings(mesh: Mesh, plan: object, kernels: str | None, forward: str, backward: str) -> None:
+    """Raises InputError unless the mesh is one for tables, the plan is one, and kernels and codecs exist.
+
+    Args:
+        mesh: The mesh.
+        plan: The plan; None will do for one device.
+        kernels: Implementation of lookups and updates; None for the best.
+        forward: How vectors travel home.
+        backward: How their gradients travel back.
+    """
+    check_mesh(mesh)
+    if plan is None and mesh.devices.size > 1:
+        raise InputError(
+            f"a mesh of {mesh.devices.size} devices needs a plan: make one, as sharding.planner.make_plan(...).plan"
+        )
+    if not isinstance(plan, ShardingPlan | None):
+        raise InputError(f"the plan is a {type(plan).__name__}: give a ShardingPlan, such as make_plan(...).plan")
+    check_codec(forward, "forward_codec")
+    check_codec(backward, "backward_codec")
+    if kernels not in (None, *IMPLEMENTATIONS):
+        raise InputError(f"kernels {kernels!r} do not exist; use one of {', '.join(IMPLEMENTATIONS)}, or None")
 
 
 def divided(

@@ -107,6 +107,7 @@ def write_rows(
     """
     store, shards = shards_of(layout, table)
     spec = shards[0].table
+    values = np.asarray(values)
     if values.ndim != 2 or values.shape[1] != spec.dim:
         raise InputError(f"rows of shape {values.shape} do not fit table {table!r}; its rows have dim {spec.dim}")
     if first_row < 0 or first_row + len(values) > spec.num_rows:
@@ -154,7 +155,14 @@ def shards_of(layout: Layout, table: str) -> tuple[StoreLayout, tuple[Shard, ...
 
 
 def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
-    given = np.asarray(rows, np.int64)
+    given = np.asarray(rows)
+    # Nothing has no type of its own.
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        raise InputError(
+            f"rows of table {shard.table.name!r} are given as {given.dtype} of shape {given.shape}; give a list of row "
+            "numbers (np.flatnonzero makes one of a mask, range of a slice)"
+        )
+    given = given.astype(np.int64)
     odd = given[(given < 0) | (given >= shard.table.num_rows)]
     if odd.size:
         raise InputError(

@@ -63,7 +63,8 @@ class TableSpec:
         beta2: Decay of the second moment (Adam, LAMB).
         initializer: How rows begin.
         frozen: Rows never change; no optimizer state is kept.
-        initial_values: A .npy file of [num_rows, dim] that rows begin with instead.
+        initial_values: A .npy file of [num_rows, dim] that rows begin with instead. Training reads it as a run starts.
+            `ShardedTables.init` does not: give its state to `sharding.checkpoint.load_initial_values`.
     """
 
     name: str
@@ -158,6 +159,8 @@ def _check_table(table: TableSpec) -> None:
         raise InputError(f"{where} has dim {table.dim}; the limit is 1 to 8192")
     if table.optimizer not in ROW_OPTIMIZERS:
         raise InputError(f"{where}: optimizer {table.optimizer!r} does not exist; there are {list(ROW_OPTIMIZERS)}")
+    if not isinstance(table.initializer, Initializer):
+        raise InputError(f"{where}: initializer is {table.initializer!r}; give an Initializer, such as Initializer()")
     for field, value, choices in (
         ("dtype", table.dtype, get_args(StorageDtype)),
         ("rounding", table.rounding, get_args(Rounding)),
@@ -181,5 +184,5 @@ def _check_table(table: TableSpec) -> None:
         ("beta2", 0.0, _BELOW_ONE),
     ):
         value = getattr(table, field)
-        if not low <= value <= high:
-            raise InputError(f"{where}: {field} is {value}; it must be at least {low} and at most {high}")
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise InputError(f"{where}: {field} is {value!r}; it must be at least {low} and at most {high}")

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32
 
 from pallas_kernels import Slots, row_statistics, sparse_update
 from sharding import returns
 from sharding.assemble import take_apart
 from sharding.bags import bags_at_home, bags_of_vectors
 from sharding.codec import decode, encode
+from sharding.errors import InputError
 from sharding.groups import Group
 from sharding.lookup import chunk_of
 from sharding.owned import OwnedIds, of_device
@@ -51,7 +52,13 @@ def send_back_local(
     Returns:
         For each group, gradients of its vectors, as `sharding.lookup.pool_local` gives the vectors. Those of rows that
         travel by id are still at home: they leave with all others of their row.
+
+    Raises:
+        InputError: Gradients are not float32.
     """
+    odd = [block.dtype for block in gradients if block.dtype != jnp.float32]
+    if odd:
+        raise InputError(f"gradients of embeddings are {odd[0]}; embeddings are float32, so give float32")
     blocks = divided(gradients, chunk_of(divisors, chunk, chunks), place)
     home = take_apart(blocks, place.sources, place.layout, _counts_at_home(place))
     sent: dict[int, Array] = {}
@@ -61,6 +68,12 @@ def send_back_local(
             vectors = _send_family_back(family, [home[number] for number in numbers], place)
             sent |= dict(zip(numbers, vectors, strict=True))
     return tuple(sent[number] for number in range(len(home)))
+
+
+def check_step(step: ArrayLike) -> None:
+    """Raises InputError if the number of an update is known and below 1: Adam's corrections would divide by 0."""
+    if isinstance(step, int | np.integer) and step < 1:
+        raise InputError(f"step is {step}; updates are counted from 1")
 
 
 def update_local(

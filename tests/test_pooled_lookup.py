@@ -147,3 +147,19 @@ def test_lookup_when_the_call_is_wrong_then_an_error_says_how(store, options: di
     rows, offsets = jnp.zeros(1, jnp.int32), jnp.array([0, 1], jnp.int32)
     with pytest.raises(ValueError, match=message):
         pooled_lookup(store, rows, offsets, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": jnp.zeros((1, 1), jnp.int32)}, r"rows are int32 of shape \(1, 1\); give int32, one for each id"),
+        ({"rows": jnp.zeros(1)}, "rows are float32"),
+        ({"offsets": jnp.zeros(0, jnp.int32)}, r"offsets are int32 of shape \(0,\); give int32, one more than bags"),
+        ({"weights": jnp.ones(2)}, r"1 ids have float32 weights of shape \(2,\); give float32, one each"),
+        ({"weights": jnp.ones(1, jnp.int32)}, "1 ids have int32 weights"),
+    ],
+)
+def test_lookup_when_arrays_do_not_fit_each_other_then_an_error_says_how(change: dict, message: str) -> None:
+    arguments = {"rows": jnp.zeros(1, jnp.int32), "offsets": jnp.array([0, 1], jnp.int32), "weights": None} | change
+    with pytest.raises(ValueError, match=message):
+        pooled_lookup(jnp.zeros((6, 128)), **arguments, width=128)

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from sharding import (
     TableSpec,
     make_mesh,
 )
-from sharding.plan import data_parallel
+from sharding.plan import data_parallel, table_wise
 
 TABLE = TableSpec(name="t", num_rows=10, dim=4)
 FEATURE = FeatureSpec(name="f", table="t")
@@ -51,6 +53,8 @@ def assert_refused(message: str, call, *arguments, **options) -> None:
         ({"eps": 0.0}, "table 't': eps is 0.0; it must be at least 1e-30"),
         ({"beta1": 1.0}, "table 't': beta1 is 1.0; it must be at least 0.0 and at most 0.9999"),
         ({"beta2": 1 - 1e-9}, "table 't': beta2 is 0.999999999; it must be at least 0.0 and at most 0.9999"),
+        ({"learning_rate": "0.1"}, "table 't': learning_rate is '0.1'; it must be at least 0.0"),
+        ({"initializer": "normal"}, "table 't': initializer is 'normal'; give an Initializer, such as Initializer()"),
         ({"beta2": -0.5}, "table 't': beta2 is -0.5; it must be at least 0.0"),
         (
             {"num_rows": 2**31 - 1, "name": "u"},
@@ -100,8 +104,23 @@ def test_specifications_that_contradict_each_other_then_refused(tables, features
 
 
 def test_several_devices_without_a_plan_then_refused() -> None:
-    message = "a mesh of 2 devices needs a plan: make one with sharding.planner.make_plan"
+    message = "a mesh of 2 devices needs a plan: make one, as sharding.planner.make_plan(...).plan"
     assert_refused(message, ShardedTables, [TABLE], [FEATURE], mesh=make_mesh(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "plan.json"}, "the plan is a str: give a ShardingPlan, such as make_plan(...).plan"),
+        ({"kernels": "cuda"}, "kernels 'cuda' do not exist; use one of cpu, mosaic_gpu,"),
+        (
+            {"mesh": jax.make_mesh((1, 1), ("data", "model"))},
+            "the mesh has axes ('data', 'model'), but tables need ('node', 'chip'): make it with make_mesh",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_then_refused(options: dict, message: str) -> None:
+    assert_refused(message, ShardedTables, [TABLE], [FEATURE], **options)
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_then_refused() -> None:
@@ -131,10 +150,49 @@ def jagged(**changes) -> KeyedJagged:
         (jagged(lengths=np.ones((2, 2), np.int32)), "ids of 1 features have values (4,) and lengths (2, 2): give"),
         (jagged(lengths=np.ones(4, np.int32)), "ids of 1 features have values (4,) and lengths (4,): give [capacity]"),
         (jagged(weights=np.ones(3, np.float32)), "(4,) ids have (3,) weights; give one weight for each id"),
+        (jagged(weights=np.ones(4, np.int32)), "weights are int32; give float32"),
+        (jagged(features=("f", "f"), lengths=np.ones((2, 2), np.int32)), "a feature is named twice in ('f', 'f')"),
     ],
 )
 def test_a_batch_that_does_not_fit_then_refused(ids: KeyedJagged, message: str) -> None:
     assert_refused(message, ShardedTables([TABLE], [FEATURE]).route, ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (jagged(lengths=np.full((1, 4), 2, np.int32)), "lengths add up to 8 ids, but values has 4"),
+        (
+            jagged(lengths=np.array([[1, 1, -1, 1]], np.int32)),
+            "a bag has -1 ids; lengths are counts, so give 0 or more",
+        ),
+        (jagged(weights=np.ones(4, np.float16)), "weights are float16; give float32"),
+    ],
+)
+def test_a_batch_whose_parts_do_not_fit_each_other_then_no_device_gets_it(ids: KeyedJagged, message: str) -> None:
+    assert_refused(message, ShardedTables([TABLE], [FEATURE]).to_devices, ids)
+
+
+def test_a_batch_without_samples_then_each_device_has_none() -> None:
+    plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
+    tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
+    ids = tables.to_devices(jagged(lengths=np.zeros((1, 0), np.int32)), 2)
+    assert tables.lookup(tables.init(), tables.route(ids))["f"].shape == (0, 4)
+
+
+def test_an_update_whose_step_or_gradients_cannot_be_then_refused() -> None:
+    tables = ShardedTables([TABLE], [FEATURE])
+    state, routed = tables.init(), tables.route(tables.to_devices(jagged()))
+    gradients = tables.lookup(state, routed)
+    assert_refused("step is 0; updates are counted from 1", tables.update, state, routed, gradients, step=0)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients)
+    assert_refused("gradients of embeddings are bfloat16;", tables.update, state, routed, low, step=1)
+
+
+def test_expected_ids_of_a_feature_that_are_missing_then_refused() -> None:
+    plan = ShardingPlan(nodes=1, chips=2, placements=(table_wise(TABLE, 0),))
+    tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
+    assert_refused("mean_ids has no feature 'f'; it has ['g']", tables.expected_capacities, 2, 4, {"g": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -174,6 +232,10 @@ def test_rows_that_a_table_does_not_have_then_refused() -> None:
         assert_refused("no table 'u'; tables: ['t']", read, state, "u", [0])
         assert_refused("row 10 is outside table 't', whose rows are 0 to 9", read, state, "t", [3, 10])
         assert_refused("row -1 is outside table 't', whose rows are 0 to 9", read, state, "t", [-1])
+        assert_refused("rows of table 't' are given as bool of shape (10,); give", read, state, "t", np.arange(10) < 3)
+        assert_refused("rows of table 't' are given as float64 of shape (1,)", read, state, "t", [1.9])
+        assert_refused("rows of table 't' are given as int64 of shape ()", read, state, "t", 3)
+        assert_refused("rows of table 't' are given as object of shape ()", read, state, "t", slice(3))
     for name, first, shape, message in (
         ("u", 0, (1, 4), "no table 'u'; tables: ['t']"),
         ("t", 0, (1, 5), "rows of shape (1, 5) do not fit table 't'; its rows have dim 4"),
