@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from implementation_cases import device_of
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, batches, lines_of, pooled, table_of
-from tpu_programs import NUM_LINES, SMALL, compiled_for, compiled_lookup, compiled_update, update_shapes
+from test_storage_rounding import split_tables
+from tpu_programs import SMALL, compiled_for, compiled_lookup, update_shapes
 from update_cases import ROWS_PER_SHARD, Tables, gradients_of, logical_rows, slots_of, slots_of_ids
 
 from configs.quickstart import quickstart
 from dlrm_jax.config import TableConfig
 from pallas_kernels import ROW_OPTIMIZERS, Slots, sparsecore, xla
+from pallas_kernels.mosaic_tpu.lines import row_shape
+from pallas_kernels.mosaic_tpu.units import units_of_rows
+from pallas_kernels.rounding import joined
 from pallas_kernels.sparsecore.work import Work, share_out
 from pallas_kernels.xla import RUN_BLOCK
 from sharding.plan import column_wise, data_parallel, grid, row_wise, table_row_wise, table_wise
@@ -55,10 +59,19 @@ def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(racing: None,
     np.testing.assert_array_equal(result, pooled(table_of(width), ids, weights, np.float32))
 
 
-def both_updates(rule: str, width: int, ids: Ids, *, weighted: bool) -> tuple:
+def tables_of(rule: str, width: int, dtype=jnp.float32, storage_rounding: str = "nearest") -> Tables:
+    if storage_rounding == "split":
+        return split_tables(rule, table_of(width))
+    weights = lines_of(table_of(width, dtype=dtype))
+    return dataclasses.replace(Tables.fresh(rule, table_of(width)), weights=weights)
+
+
+def both_updates(
+    rule: str, width: int, ids: Ids, *, weighted: bool, dtype=jnp.float32, storage_rounding: str = "nearest"
+) -> tuple:
     """What an update makes of the same tables here and in `xla`."""
-    tables = Tables.fresh(rule, table_of(width))
-    options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": "nearest"}
+    tables = tables_of(rule, width, dtype, storage_rounding)
+    options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": storage_rounding}
     arrays = (
         tables.weights,
         tables.element_state,
@@ -71,7 +84,7 @@ def both_updates(rule: str, width: int, ids: Ids, *, weighted: bool) -> tuple:
     )
     numbers = {
         "logical_rows": jnp.asarray(logical_rows(ids.rows)),
-        "slots": slots_of(width),
+        "slots": slots_of(width, first_column=jnp.array([0, 16, 48], jnp.uint32)),
         "step": jnp.int32(3),
         "seed": jnp.uint32(9),
         "statistics": None,
@@ -101,12 +114,13 @@ def hot_ids(num_ids: int, hot: int) -> Ids:
 
 
 CHUNK, SHARES = 32, 5
+CUTS = tuple(units_of_rows(row_shape(16), jnp.dtype(dtype), 1) for dtype in (jnp.float32, jnp.bfloat16))
 
 
 @jax.jit
 def five_shares(slots: Slots, rows, slots_of_ids, offsets, gradients, weights) -> Work:
-    """Ids shared out for rows with weights and row-wise state."""
-    options = {"num_rows": NUM_ROWS, "has_scalars": True, "chunk": CHUNK, "block": 16, "shares": SHARES}
+    """Ids shared out for rows with weights in bfloat16, elementwise and row-wise state."""
+    options = {"num_rows": NUM_ROWS, "cuts": CUTS, "has_scalars": True, "chunk": CHUNK, "shares": SHARES}
     return share_out(rows, slots_of_ids, offsets, gradients, weights, None, slots, **options)[0]
 
 
@@ -115,19 +129,25 @@ def five_shares(slots: Slots, rows, slots_of_ids, offsets, gradients, weights) -
 def test_shares_then_no_line_of_weights_or_state_is_of_two(ids: Ids, first_scalar: int) -> None:
     slots = slots_of(16, first_scalar=first_scalar + jnp.arange(3, dtype=jnp.int32) * ROWS_PER_SHARD)
     work = five_shares(slots, ids.rows, slots_of_ids(ids.rows), ids.offsets, gradients_of(16), ids.weights)
-    source, rank, tag, weight, scalar = np.asarray(work.words).reshape(-1, 5, CHUNK).swapaxes(0, 1).reshape(5, -1)
+    fields = np.asarray(work.words).reshape(-1, 6, CHUNK).swapaxes(0, 1).reshape(6, -1)
     bounds = np.asarray(work.bounds)[: SHARES + 1]
     named = np.flatnonzero((ids.rows[: ids.offsets[-1]] >= 0) & (ids.rows[: ids.offsets[-1]] < NUM_ROWS))
     order = named[np.argsort(ids.rows[named], kind="stable")]
+    source, tag, line, pair, scalar, weight = fields[:, : len(order)]
     assert (bounds[0], bounds[-1]) == (0, len(order))
-    np.testing.assert_array_equal(source[: len(order)], ids.bags[order])
-    np.testing.assert_array_equal(weight[: len(order)].view(np.float32), ids.weights[order])
-    np.testing.assert_array_equal(np.asarray(work.units)[rank[: len(order)]], ids.rows[order] // 8)
-    is_last = (tag[: len(order)] & 2) != 0
-    np.testing.assert_array_equal(scalar[: len(order)] >= 0, is_last)
+    np.testing.assert_array_equal(source, ids.bags[order])
+    np.testing.assert_array_equal(weight.view(np.float32), ids.weights[order])
+    lines, pairs = (np.asarray(units) for units in work.units)
+    np.testing.assert_array_equal(lines[line], ids.rows[order] // 8)
+    np.testing.assert_array_equal(pairs[pair] >> 2, ids.rows[order] // 32)
+    is_last = (tag & 2) != 0
+    np.testing.assert_array_equal(scalar >= 0, is_last)
+    # Pairs come with the halves, left and right, that rows lie in.
+    touched = {(unit, half) for unit, half in zip(pair, ids.rows[order] // 8 % 2, strict=True)}
+    assert touched == {(unit, half) for unit in set(pair) for half in range(2) if pairs[unit] >> half & 1}
     parts = [slice(start, end) for start, end in itertools.pairwise(bounds)]
-    for lines in (rank, (first_scalar + ids.rows[order]) // 128):
-        held = [set(lines[part].tolist()) for part in parts]
+    for units in (line, pair, (first_scalar + ids.rows[order]) // 128):
+        held = [set(units[part].tolist()) for part in parts]
         assert len(set().union(*held)) == sum(len(of_share) for of_share in held)
 
 
@@ -152,6 +172,55 @@ def test_an_update_when_a_row_has_most_ids_then_that_of_xla(
 
 
 @pytest.mark.parametrize(
+    ("rule", "width", "storage_rounding", "num_ids"),
+    [
+        ("adagrad", 32, "stochastic", NUM_IDS),
+        # Lines of an odd number, and those of rows that lie on several.
+        pytest.param("rowwise_adagrad", 8, "nearest", RUN_BLOCK + 56, marks=pytest.mark.slow),
+        pytest.param("partial_rowwise_adam", 128, "stochastic", 4 * RUN_BLOCK, marks=pytest.mark.slow),
+        pytest.param("adam", 256, "nearest", NUM_IDS, marks=pytest.mark.slow),
+        pytest.param("sgd", 384, "stochastic", NUM_IDS, marks=pytest.mark.slow),
+        pytest.param("sgd", 512, "nearest", NUM_IDS, marks=pytest.mark.slow),
+        pytest.param("lamb", 64, "stochastic", NUM_IDS, marks=pytest.mark.slow),
+        pytest.param("rowwise_adagrad", 8, "split", NUM_IDS, marks=pytest.mark.slow),
+        pytest.param("lamb", 384, "split", 4 * RUN_BLOCK, marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_of_bfloat16_then_that_of_xla(rule: str, width: int, storage_rounding: str, num_ids: int) -> None:
+    ids, options = hot_ids(num_ids, num_ids // 2), {"dtype": jnp.bfloat16, "storage_rounding": storage_rounding}
+    with device_of("sparsecore"):
+        results = both_updates(rule, width, ids, weighted=True, **options)
+    if storage_rounding == "split":
+        results = [(joined(high, state[-1]), state[:-1], scalars) for high, state, scalars in results]
+    else:
+        here, there = (np.asarray(result[0]) for result in results)
+        assert here.dtype == there.dtype
+        np.testing.assert_array_equal(here.view(np.uint16), there.view(np.uint16))
+        results = [result[1:] for result in results]
+    assert_close(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "width", "storage_rounding"), [("rowwise_adagrad", 16, "nearest"), ("lamb", 256, "split")]
+)
+def test_statistics_of_bfloat16_then_those_of_xla(rule: str, width: int, storage_rounding: str) -> None:
+    tables, ids = tables_of(rule, width, jnp.bfloat16, storage_rounding), hot_ids(NUM_IDS, NUM_IDS // 2)
+    arrays = tables.weights, tables.element_state, tables.row_state, ids.rows, slots_of_ids(ids.rows), ids.offsets
+    options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": storage_rounding}
+    numbers = {"slots": slots_of(width), "step": jnp.int32(3)}
+    with device_of("sparsecore"):
+        here, there = (
+            jax.jit(functools.partial(kernels.row_statistics, **options))(
+                *arrays, gradients_of(width), ids.weights, **numbers
+            )
+            for kernels in (sparsecore, xla)
+        )
+    named = np.flatnonzero((ids.rows >= 0) & (ids.rows < NUM_ROWS) & (np.arange(NUM_IDS) < ids.offsets[-1]))
+    np.testing.assert_allclose(here[named], there[named], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
     ("call", "reason"),
     [
         ({}, None),
@@ -159,7 +228,8 @@ def test_an_update_when_a_row_has_most_ids_then_that_of_xla(
         ({"device_kind": "TPU7x", "width": 8}, "16 to 512"),
         ({"dtype": jnp.bfloat16}, None),
         ({"dtype": jnp.float16}, "float16 are not served"),
-        ({"dtype": jnp.bfloat16, "optimizer": ROW_OPTIMIZERS["sgd"]}, "updates of bfloat16 are not served"),
+        ({"dtype": jnp.bfloat16, "optimizer": ROW_OPTIMIZERS["sgd"], "storage_rounding": "stochastic"}, None),
+        ({"dtype": jnp.bfloat16, "optimizer": ROW_OPTIMIZERS["lamb"], "storage_rounding": "split"}, None),
         ({"width": 1024, "optimizer": ROW_OPTIMIZERS["sgd"]}, "8 to 512"),
         ({"optimizer": ROW_OPTIMIZERS["lamb"]}, None),
     ],
@@ -180,30 +250,62 @@ def test_lookup_for_a_tpu_then_no_copy_of_the_table(kind: str, width: int, dtype
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule", "width"),
+    ("kind", "rule", "width", "storage"),
     [
-        ("v6e", "rowwise_adagrad", 16),
-        pytest.param("v5p", "partial_rowwise_adam", 8, marks=pytest.mark.slow),
-        pytest.param("v5p", "adam", 128, marks=pytest.mark.slow),
-        pytest.param("v6e", "lamb", 512, marks=pytest.mark.slow),
-        pytest.param("v6e", "adagrad", 384, marks=pytest.mark.slow),
-        pytest.param("7x", "lamb", 512, marks=pytest.mark.slow),
-        pytest.param("7x", "sgd", 64, marks=pytest.mark.slow),
+        ("v6e", "rowwise_adagrad", 16, "float32"),
+        ("v6e", "adagrad", 32, "stochastic"),
+        pytest.param("v5p", "partial_rowwise_adam", 8, "float32", marks=pytest.mark.slow),
+        pytest.param("v5p", "adam", 128, "float32", marks=pytest.mark.slow),
+        pytest.param("v6e", "lamb", 512, "float32", marks=pytest.mark.slow),
+        pytest.param("v6e", "adagrad", 384, "float32", marks=pytest.mark.slow),
+        pytest.param("7x", "lamb", 512, "float32", marks=pytest.mark.slow),
+        pytest.param("7x", "sgd", 64, "float32", marks=pytest.mark.slow),
+        pytest.param("v5p", "rowwise_adagrad", 8, "nearest", marks=pytest.mark.slow),
+        pytest.param("v5p", "adam", 384, "stochastic", marks=pytest.mark.slow),
+        pytest.param("v6e", "lamb", 128, "stochastic", marks=pytest.mark.slow),
+        pytest.param("7x", "partial_rowwise_adam", 64, "stochastic", marks=pytest.mark.slow),
+        # What takes the most memory of a subcore.
+        *(pytest.param(kind, "lamb", width, "split", marks=pytest.mark.slow) for kind in KINDS for width in (128, 384)),
     ],
 )
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int) -> None:
-    optimizer = ROW_OPTIMIZERS[rule]
-    program = compiled_update(sparsecore, kind, rule, width, weighted=True)
+def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int, storage: str) -> None:
+    def update(store, element_state, row_state, rows, offsets, gradients, weights, logical_rows, slots):
+        return sparsecore.sparse_update(
+            store,
+            element_state,
+            row_state,
+            rows,
+            rows,
+            offsets,
+            gradients,
+            weights,
+            logical_rows=logical_rows,
+            slots=slots,
+            step=jnp.int32(1),
+            seed=jnp.uint32(0),
+            optimizer=ROW_OPTIMIZERS[rule],
+            width=width,
+            storage_rounding="nearest" if storage == "float32" else storage,
+            statistics=None,
+        )
+
+    store, element_state, *others = update_shapes(
+        rule, width, jnp.dtype(jnp.float32 if storage == "float32" else jnp.bfloat16)
+    )
+    if storage == "split":
+        element_state = (*element_state, jax.ShapeDtypeStruct(store.shape, jnp.uint16))
+    program = compiled_for(kind, update, (store, element_state, *others), donated=(0, 1, 2))
     assert program.temp_size_in_bytes < SMALL
-    state_lines = NUM_LINES * len(optimizer.element_state) + (NUM_LINES // width + 1) * len(optimizer.row_state)
-    assert program.alias_size_in_bytes >= 512 * (NUM_LINES + state_lines)
+    stores = jax.tree.leaves((store, element_state, others[0]))
+    assert program.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in stores)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str) -> None:
+def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str, dtype) -> None:
     def statistics(store, element_state, row_state, rows, offsets, gradients, weights, _, slots):
         return sparsecore.row_statistics(
             store,
@@ -220,32 +322,43 @@ def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str) -> None:
             width=32,
         )
 
-    assert compiled_for(kind, statistics, update_shapes("lamb", 32)).temp_size_in_bytes < SMALL
+    assert compiled_for(kind, statistics, update_shapes("lamb", 32, dtype)).temp_size_in_bytes < SMALL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "places"),
+    ("target", "tables", "places"),
     [
         (
             "v6e:1x8",
+            (TableConfig(dim=32), TableConfig(dim=128, optimizer="adam", dtype="bfloat16", rounding="stochastic")),
             (
                 lambda table: row_wise(table, returns="rows"),
                 lambda table: table_row_wise(table, 0, returns="partial_sums"),
             ),
         ),
-        ("v5p:1x8", (lambda table: table_wise(table, 0), data_parallel)),
-        ("tpu7x:1x8", (lambda table: column_wise(table, [0, 1]), lambda table: grid(table, [0], returns="rows"))),
+        (
+            "v5p:1x8",
+            (TableConfig(dim=32, dtype="bfloat16", rounding="split"), TableConfig(dim=128, optimizer="adam")),
+            (lambda table: table_wise(table, 0), data_parallel),
+        ),
+        (
+            "tpu7x:1x8",
+            (TableConfig(dim=32), TableConfig(dim=128, optimizer="lamb", dtype="bfloat16")),
+            (lambda table: grid(table, [0], returns="rows"), lambda table: column_wise(table, [0, 1])),
+        ),
     ],
     ids=["by rows", "whole", "by columns"],
 )
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_the_step_for_tpus_when_asked_for_sparsecores_then_no_copy_of_a_table(
-    monkeypatch: pytest.MonkeyPatch, target: str, places: test_aot.Places
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    tables: tuple[TableConfig, TableConfig],
+    places: test_aot.Places,
 ) -> None:
     on_sparsecores = dataclasses.replace(quickstart(), kernels="sparsecore")
     monkeypatch.setattr(test_aot, "quickstart", lambda: on_sparsecores)
-    tables = TableConfig(dim=32), TableConfig(dim=128, optimizer="adam")
     # A device has a part of the tables only: it is to be large enough for a copy to be seen.
     program, table_bytes = test_aot.compiled_step(target, *tables, places, num_rows=8 * test_aot.NUM_ROWS)
     test_aot.assert_in_place(program, table_bytes)

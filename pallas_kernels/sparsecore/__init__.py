@@ -32,13 +32,11 @@ def unable(
         optimizer: The rule of an update; None for a lookup.
         storage_rounding: How an update is rounded.
     """
-    del storage_rounding  # Float32 is not rounded.
+    del optimizer, storage_rounding  # Every rule is served, and every rounding.
     if device_kind not in _LANES:
         return f"{device_kind} has no SparseCores that are served; {', '.join(_LANES)} have"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"stores of {jnp.dtype(dtype)} are not served; float32 and bfloat16 are"
-    if optimizer is not None and dtype != jnp.float32:
-        return f"updates of {jnp.dtype(dtype)} are not served; mosaic_tpu serves them"
     if not _LANES[device_kind] <= width <= _WIDEST_ROW:
         return f"rows of {width} elements are not served: {_LANES[device_kind]} to {_WIDEST_ROW} are"
     return None
