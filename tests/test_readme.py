@@ -26,6 +26,7 @@ from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
 from dlrm_jax.loop import train
+from sharding import ShardedTables
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -164,11 +165,16 @@ def test_the_file_tree_of_the_architecture_names_exactly_the_files_that_there_ar
     assert named - {"stated.py", "skewed.py"} == there
 
 
-def test_the_readme_trains_tables_alone_as_it_says():
+def test_the_readme_trains_tables_alone_as_it_says_and_compiles_its_step_once(monkeypatch):
     (example,) = (block for block in python_blocks("README.md") if "ShardedTables" in block)
+    traced = []
+    lookup = ShardedTables.lookup
+    monkeypatch.setattr(ShardedTables, "lookup", lambda *given: traced.append(given) or lookup(*given))
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):
         exec(compile(example, "README.md", "exec"), names)
+    assert len({sum(len(bag) for bags in batch.values() for bag in bags) for batch, _ in names["batches"]}) == 2
+    assert len(traced) == 1
     assert float(names["loss"]) < 0.1
 
 
