@@ -5,9 +5,10 @@ scripts/prepare.py {criteo FILES..., kuairand FOLDER, synthetic} --out DIR
 scripts/prepare.py check DIR
 """
 
+import contextlib
 import functools
-import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,11 @@ from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.criteo import CriteoSpec, prepare_criteo
 from dlrm_jax.data.display import ConversionDisplay, print_report, print_summary
 from dlrm_jax.data.kuairand import prepare_kuairand
+from dlrm_jax.data.resume import OTHER_FOLDER, next_start
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
+from dlrm_jax.data.write_errors import naming_folder
 from scripts.one_line_errors import one_line_errors, run
 from sharding.errors import InputError
-
-# What the converters write: nothing else is removed by --overwrite.
-_OWN_FILES = (CARD_FILE, "begun.json", "rejects.csv")
-_OWN_FOLDERS = (".prepare", "vocabulary", "train", "validation", "test")
 
 
 def criteo(
@@ -45,14 +44,15 @@ def criteo(
         memory_limit_mb: MiB for tables of counts and for vocabularies; the program takes about 500 MiB besides.
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
-    _clear(out, overwrite)
-    with ConversionDisplay() as display:
+    _refuse_complete(out, overwrite)
+    with _interruptible(next_start(overwrite=overwrite)), ConversionDisplay() as display:
         card = prepare_criteo(
             files,
             out,
             spec=spec,
             max_reject_share=max_reject_share,
             memory_limit_mb=memory_limit_mb,
+            overwrite=overwrite,
             progress=display.update,
         )
     print_summary(card, out)
@@ -78,8 +78,8 @@ def kuairand(
         max_reject_share: Share of malformed lines above which the run stops.
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
-    _clear(out, overwrite)
-    with ConversionDisplay() as display:
+    _refuse_complete(out, overwrite)
+    with _interruptible(next_start(overwrite=overwrite, resumable=False)), ConversionDisplay() as display:
         card = prepare_kuairand(
             source,
             out,
@@ -87,6 +87,7 @@ def kuairand(
             max_recent=max_recent,
             min_count=min_count,
             max_reject_share=max_reject_share,
+            overwrite=overwrite,
             progress=display.of_stage("converting"),
         )
     print_summary(card, out)
@@ -104,9 +105,9 @@ def synthetic(
         spec: What to generate.
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
-    _clear(out, overwrite)
-    with ConversionDisplay() as display:
-        card = prepare_synthetic(out, config=spec, progress=display.of_stage("generating"))
+    _refuse_complete(out, overwrite)
+    with _interruptible(next_start(overwrite=overwrite)), ConversionDisplay() as display:
+        card = prepare_synthetic(out, config=spec, overwrite=overwrite, progress=display.of_stage("generating"))
     print_summary(card, out)
 
 
@@ -121,17 +122,20 @@ def check(directory: tyro.conf.Positional[Path]) -> None:
     print_report(report, directory)
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    if overwrite and out.is_dir():
-        others = sorted(path.name for path in out.iterdir() if path.name not in _OWN_FILES + _OWN_FOLDERS)
-        if others:
-            raise InputError(f"{out}: holds {others[0]}, which --overwrite would not remove: move it, or the dataset")
-        for name in _OWN_FILES:
-            Path(out, name).unlink(missing_ok=True)
-        for name in _OWN_FOLDERS:
-            shutil.rmtree(Path(out, name), ignore_errors=True)
-    elif Path(out, CARD_FILE).exists():
-        raise InputError(f"{out}: complete already; make it anew with --overwrite, or give another --out")
+def _refuse_complete(out: Path, overwrite: bool) -> None:
+    with naming_folder(out, instead=OTHER_FOLDER):
+        if not overwrite and Path(out, CARD_FILE).exists():
+            raise InputError(f"{out}: complete already; make it anew with --overwrite, or give {OTHER_FOLDER}")
+
+
+@contextlib.contextmanager
+def _interruptible(*then: str) -> Iterator[None]:
+    """Ends the script at Ctrl-C with one line, and the exit code that shells give to it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("; ".join(("interrupted", *then)), file=sys.stderr)
+        sys.exit(130)
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -155,7 +159,8 @@ def _command(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command that the command line names."""
-    run(_command)
+    with _interruptible():
+        run(_command)
 
 
 if __name__ == "__main__":

@@ -186,16 +186,35 @@ def test_conversion_when_too_many_lines_are_malformed_stops_and_goes_on_when_all
         ({"spec": CriteoSpec(max_rows=1)}, "--max_rows is 1"),
         ({"spec": CriteoSpec(evaluation_share=1.0)}, "--evaluation_share is 1.0"),
         ({"spec": CriteoSpec(split="last_file")}, "--split last_file needs at least 2 files"),
-        ({"spec": CriteoSpec(evaluation_share=0.001)}, "0 of 100 lines are for evaluation"),
+        ({"spec": CriteoSpec(multi_hot=True, seed=-1)}, r"--seed is -1, but it must lie in \[0, 2\^64 - 1\]"),
         ({"max_reject_share": 2.0}, "--max_reject_share is 2.0"),
+        ({"max_reject_share": -1.0}, "--max_reject_share is -1.0"),
         ({"memory_limit_mb": 0.0}, "--memory_limit_mb is 0.0"),
+        ({"memory_limit_mb": float("inf")}, "--memory_limit_mb is inf"),
+        ({"rows_per_file": 0}, "rows_per_file is 0"),
+    ],
+)
+def test_setting_when_out_of_its_limits_is_an_error_before_anything_is_read_or_written(
+    tmp_path, monkeypatch, options, message
+):
+    path = write_lines(tmp_path / "a.tsv", make_lines(100))
+    monkeypatch.setattr(lines, "_opened", pytest.fail)
+    with pytest.raises(InputError, match=message):
+        prepare_criteo([path], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spec": CriteoSpec(evaluation_share=0.001)}, "0 of 100 lines are for evaluation"),
         (
             {"memory_limit_mb": 0.001},
             r"vocabularies of .* ids .*raise --frequency_threshold, or hash .* with --max_rows",
         ),
     ],
 )
-def test_setting_when_out_of_its_limits_is_an_input_error(tmp_path, options, message):
+def test_setting_when_the_lines_do_not_fit_it_is_an_input_error(tmp_path, options, message):
     path = write_lines(tmp_path / "a.tsv", make_lines(100))
     with pytest.raises(InputError, match=message):
         prepare_criteo([path], tmp_path / "out", **options)
@@ -208,7 +227,18 @@ def test_files_when_missing_or_empty_are_an_input_error(tmp_path):
         ([tmp_path / "none.tsv"], "none.tsv: no such file"),
         ([tmp_path / "empty.tsv"], "empty.tsv: the file is empty"),
         ([], "no input files"),
+        ([tmp_path / ("a" * 300)], r"a: cannot be read \(File name too long\)"),
     ]:
         with pytest.raises(InputError, match=message):
+            prepare_criteo(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_when_one_is_given_twice_are_an_input_error(tmp_path):
+    folder = tmp_path / "days"
+    folder.mkdir()
+    path = write_lines(folder / "day_0", make_lines(10))
+    for files in ([path, path], [folder, path], [path, folder / ".." / "days" / "day_0"]):
+        with pytest.raises(InputError, match=r"day_0: the same file as .*day_0; give each file once"):
             prepare_criteo(files, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from criteo_samples import make_lines, write_lines
+from full_disk import files_of_at_most
 
 from dlrm_jax.data.criteo import CriteoSpec, lines, prepare_criteo
 from dlrm_jax.data.journal import Journal
@@ -108,6 +109,58 @@ def test_conversion_when_the_folder_is_of_other_settings_is_an_input_error(tmp_p
     prepare_criteo([path], tmp_path / "out")
     with pytest.raises(InputError, match="complete already; make it anew with --overwrite"):
         prepare_criteo([path], tmp_path / "out")
+
+
+def test_conversion_when_the_disk_is_full_at_any_pass_names_the_folder_and_resumes_with_the_same_bytes(
+    tmp_path, interruptible
+):
+    interruptible(tmp_path / "whole")
+    out = tmp_path / "resumed"
+    reached = []
+    # These fail at begun.json, journal and rejects, sums of counts, vocabularies, rows; the last at the card.
+    for size in (100, 400, 1_000, 2_000, 4_000, 8_000, 30_000):
+        stages = ["begin"]
+        with files_of_at_most(size), pytest.raises(InputError) as refused:
+            interruptible(out, progress=lambda stage, *_, stages=stages: stages.append(stage))
+        assert str(refused.value) == f"{out}: cannot be written (File too large); give another --out"
+        assert not list(out.rglob("part-*.partial"))
+        reached.append(stages[-1])
+    assert set(reached) == {"begin", "counting ids", "making vocabularies", "writing rows"}
+    interruptible(out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [".lock", "begun.json.partial"])
+def test_conversion_when_killed_before_it_had_begun_starts(tmp_path, interruptible, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text("cut o")
+
+    def stop(*_):
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        interruptible(tmp_path / "out", progress=stop)
+    assert (tmp_path / "out" / "begun.json").exists()
+
+
+def test_conversion_when_another_process_is_at_work_in_the_folder_is_refused(tmp_path, interruptible):
+    def start_another(*_):
+        before = contents(tmp_path / "out")
+        with pytest.raises(InputError, match=r"another process is preparing a dataset there .*or give another --out"):
+            interruptible(tmp_path / "x" / ".." / "out")
+        assert contents(tmp_path / "out") == before
+        raise Interruption
+
+    (tmp_path / "x").mkdir()
+    with pytest.raises(Interruption):
+        interruptible(tmp_path / "out", progress=start_another)
+
+
+def test_conversion_when_what_was_begun_cannot_be_read_says_so(tmp_path, interruptible):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "begun.json").touch()
+    with pytest.raises(InputError, match=r"begun\.json: cannot be read as JSON .* anew with --overwrite"):
+        interruptible(tmp_path / "out")
 
 
 def test_journal_when_its_last_line_is_cut_off_ignores_it(tmp_path):

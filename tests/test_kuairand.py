@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from full_disk import files_of_at_most
 
 from dlrm_jax.data.card import read_card
+from dlrm_jax.data.folder_lock import exclusive
 from dlrm_jax.data.kuairand import prepare_kuairand
 from dlrm_jax.data.kuairand.features import HISTORY_BAGS, PLAIN_DENSE, SINGLE_FEATURES
 from dlrm_jax.data.kuairand.history import PAST_RATES, RECENT_RATES, History, dense_history_names
@@ -316,6 +318,48 @@ def test_preparation_when_a_setting_is_out_of_its_limits_then_error_names_it(tmp
         prepare_kuairand(tmp_path, tmp_path / "out", features="all")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="max_recent 0"):
         prepare_kuairand(tmp_path, tmp_path / "out", max_recent=0)
+    with pytest.raises(InputError, match=r"--max_reject_share is -1, but it must lie in \[0, 1\]"):
+        prepare_kuairand(write_source(tmp_path / "source", some_lines()), tmp_path / "out", max_reject_share=-1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preparation_when_a_log_is_there_twice_then_error_names_both(tmp_path):
+    source = write_source(tmp_path / "source", some_lines())
+    (source / "log_standard_c.csv").symlink_to(source / "log_standard_b.csv")
+    with pytest.raises(InputError, match=r"log_standard_c\.csv: the same file as .*log_standard_b\.csv"):
+        prepare_kuairand(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_preparation_when_the_disk_is_full_then_error_names_the_folder_and_it_can_be_made_later(tmp_path):
+    source = write_source(tmp_path / "source", some_lines())
+    out = tmp_path / "out"
+    at_begin, at_vocabulary, at_rows = 100, 1_000, 20_000
+    for size in (at_begin, at_vocabulary, at_rows):
+        with files_of_at_most(size), pytest.raises(InputError) as refused:
+            prepare_kuairand(source, out)
+        assert str(refused.value) == f"{out}: cannot be written (File too large); give another --out"
+        assert not (out / ".prepare").exists()
+    card = prepare_kuairand(source, out)
+    for split, summary in card.splits.items():
+        assert read_split(out, split).height == summary.num_samples
+    assert not list(out.rglob("*.partial"))
+
+
+def test_preparation_when_the_folder_cannot_be_used_then_error_names_it(tmp_path):
+    source = write_source(tmp_path / "source", some_lines())
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file", r"file: cannot be written \(File exists\); give another --out"),
+        (tmp_path / "file" / "out", r"out: cannot be written \(Not a directory\); give another --out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare_kuairand(source, out)
+    with (
+        exclusive(tmp_path / "out", what="preparing a dataset", instead="another --out"),
+        pytest.raises(InputError, match="out: another process is preparing a dataset there"),
+    ):
+        prepare_kuairand(source, tmp_path / "out")
 
 
 def test_published_log_when_read_then_splits_have_the_sizes_of_its_readme(tmp_path):

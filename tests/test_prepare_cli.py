@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from criteo_samples import make_lines, write_lines
 
 from dlrm_jax.data.card import read_card
+from dlrm_jax.data.display import ConversionDisplay
+from dlrm_jax.data.folder_lock import exclusive
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "prepare.py"
@@ -35,6 +38,7 @@ def prepare(monkeypatch, capsys):
         output = capsys.readouterr()
         return code, output.out, output.err
 
+    run.module = vars(module)
     return run
 
 
@@ -119,6 +123,7 @@ def test_check_when_the_dataset_is_wrong_prints_one_line_and_exits_2(tmp_path, p
         (("criteoo", "x.tsv", "--out", "o"), "criteoo"),
         (("criteo", "none.tsv", "--out", "o"), "none.tsv: no such file"),
         (("check", "nowhere"), "no dataset card there"),
+        (("synthetic", "--single_rows", "1", "--bag_rows", "1", "--out", "o"), "give --num_interactions 0"),
     ],
 )
 def test_command_line_when_wrong_exits_2_and_names_what_is_wrong(tmp_path, monkeypatch, prepare, arguments, named):
@@ -127,6 +132,86 @@ def test_command_line_when_wrong_exits_2_and_names_what_is_wrong(tmp_path, monke
     assert code == 2
     assert named.lower() in err.lower()
     assert list(tmp_path.iterdir()) == []
+
+
+TINY = ("synthetic", "--num_train", 300, "--num_validation", 30, "--num_test", 30)
+
+
+@pytest.mark.parametrize("command", ["criteo", "synthetic"])
+@pytest.mark.parametrize("place", ["", "below"])
+def test_out_when_a_file_is_in_the_way_then_one_line_names_it(tmp_path, prepare, command, place):
+    path = write_lines(tmp_path / "train.txt", make_lines(10))
+    out = path / place
+    code, _, err = prepare(*(TINY if command == "synthetic" else (command, path)), "--out", out)
+    assert code == 2
+    assert re.fullmatch(rf"error: {out}: cannot be written \(\w+ \w+( \w+)?\); give another --out\n", err)
+
+
+def test_out_when_its_name_is_too_long_then_one_line_names_it(tmp_path, prepare):
+    code, _, err = prepare(*TINY, "--out", tmp_path / ("a" * 300))
+    assert code == 2
+    assert err.endswith("aaa: cannot be written (File name too long); give another --out\n")
+
+
+def test_two_runs_into_one_folder_then_the_second_ends_with_one_line_and_removes_nothing(tmp_path, prepare):
+    out = tmp_path / "out"
+    with exclusive(out, what="preparing a dataset", instead="another --out"):
+        (out / "train").mkdir()
+        for flags in ((), ("--overwrite",)):
+            code, _, err = prepare(*TINY, "--out", out, *flags)
+            assert code == 2
+            assert err.startswith(f"error: {out}: another process is preparing a dataset there (process {os.getpid()} ")
+            assert err.endswith("); wait until it ends, or give another --out\n")
+            assert err.count("\n") == 1
+        assert (out / "train").exists()
+
+
+def test_overwrite_when_the_input_cannot_be_used_then_the_dataset_stays(tmp_path, prepare):
+    path = write_lines(tmp_path / "train.txt", make_lines(100))
+    assert prepare("criteo", path, "--out", tmp_path / "out")[0] == 0
+    for arguments in ((*TINY, "--seed", -1), ("criteo", "none.tsv"), ("kuairand", "nowhere")):
+        assert prepare(*arguments, "--out", tmp_path / "out", "--overwrite")[0] == 2
+        assert (tmp_path / "out" / "card.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "interrupted; the same command continues\n"),
+        (("--overwrite",), "interrupted; the same command without --overwrite continues\n"),
+    ],
+)
+def test_ctrl_c_then_one_line_says_how_to_go_on(tmp_path, monkeypatch, prepare, flags, said):
+    path = write_lines(tmp_path / "train.txt", make_lines(100))
+    line = ("criteo", path, "--out", tmp_path / "out")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversionDisplay, "update", stop)
+        code, _, err = prepare(*line, *flags)
+    assert code == 130
+    assert err == said
+    assert not (tmp_path / "out" / "card.json").exists()
+    assert prepare(*line)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "said"),
+    [
+        (TINY, "prepare_synthetic", "interrupted; the same command continues\n"),
+        (("kuairand", "x"), "prepare_kuairand", "interrupted; the same command begins anew\n"),
+        (("check", "x"), "check_dataset", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_in_the_other_commands_then_one_line(tmp_path, monkeypatch, prepare, command, work, said):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(prepare.module, work, stop)
+    out = () if command[0] == "check" else ("--out", tmp_path)
+    assert prepare(*command, *out)[::2] == (130, said)
 
 
 @pytest.mark.parametrize("command", ["criteo", "kuairand", "synthetic", "check"])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from full_disk import files_of_at_most
 
 from dlrm_jax.data.card import read_card
 from dlrm_jax.data.synthetic import PROBABILITY, SyntheticSpec, generate_block, prepare_synthetic
@@ -137,6 +138,27 @@ def test_preparation_when_the_folder_is_of_another_spec_then_error_names_the_set
         prepare_synthetic(tmp_path, config=SMALL)
 
 
+def test_preparation_when_the_disk_is_full_then_error_names_the_folder_and_it_resumes(tmp_path):
+    spec = dataclasses.replace(SMALL, num_train=100, num_validation=2000, num_test=10)
+    out = tmp_path / "out"
+    at_begin, at_train, at_validation = 100, 1000, 20_000
+    for size, written in ((at_begin, set()), (at_train, set()), (at_validation, {"train"})):
+        with files_of_at_most(size), pytest.raises(InputError) as refused:
+            prepare_synthetic(out, config=spec)
+        assert str(refused.value) == f"{out}: cannot be written (File too large); give another --out"
+        assert {path.parent.name for path in out.glob("*/*")} == written
+    assert prepare_synthetic(out, config=spec) == prepare_synthetic(tmp_path / "whole", config=spec)
+
+
+def test_preparation_when_another_process_is_at_work_in_the_folder_then_it_is_refused(tmp_path):
+    def start_another(*_):
+        with pytest.raises(InputError, match="another process is preparing a dataset there"):
+            prepare_synthetic(tmp_path / "out", config=spec, overwrite=True)
+
+    spec = dataclasses.replace(SMALL, num_train=100, num_validation=10, num_test=10)
+    assert prepare_synthetic(tmp_path / "out", config=spec, progress=start_another).splits["train"].num_samples == 100
+
+
 def test_weighted_bags_have_one_weight_beside_each_id():
     rows = pl.from_arrow(generate_block(dataclasses.replace(SMALL, weighted_bags=True), "train", 0))
     assert isinstance(rows, pl.DataFrame)
@@ -171,3 +193,8 @@ def test_spec_when_a_setting_is_out_of_its_limits_then_error_names_it(tmp_path, 
     with pytest.raises(InputError, match=rf"{field}.* must lie in \["):
         prepare_synthetic(tmp_path / "out", config=dataclasses.replace(SMALL, **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_spec_when_there_are_too_few_features_for_the_default_then_error_names_what_to_give(tmp_path):
+    with pytest.raises(InputError, match=r"\(--single_rows\) are 1: give --num_interactions 0, or more --single_rows"):
+        prepare_synthetic(tmp_path / "out", config=SyntheticSpec(single_rows=(1,), bag_rows=(1,)))

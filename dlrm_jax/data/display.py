@@ -24,14 +24,16 @@ class ConversionDisplay:
         self._tasks: dict[str, tuple[TaskID, float]] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def update(self, stage: str, done: int, total: int, rows: int) -> None:
         """Shows how much of a pass is done, and how many rows a second it handles."""
+        if not self._tasks:
+            self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, rate=""), time.monotonic()
         task, start = self._tasks[stage]

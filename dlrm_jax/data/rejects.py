@@ -29,6 +29,16 @@ class RejectsState:
     first: str = ""
 
 
+def check_share(max_share: float) -> None:
+    """Checks a share of malformed lines that is allowed.
+
+    Raises:
+        InputError: It is outside [0, 1].
+    """
+    if not 0 <= max_share <= 1:
+        raise InputError(f"--max_reject_share is {max_share}, but it must lie in [0, 1]")
+
+
 class Rejects:
     """Collects the malformed lines of a conversion in a CSV file with columns file, line, reason and text.
 
@@ -54,8 +64,7 @@ class Rejects:
         *,
         state: RejectsState | None = None,
     ):
-        if not 0 <= max_share <= 1:
-            raise InputError(f"--max_reject_share is {max_share}, but it must lie in [0, 1]")
+        check_share(max_share)
         self._path = Path(path)
         self._max_share = max_share
         self._min_lines = min_lines

@@ -72,7 +72,8 @@ class SpilledCounts:
         for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if end > start:
                 with open(_partition_file(self._folder, number), "ab") as file:
-                    records[start:end].tofile(file)
+                    # Unlike ndarray.tofile, this says why it fails.
+                    file.write(records[start:end].tobytes())
         self._num_spills += 1
 
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int, UInt64
 
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn
 from dlrm_jax.data.hashing import mix64
-from dlrm_jax.data.resume import begin_dataset, finish_dataset
+from dlrm_jax.data.resume import dataset_folder, finish_dataset
 from dlrm_jax.data.writer import ColumnStatistics, SplitWriter, dataset_schema, rows_per_group
 from sharding.errors import InputError
 
@@ -82,6 +83,7 @@ def prepare_synthetic(
     out: str | os.PathLike[str],
     *,
     config: SyntheticSpec,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetCard:
     """Generates a dataset, block by block; a call that was interrupted continues at the first file that is missing.
@@ -97,21 +99,34 @@ def prepare_synthetic(
     Args:
         out: Folder of the dataset.
         config: What to generate.
+        overwrite: Whether a dataset in the folder, or a part of one, is removed first.
         progress: Called with the rows done and the rows in all.
 
     Returns:
         The dataset's card.
 
     Raises:
-        InputError: A setting is out of its limits, or the folder holds something else.
+        InputError: A setting is out of its limits, the folder holds something else or cannot be written, another
+            process is writing it, or the disk is full.
     """
     _check_spec(config)
     source = {"converter": "synthetic", **dataclasses.asdict(config)}
     # As JSON gives them back.
     source |= {"single_rows": list(config.single_rows), "bag_rows": list(config.bag_rows)}
-    finished = begin_dataset(out, source)
-    if finished:
-        return finished
+    with dataset_folder(out, source, overwrite=overwrite) as finished:
+        if finished:
+            return finished
+        card = _generate(out, config, source, progress)
+        finish_dataset(card, out)
+    return card
+
+
+def _generate(
+    out: str | os.PathLike[str],
+    config: SyntheticSpec,
+    source: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> DatasetCard:
     draft = DatasetCard(
         name="synthetic",
         dense=tuple(DenseColumn(name=f"dense_{i}") for i in range(config.num_dense)),
@@ -144,11 +159,9 @@ def prepare_synthetic(
                 progress(done, total)
     statistics = ColumnStatistics(draft)
     statistics.add_files(out, _SPLITS)
-    card = dataclasses.replace(
+    return dataclasses.replace(
         statistics.card(), attainable={split: _attainable(Path(out, split)) for split in _SPLITS}
     )
-    finish_dataset(card, out)
-    return card
 
 
 def generate_block(config: SyntheticSpec, split: str, block: int) -> pa.Table:
@@ -198,6 +211,7 @@ def _columns(config: SyntheticSpec) -> list[SparseColumn]:
 
 
 def _check_spec(config: SyntheticSpec) -> None:
+    num_pairs = max(0, len(config.single_rows) - 1)
     limits = {
         "num_train": (config.num_train, 1, 2**40),
         "num_validation": (config.num_validation, 1, 2**40),
@@ -207,7 +221,7 @@ def _check_spec(config: SyntheticSpec) -> None:
         "max_pooling_factor": (config.max_pooling_factor, 1, 2**15),
         "zipf_exponent": (config.zipf_exponent, 0, 10),
         "rare_count": (config.rare_count, 0, math.inf),
-        "num_interactions": (config.num_interactions, 0, max(0, len(config.single_rows) - 1)),
+        "num_interactions": (config.num_interactions, 0, num_pairs),
         "seed": (config.seed, 0, 2**63),
         "bias": (config.bias, -100, 100),
         "dense_effect": (config.dense_effect, 0, 100),
@@ -218,7 +232,11 @@ def _check_spec(config: SyntheticSpec) -> None:
     limits |= {f"bag_rows[{i}]": (rows, 1, 2**31 - 1) for i, rows in enumerate(config.bag_rows)}
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
-            raise InputError(f"synthetic: {name} is {value}, but must lie in [{low}, {high}]")
+            message = f"synthetic: {name} is {value}, but must lie in [{low}, {high}]"
+            if name == "num_interactions" and value > high:
+                pairs = f"features with one id (--single_rows) are {len(config.single_rows)}"
+                message += f", since {pairs}: give --num_interactions {num_pairs}, or more --single_rows"
+            raise InputError(message)
 
 
 def _dense_weights(config: SyntheticSpec) -> Float[np.ndarray, " num_dense"]:

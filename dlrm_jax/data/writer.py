@@ -1,5 +1,6 @@
 """Writing a dataset: Parquet shards of one split, and the figures of the card that are counted while writing."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -103,12 +104,11 @@ class SplitWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._path(".partial").unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._discard()
 
     def write(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Appends rows; columns that the schema does not name are left out.
@@ -152,6 +152,14 @@ class SplitWriter:
         self._rows_in_file += group.num_rows
         if self._rows_in_file >= self._rows_per_file:
             self._complete_file()
+
+    def _discard(self) -> None:
+        """Removes the file in progress, if there is one; it may be one that cannot be written to its end."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+            self._path(".partial").unlink(missing_ok=True)
 
     def _complete_file(self) -> None:
         if self._writer is None:

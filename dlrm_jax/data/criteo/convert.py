@@ -5,10 +5,12 @@ records, so an interrupted run is taken up where it stopped.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dlrm_jax.data.card import DatasetCard, DenseColumn
 from dlrm_jax.data.criteo.count import count_ids, place_splits
@@ -18,11 +20,10 @@ from dlrm_jax.data.criteo.spec import CriteoSpec, check_spec, list_files
 from dlrm_jax.data.criteo.tables import make_vocabularies
 from dlrm_jax.data.criteo_columns import DENSE_NAMES
 from dlrm_jax.data.journal import Journal
-from dlrm_jax.data.resume import begin_dataset, finish_dataset
+from dlrm_jax.data.rejects import check_share
+from dlrm_jax.data.resume import WORK_FOLDER, dataset_folder, finish_dataset
 from dlrm_jax.data.writer import ROWS_PER_FILE
 from sharding.errors import InputError
-
-WORK_FOLDER = ".prepare"
 
 
 def prepare_criteo(
@@ -33,6 +34,7 @@ def prepare_criteo(
     max_reject_share: float = 0.01,
     memory_limit_mb: float = 2048,
     rows_per_file: int = ROWS_PER_FILE,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DatasetCard:
     """Converts the TSV files of Criteo Kaggle or Terabyte.
@@ -53,42 +55,57 @@ def prepare_criteo(
         memory_limit_mb: Memory for the tables of counts and for the vocabularies, in MiB. The program and the blocks
             of lines on their way take about 500 MiB besides. It does not change the result.
         rows_per_file: Lines that become one Parquet file.
+        overwrite: Whether a dataset in the folder, or a part of one, is removed first.
         progress: Called with the name of the pass, bytes read, bytes to read, and lines read.
 
     Returns:
         The dataset's card.
 
     Raises:
-        InputError: A file cannot be read, too many lines are malformed, a setting is out of its limits, a vocabulary
-            does not fit in memory, or the folder holds a complete dataset, or one begun with other settings.
+        InputError: A file cannot be read or is given twice, too many lines are malformed, a setting is out of its
+            limits, a vocabulary does not fit in memory, the folder holds a complete dataset, or one begun with other
+            settings, cannot be written, or another process is writing it, or the disk is full.
     """
     spec = spec or CriteoSpec()
     paths = list_files(files)
     check_spec(spec, paths)
-    if not memory_limit_mb > 0:
-        raise InputError(f"--memory_limit_mb is {memory_limit_mb}, but it must be above 0")
-    work = Path(out, WORK_FOLDER)
+    check_share(max_reject_share)
+    if not 0 < memory_limit_mb < math.inf:
+        raise InputError(f"--memory_limit_mb is {memory_limit_mb}, but it must be above 0, and finite")
+    if rows_per_file < 1:
+        raise InputError(f"rows_per_file is {rows_per_file}, but it must be at least 1")
     source = {
         "converter": "criteo",
         "files": [[path.name, path.stat().st_size] for path in paths],
         **dataclasses.asdict(spec),
         "rows_per_file": rows_per_file,
     }
-    if begin_dataset(out, source) is not None:
-        shutil.rmtree(work, ignore_errors=True)  # left if the last run was killed after it had written the card
-        raise InputError(f"{os.fspath(out)}: complete already; make it anew with --overwrite, or give another --out")
-    work.mkdir(exist_ok=True)
-    run = Run(
-        paths=paths,
-        out=Path(out),
-        work=work,
-        spec=spec,
-        journal=Journal(work / "journal.jsonl"),
-        max_reject_share=max_reject_share,
-        memory_limit=int(memory_limit_mb * 2**20),
-        rows_per_file=rows_per_file,
-        progress=progress or (lambda stage, done, total, lines: None),
-    )
+    with dataset_folder(out, source, overwrite=overwrite) as finished:
+        work = Path(out, WORK_FOLDER)
+        if finished:
+            shutil.rmtree(work, ignore_errors=True)  # left if the last run was killed after it had written the card
+            raise InputError(
+                f"{os.fspath(out)}: complete already; make it anew with --overwrite, or give another --out"
+            )
+        work.mkdir(exist_ok=True)
+        run = Run(
+            paths=paths,
+            out=Path(out),
+            work=work,
+            spec=spec,
+            journal=Journal(work / "journal.jsonl"),
+            max_reject_share=max_reject_share,
+            memory_limit=int(memory_limit_mb * 2**20),
+            rows_per_file=rows_per_file,
+            progress=progress or (lambda stage, done, total, lines: None),
+        )
+        card = _convert(run, source)
+        finish_dataset(card, out)
+        shutil.rmtree(work)
+    return card
+
+
+def _convert(run: Run, source: dict[str, Any]) -> DatasetCard:
     bounds = place_splits(run)
     num_lines = count_ids(run, bounds)
     draft = DatasetCard(
@@ -98,7 +115,4 @@ def prepare_criteo(
         splits={},
         source=source,
     )
-    card = write_rows(run, draft, bounds, num_lines)
-    finish_dataset(card, out)
-    shutil.rmtree(work)
-    return card
+    return write_rows(run, draft, bounds, num_lines)

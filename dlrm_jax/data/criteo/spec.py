@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dlrm_jax.data.input_files import check_distinct, reading
 from sharding.errors import InputError
 
 
@@ -43,17 +44,21 @@ def list_files(files: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Returns the files named, with the files of a folder in order of their names (day_2 before day_10).
 
     Raises:
-        InputError: A file does not exist or is empty, or none is given.
+        InputError: A file does not exist, cannot be read or is empty, one is given twice, or none is given.
     """
     paths: list[Path] = []
-    for path in map(Path, files):
-        inside = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")] if path.is_dir() else [path]
-        paths += sorted(inside, key=_natural_order)
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give the TSV files in order of time, or their folder")
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty; copy it again, or leave it out")
+    with reading():
+        for path in map(Path, files):
+            inside = (
+                [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")] if path.is_dir() else [path]
+            )
+            paths += sorted(inside, key=_natural_order)
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; give the TSV files in order of time, or their folder")
+            if not path.stat().st_size:
+                raise InputError(f"{path}: the file is empty; copy it again, or leave it out")
+        check_distinct(paths)
     if not paths:
         raise InputError(f"no input files in {[os.fspath(f) for f in files]}; give the TSV files in order of time")
     return paths
@@ -74,6 +79,8 @@ def check_spec(spec: CriteoSpec, paths: Sequence[Path]) -> None:
         raise InputError(f"--frequency_threshold is {spec.frequency_threshold}, but it must be at least 1")
     if spec.max_rows is not None and not 2 <= spec.max_rows <= 2**31:
         raise InputError(f"--max_rows is {spec.max_rows}, but it must lie in [2, 2^31]")
+    if not 0 <= spec.seed < 2**64:
+        raise InputError(f"--seed is {spec.seed}, but it must lie in [0, 2^64 - 1]")
     if not 0 < spec.evaluation_share < 1:
         raise InputError(f"--evaluation_share is {spec.evaluation_share}, but it must lie between 0 and 1")
     if spec.split == "last_file" and len(paths) < 2:

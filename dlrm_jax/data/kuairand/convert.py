@@ -3,12 +3,14 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn
+from dlrm_jax.data.input_files import reading
 from dlrm_jax.data.kuairand.features import (
     HISTORY_BAGS,
     PLAIN_BAGS,
@@ -24,12 +26,11 @@ from dlrm_jax.data.kuairand.features import (
 from dlrm_jax.data.kuairand.history import History, dense_history_names
 from dlrm_jax.data.kuairand.log import log_files, read_days, spill_days
 from dlrm_jax.data.kuairand.vocabulary import ValueCounts, Vocabulary
-from dlrm_jax.data.rejects import Rejects
-from dlrm_jax.data.resume import begin_dataset, finish_dataset
+from dlrm_jax.data.rejects import REJECTS_FILE, Rejects, check_share
+from dlrm_jax.data.resume import WORK_FOLDER, dataset_folder, finish_dataset
 from dlrm_jax.data.writer import ColumnStatistics, SplitWriter, dataset_schema, rows_per_group
 from sharding.errors import InputError
 
-WORK_FOLDER = ".prepare"
 _SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 
@@ -43,6 +44,7 @@ def prepare_kuairand(
     train_until: int = 20220504,
     validation_until: int = 20220505,
     max_reject_share: float = 0.01,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetCard:
     """Converts the published CSV files of KuaiRand-Pure, its standard-policy log.
@@ -65,24 +67,29 @@ def prepare_kuairand(
         train_until: Last ``date`` of the training split, as YYYYMMDD.
         validation_until: Last ``date`` of the validation split; what is later is the test split.
         max_reject_share: Share of malformed lines above which the run stops.
+        overwrite: Whether a dataset in the folder, or a part of one, is removed first.
         progress: Called with the rows done and the rows in all, where each row counts once for each of three passes.
 
     Returns:
         The dataset's card.
 
     Raises:
-        InputError: A file cannot be read or lacks a column, too many lines are malformed, a split is empty, a setting
-            is out of its limits, or the folder holds something else.
+        InputError: A file cannot be read, lacks a column or is there twice, too many lines are malformed, a split is
+            empty, a setting is out of its limits, the folder holds something else or cannot be written, another
+            process is writing it, or the disk is full.
     """
     if features not in ("plain", "full"):
         raise InputError(f"kuairand: features is {features!r}, but must be 'plain' or 'full'")
     if max_recent < 1 or min_count < 1:
         raise InputError(f"kuairand: max_recent {max_recent} and min_count {min_count} must be at least 1")
+    check_share(max_reject_share)
     folder, out = Path(source), Path(out)
-    files = log_files(folder)
-    for name in (USER_FILE, VIDEO_FILE):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; give the folder of the published CSV files")
+    with reading():
+        files = log_files(folder)
+        for name in (USER_FILE, VIDEO_FILE):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name}: no such file; give the folder of the published CSV files")
+        num_lines = sum(_count_lines(path) for path in files)
     settings = {
         "converter": "kuairand",
         "files": [[path.name, path.stat().st_size] for path in (*files, folder / USER_FILE, folder / VIDEO_FILE)],
@@ -92,50 +99,63 @@ def prepare_kuairand(
         "train_until": train_until,
         "validation_until": validation_until,
     }
-    finished = begin_dataset(out, settings)
-    if finished:
-        return finished
-    for left in (WORK_FOLDER, *_SPLITS):
-        shutil.rmtree(out / left, ignore_errors=True)
-    advance = _advance(progress, 3 * sum(_count_lines(path) for path in files))
-    try:
-        with Rejects(out / "rejects.csv", max_reject_share) as rejects:
-            users, videos = read_users(folder, rejects), read_videos(folder, rejects)
-            days = spill_days(files, out / WORK_FOLDER, rejects, advance)
-
-        def read_joined() -> Iterator[pl.DataFrame]:
-            later = pl.when(pl.col("date") <= validation_until).then(pl.lit("validation")).otherwise(pl.lit("test"))
-            split = pl.when(pl.col("date") <= train_until).then(pl.lit("train")).otherwise(later).alias("split")
-            for day in read_days(days):
-                yield join_features(day, users, videos).with_columns(split)
-
-        vocabularies, sizes = _count(read_joined(), min_count, advance)
-        for split in _SPLITS:
-            if not sizes[split]:
-                raise InputError(f"{folder}: no impression belongs to the {split} split; check the log's dates")
-        draft = DatasetCard(
-            name=f"kuairand-{features}",
-            dense=tuple(DenseColumn(name=name) for name in _dense_names(features)),
-            sparse=tuple(
-                SparseColumn(
-                    name=name,
-                    num_rows=vocabularies[shared].num_rows,
-                    bag=name in _bags(features),
-                    vocabulary=f"vocabulary/{shared}.parquet",
-                )
-                for name, shared in ({name: name for name in SINGLE_FEATURES} | _bags(features)).items()
-            ),
-            splits={},
-            source=settings,
-        )
-        for name, vocabulary in vocabularies.items():
-            vocabulary.write(out / "vocabulary" / f"{name}.parquet")
-        history = History(max_recent) if features == "full" else None
-        card = _write(read_joined(), out, draft, vocabularies, sizes, history, advance)
-    finally:
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    finish_dataset(card, out)
+    with dataset_folder(out, settings, overwrite=overwrite, resumable=False) as finished:
+        if finished:
+            return finished
+        for left in (WORK_FOLDER, *_SPLITS):
+            shutil.rmtree(out / left, ignore_errors=True)
+        try:
+            rejects = Rejects(out / REJECTS_FILE, max_reject_share)
+            card = _convert(folder, out, files, settings, rejects, _advance(progress, 3 * num_lines))
+        finally:
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        finish_dataset(card, out)
     return card
+
+
+def _convert(
+    folder: Path,
+    out: Path,
+    files: Sequence[Path],
+    settings: dict[str, Any],
+    rejects: Rejects,
+    advance: Callable[[int], None],
+) -> DatasetCard:
+    with rejects:
+        users, videos = read_users(folder, rejects), read_videos(folder, rejects)
+        days = spill_days(files, out / WORK_FOLDER, rejects, advance)
+
+    def read_joined() -> Iterator[pl.DataFrame]:
+        later = pl.when(pl.col("date") <= settings["validation_until"]).then(pl.lit("validation"))
+        split = pl.when(pl.col("date") <= settings["train_until"]).then(pl.lit("train"))
+        split = split.otherwise(later.otherwise(pl.lit("test"))).alias("split")
+        for day in read_days(days):
+            yield join_features(day, users, videos).with_columns(split)
+
+    features = settings["features"]
+    vocabularies, sizes = _count(read_joined(), settings["min_count"], advance)
+    for split in _SPLITS:
+        if not sizes[split]:
+            raise InputError(f"{folder}: no impression belongs to the {split} split; check the log's dates")
+    draft = DatasetCard(
+        name=f"kuairand-{features}",
+        dense=tuple(DenseColumn(name=name) for name in _dense_names(features)),
+        sparse=tuple(
+            SparseColumn(
+                name=name,
+                num_rows=vocabularies[shared].num_rows,
+                bag=name in _bags(features),
+                vocabulary=f"vocabulary/{shared}.parquet",
+            )
+            for name, shared in ({name: name for name in SINGLE_FEATURES} | _bags(features)).items()
+        ),
+        splits={},
+        source=settings,
+    )
+    for name, vocabulary in vocabularies.items():
+        vocabulary.write(out / "vocabulary" / f"{name}.parquet")
+    history = History(settings["max_recent"]) if features == "full" else None
+    return _write(read_joined(), out, draft, vocabularies, sizes, history, advance)
 
 
 def _bags(features: FeatureSet) -> dict[str, str]:

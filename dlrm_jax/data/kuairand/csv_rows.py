@@ -40,31 +40,35 @@ def read_csv_blocks(
         InputError: The file cannot be read, or lacks a column.
     """
     path = Path(path)
+    lines = _lines(path)
+    header = _fields(next(lines, "")) or []
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise InputError(f"{path}: column {missing[0]!r} is missing; the header has {header}")
+    places = [header.index(name) for name in columns]
+    rows: list[tuple[object, ...]] = []
+    for number, text in enumerate(lines, start=2):
+        fields = _fields(text)
+        if fields is None:
+            rejects.add(path, number, "quotes do not match", text)
+        elif len(fields) != len(header):
+            rejects.add(path, number, f"{len(fields)} fields instead of {len(header)}", text)
+        else:
+            rows.append((number, text.rstrip("\r\n"), *(fields[place] or None for place in places)))
+        if len(rows) == _LINES_PER_BLOCK:
+            yield _typed(rows, path, columns, rejects, required, faults)
+            rows = []
+    yield _typed(rows, path, columns, rejects, required, faults)
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
-        file = path.open(encoding="utf-8-sig", errors="replace", newline="\n")
+        with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+            yield from file
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); give the folder of the published files"
         ) from error
-    with file:
-        header = _fields(file.readline()) or []
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise InputError(f"{path}: column {missing[0]!r} is missing; the header has {header}")
-        places = [header.index(name) for name in columns]
-        rows: list[tuple[object, ...]] = []
-        for number, text in enumerate(file, start=2):
-            fields = _fields(text)
-            if fields is None:
-                rejects.add(path, number, "quotes do not match", text)
-            elif len(fields) != len(header):
-                rejects.add(path, number, f"{len(fields)} fields instead of {len(header)}", text)
-            else:
-                rows.append((number, text.rstrip("\r\n"), *(fields[place] or None for place in places)))
-            if len(rows) == _LINES_PER_BLOCK:
-                yield _typed(rows, path, columns, rejects, required, faults)
-                rows = []
-        yield _typed(rows, path, columns, rejects, required, faults)
 
 
 def _fields(text: str) -> list[str] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 
+from dlrm_jax.data.input_files import check_distinct
 from dlrm_jax.data.kuairand.csv_rows import read_csv_blocks
 from dlrm_jax.data.rejects import Rejects
 from sharding.errors import InputError
@@ -29,7 +30,7 @@ def log_files(source: str | Path) -> list[Path]:
     """Returns the log files of a folder, in order of name.
 
     Raises:
-        InputError: There is no such folder, or no log in it.
+        InputError: There is no such folder, no log in it, or one of them twice.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -37,6 +38,7 @@ def log_files(source: str | Path) -> list[Path]:
     files = sorted(folder.glob("log_standard*.csv"))
     if not files:
         raise InputError(f"{folder}: no log_standard*.csv there; give the folder of the published CSV files")
+    check_distinct(files)
     return files
 
 

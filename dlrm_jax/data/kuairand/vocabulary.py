@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 
 
 class ValueCounts:
@@ -66,4 +67,5 @@ class Vocabulary:
         """Writes the entries, and id 0 with a null value, as Parquet."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unknown = pl.DataFrame({"id": [0], "value": [None], "count": [0]}, schema=self.entries.schema)
-        pl.concat([unknown, self.entries]).write_parquet(path)
+        # Unlike polars, pyarrow says why it fails.
+        pq.write_table(pl.concat([unknown, self.entries]).to_arrow(), path, compression="zstd")
