@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.kernel_choice import check_kernels
 from dlrm_jax.model import DLRM
 from dlrm_jax.plan_choice import choose_chunks, choose_plan
 from sharding import Embeddings, KeyedJagged, ShardedTables
@@ -62,6 +63,8 @@ class Recommender:
             )
         self.config = config
         mesh = make_mesh(config.mesh.nodes, config.mesh.chips) if mesh is None else mesh
+        # Once before the planner takes its time, and once when it has said how wide rows are stored.
+        check_kernels(config.kernels, mesh)
         plan = choose_plan(config, card, mesh) if plan is None else plan
         self.tables = ShardedTables(
             table_specs,
@@ -73,6 +76,7 @@ class Recommender:
             forward_codec=config.exchange.forward,
             backward_codec=config.exchange.backward,
         )
+        check_kernels(config.kernels, mesh, self.tables.layout.groups)
         self.features = self.tables.feature_order
         self.card = dataclasses.replace(card, sparse=tuple(card.feature(name) for name in self.features))
         self._graph, self._abstract_params = nnx.split(nnx.eval_shape(self._build))
@@ -185,19 +189,14 @@ class Recommender:
         Raises:
             InputError: The samples do not divide over the devices, or lengths promise ids that are not there.
         """
-        num_ids = int(batch.ids.lengths.sum(dtype=np.int64))
-        if num_ids > batch.ids.capacity:
-            raise InputError(
-                f"lengths say that a batch has {num_ids} ids, but its values have room for {batch.ids.capacity}: give "
-                "as many values as lengths say"
-            )
         room = batch.ids.capacity if capacities is None else capacities.ids
         parts = dataclasses.replace(batch, ids=for_devices(batch.ids, self.num_local_devices, room))
-        return jax.tree.map(
+        whole = jax.tree.map(
             lambda part, sharding: jax.make_array_from_process_local_data(sharding, part),
             parts,
             self._shardings_like(parts),
         )
+        return dataclasses.replace(whole, ids=dataclasses.replace(whole.ids, parts=self.tables.num_devices))
 
     def abstract_batch(self, batch_size: int, ids_capacity: int, *, weighted: bool = False) -> Batch:
         """Shapes and shardings of a batch, to compile a step without data.
@@ -223,6 +222,7 @@ class Recommender:
                 lengths=jax.ShapeDtypeStruct((len(self.features), batch_size), jnp.int32),
                 weights=floats(ids_capacity) if weighted else None,
                 features=self.features,
+                parts=self.tables.num_devices,
             ),
             label=floats(batch_size),
             weight=floats(batch_size),

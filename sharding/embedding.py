@@ -394,4 +394,5 @@ def _specs(ids: KeyedJagged) -> KeyedJagged:
         lengths=second,
         weights=None if ids.weights is None else by_device,
         features=ids.features,
+        parts=ids.parts,
     )

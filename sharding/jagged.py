@@ -36,12 +36,14 @@ class KeyedJagged:
         weights: One weight beside each id, or None if no feature has weights (an unweighted feature beside a
             weighted one has weight 1).
         features: Names of the features, in the order of ``lengths``' first axis.
+        parts: Devices whose ids lie one device after the other, each with as much room: see `for_devices`.
     """
 
     values: Int[Any, "capacity ..."]
     lengths: Int[Any, "F b"]
     weights: Float[Any, " capacity"] | None = None
     features: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    parts: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def batch_size(self) -> int:
@@ -177,9 +179,12 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
         of them, the route reports what they need.
 
     Raises:
-        InputError: The samples do not divide, or the lengths are those of other ids; see also `check_arrays`.
+        InputError: The samples do not divide, the lengths are those of other ids, or devices have their parts already;
+            see also `check_arrays`.
     """
     check_arrays(ids)
+    if ids.parts != 1:
+        raise InputError(f"the batch is laid out for {ids.parts} devices already; give it as it was before")
     num_features, num_samples = ids.lengths.shape
     if ids.lengths.size and ids.lengths.min() < 0:
         raise InputError(f"a bag has {ids.lengths.min()} ids; lengths are counts, so give 0 or more")
@@ -207,4 +212,4 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
         values[target : target + count] = ids.values[source : source + count]
         if weights is not None and given is not None:
             weights[target : target + count] = given[source : source + count]
-    return dataclasses.replace(ids, values=values, weights=weights)
+    return dataclasses.replace(ids, values=values, weights=weights, parts=num_devices)

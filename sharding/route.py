@@ -58,7 +58,8 @@ class Routed:
         divisors: What each mean divides by, at home.
         invalid: Number of invalid ids, over all devices: those outside their table and those beyond their feature's
             max_ids. The first contribute nothing (a mean still counts them); where a bag is too long, no id of the
-            same group and device contributes. A caller that has not validated its ids must look at this.
+            same group and device contributes. A caller that has not validated its ids must look at this, where there is
+            no overflow.
         needs: The room that ids needed, the most of any device, in the order of `Capacities.as_needs`.
         overflow: Whether that is more than there was. Then some ids are missing here: do nothing with this, grow the
             capacities and route again.
@@ -81,7 +82,7 @@ def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layou
 
     Raises:
         InputError: A feature is missing from the batch, its arrays have other shapes or dtypes than their annotations
-            say, or do not divide over the devices.
+            say, do not divide over the devices, or are not in their order.
     """
     missing = sorted({feature.name for feature in features} - set(ids.features))
     if missing:
@@ -89,6 +90,11 @@ def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layou
     check_arrays(ids)
     if ids.values.ndim == 2 and not layout.wide:
         raise InputError("ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32")
+    if ids.parts != layout.num_devices:
+        raise InputError(
+            f"the batch is laid out for {ids.parts} devices, but there are {layout.num_devices}: give it to "
+            "ShardedTables.to_devices first"
+        )
     if ids.batch_size % layout.num_devices or ids.capacity % layout.num_devices:
         raise InputError(
             f"{ids.batch_size} samples with room for {ids.capacity} ids do not divide over {layout.num_devices} "

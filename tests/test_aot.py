@@ -195,6 +195,7 @@ def test_exchanges_of_eight_h200s_when_codes_travel_then_they_carry_the_bytes_of
         values=jax.ShapeDtypeStruct((10 * BATCH_SIZE,), "int32", sharding=sharding_on(mesh, BY_DEVICE)),
         lengths=jax.ShapeDtypeStruct((5, BATCH_SIZE), "int32", sharding=sharding_on(mesh, BY_DEVICE_SECOND)),
         features=tables.feature_order,
+        parts=tables.num_devices,
     )
     state, routed = tables.abstract_state(), jax.eval_shape(tables.route, ids)
     if backward:

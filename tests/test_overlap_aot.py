@@ -59,6 +59,7 @@ def lookup_beside_products(target: str) -> Timeline:
         values=shaped((2 * LONGEST_BAG * BATCH_SIZE,), "int32", BY_DEVICE),
         lengths=shaped((2, BATCH_SIZE), "int32", BY_DEVICE_SECOND),
         features=tables.feature_order,
+        parts=tables.num_devices,
     )
 
     def step(state, routed, x: Array, weights: Array):

@@ -127,8 +127,18 @@ def test_a_batch_that_does_not_divide_over_the_devices_then_refused() -> None:
     plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
     tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
     ids = jagged(lengths=np.ones((1, 3), np.int32))
-    assert_refused("3 samples with room for 4 ids do not divide over 2 devices", tables.route, ids)
+    of_two = dataclasses.replace(ids, parts=2)
+    assert_refused("3 samples with room for 4 ids do not divide over 2 devices", tables.route, of_two)
     assert_refused("3 samples do not divide over 2 devices", tables.to_devices, ids)
+
+
+def test_a_batch_that_is_not_laid_out_for_the_devices_then_refused() -> None:
+    plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
+    tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
+    assert_refused("the batch is laid out for 1 devices, but there are 2: give it to", tables.route, jagged())
+    ids = tables.to_devices(jagged())
+    assert_refused("the batch is laid out for 2 devices already", tables.to_devices, ids)
+    assert_refused("laid out for 2 devices, but there are 1", ShardedTables([TABLE], [FEATURE]).route, ids)
 
 
 @pytest.mark.parametrize(("nodes", "chips"), [(1, 10_000), (0, 1), (1, 0)])

@@ -75,7 +75,7 @@ def test_step_when_the_batch_is_bad_then_the_state_stays_that_of_the_last_good_s
 
 
 def test_batch_when_lengths_promise_more_ids_than_there_are_values_then_it_never_reaches_a_device(model, batches):
-    with pytest.raises(InputError, match=r"lengths say that a batch has \d+ ids, but its values have room for \d+"):
+    with pytest.raises(InputError, match=r"lengths add up to \d+ ids, but values has \d+"):
         model[0].to_devices(with_length(batches[0], 10_000))
 
 
