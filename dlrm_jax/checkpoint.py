@@ -18,7 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dlrm_jax.save_errors import check_room
 from dlrm_jax.train_state import TrainState
+from dlrm_jax.workdir import Workdir
 from sharding import InputError, ShardedTables
 from sharding.checkpoint import restore_tables, save_tables
 from sharding.mesh import REPLICATED, sharding_on
@@ -26,6 +28,8 @@ from sharding.mesh import REPLICATED, sharding_on
 # Checkpoints on their way out, since one that is half deleted must not look complete.
 _DELETED = "deleted"
 _RESIDUAL = "residual"
+# What orbax writes beside the numbers: names, shapes, shardings.
+_ROOM_FOR_METADATA = 2**17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class Checkpointer:
         Raises:
             InputError: There is nothing to read.
         """
+        self._workdir = Workdir(workdir.resolve())
+        self._read_only = read_only
         self._folder = workdir.resolve() / "tables"
         self._sharded_tables = tables
         path = workdir.resolve() / "checkpoints"
@@ -74,8 +80,8 @@ class Checkpointer:
                 ),
                 enable_async_checkpointing=False,
                 todelete_subdir=None if read_only else _DELETED,
+                # Its `read_only` does as much, and logs warnings each time.
                 cleanup_tmp_directories=not read_only,
-                read_only=read_only,
                 create=not read_only,
             ),
             item_handlers={"dense": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
@@ -110,10 +116,13 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)
         _wait_for_others(f"tables of step {step}")
         save_tables(self._sharded_tables, state.tables, folder)
+        leaves = _dense_leaves(state)
+        if jax.process_index() == 0:
+            check_room(self._workdir, sum(leaf.nbytes for leaf in leaves.values()) * 9 // 8 + _ROOM_FOR_METADATA)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                dense=ocp.args.StandardSave(_dense_leaves(state)),
+                dense=ocp.args.StandardSave(leaves),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
             # Only a new best carries a score, so the highest score is the best step's.
@@ -158,7 +167,10 @@ class Checkpointer:
         saved = self._restore(step, dense=ocp.args.StandardRestore(leaves))
         if residual is not None:
             saved["dense"][_RESIDUAL] = _shared_out(saved["dense"][_RESIDUAL], residual)
-        tables = restore_tables(self._sharded_tables, self._folder / str(step))
+        try:
+            tables = restore_tables(self._sharded_tables, self._folder / str(step))
+        except InputError as error:
+            raise InputError(f"{error}: {self._instead(step)}") from error
         without_tables = dataclasses.replace(abstract, tables=None)
         dense = jax.tree.unflatten(jax.tree.structure(without_tables), [saved["dense"][name] for name in leaves])
         return dataclasses.replace(dense, tables=tables)
@@ -203,9 +215,18 @@ class Checkpointer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise InputError(
-                f"{self._manager.directory}/{step}: is damaged ({reason}); remove this folder to go on from the "
-                "checkpoint before"
+                f"{self._manager.directory}/{step}: is damaged ({reason}); use another checkpoint: "
+                f"{self._instead(step)}"
             ) from error
+
+    def _instead(self, step: int) -> str:
+        """What to do without a checkpoint."""
+        others = [other for other in self.steps() if other != step]
+        if self._read_only:
+            return f"there are {others}" if others else "there is no other, so train again"
+        before = max((other for other in others if other < step), default=None)
+        goes_on = "train anew" if before is None else f"go on from step {before:,}"
+        return f"remove {self._manager.directory}/{step} to {goes_on}"
 
     def _remove_uncommitted(self) -> None:
         if jax.process_index() == 0:

@@ -1,7 +1,8 @@
 """Config: everything that an experiment is, and how it meets a dataset card."""
 
 import dataclasses
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import ModelConfig
@@ -12,6 +13,10 @@ from sharding.all_reduce import AllReduce
 from sharding.codec import Codec
 from sharding.errors import InputError
 from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
+
+# The largest settings that float32 holds, and the largest below 1.
+LARGEST = 3e38
+BELOW_ONE = 1.0 - 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,16 @@ class DataConfig:
     """Batches made ready ahead of the step."""
     threads: int = 2
     """Threads that read row groups."""
+
+    def next_batch_size(self, size: int, num_devices: int) -> int:
+        """The smallest batch size, from a given one on, that virtual shards and devices divide.
+
+        Args:
+            size: The given one.
+            num_devices: Devices.
+        """
+        both = math.lcm(self.virtual_shards, num_devices)
+        return -(-size // both) * both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,11 +125,14 @@ class ExchangeConfig:
     """Gradients of the dense part. bfloat16_feedback: what rounding takes is added to the next step's gradients."""
 
 
+DenseOptimizerName = Literal["sgd", "adagrad", "adam", "adamw", "lamb"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseOptimizerConfig:
     """How the MLPs learn (optax)."""
 
-    name: Literal["sgd", "adagrad", "adam", "adamw", "lamb"] = "adagrad"
+    name: DenseOptimizerName = "adagrad"
     """Update rule."""
     learning_rate: float = 0.01
     """Learning rate, before the schedule's multiplier."""
@@ -132,6 +150,8 @@ class DenseOptimizerConfig:
     """Largest norm of the dense gradients together; larger ones are scaled down. None: no limit."""
 
 
+BestBy = Literal["ne", "auc"]
+PipelineKind = Literal["none", "route", "stale"]
 OrderBy = Literal["estimates", "compiler"]
 
 
@@ -152,7 +172,7 @@ class TrainConfig:
     """Steps between evaluations; always one at the end of an epoch. None: only there."""
     early_stop: int | None = None
     """Stop after so many evaluations in a row without a better one. None: never."""
-    best_by: Literal["ne", "auc"] = "ne"
+    best_by: BestBy = "ne"
     """What makes an evaluation better: lower NE or higher AUC."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl and TensorBoard; the metrics are those of the steps since the last."""
@@ -160,7 +180,7 @@ class TrainConfig:
     """Steps between checkpoints. None: only where evaluation finds the best so far, and at the end."""
     keep_checkpoints: int = 2
     """Latest checkpoints that are kept beside the best."""
-    pipeline: Literal["none", "route", "stale"] = "route"
+    pipeline: PipelineKind = "route"
     """What of the next batch is done while a batch computes. route: its ids travel to their rows, which changes no bit
     of the results. stale: its rows are also looked up, before the batch's update, which changes results: each step
     trains on embeddings that lack the last update. none: nothing. A resumed run cannot change to stale or back."""
@@ -171,7 +191,8 @@ class TrainConfig:
     """On several GPUs, whose figures order a step's exchanges and arithmetic. estimates: ours, which hide more of the
     exchanges; the step is compiled twice. compiler: XLA's. Changes the speed alone."""
     profile: int | None = None
-    """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none."""
+    """Steps to trace soon after the start, into workdir/profile, for TensorBoard and Perfetto. None: none. They begin
+    after the three that compile, where so many steps follow these."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,13 +248,40 @@ class Config:
             if size % shards:
                 raise InputError(
                     f"data.{name} is {size}, which data.virtual_shards {shards} does not divide: "
-                    f"use {-(-size // shards) * shards}, or another number of virtual shards"
+                    f"use {self.data.next_batch_size(size, self.mesh.num_devices)}, or another number of virtual shards"
                 )
-        rate, clip = self.dense_optimizer.learning_rate, self.dense_optimizer.clip_norm
-        if not rate >= 0:
-            raise InputError(f"dense_optimizer.learning_rate is {rate}, but must be at least 0: raise it")
-        if clip is not None and not clip > 0:
-            raise InputError(f"dense_optimizer.clip_norm is {clip}, but must be above 0: raise it or leave it out")
+        for name, value, choices in (
+            ("kernels", self.kernels, (None, *get_args(Implementation))),
+            ("exchange.forward", self.exchange.forward, get_args(Codec)),
+            ("exchange.backward", self.exchange.backward, get_args(Codec)),
+            ("exchange.all_reduce", self.exchange.all_reduce, get_args(AllReduce)),
+            ("dense_optimizer.name", self.dense_optimizer.name, get_args(DenseOptimizerName)),
+            ("train.best_by", self.train.best_by, get_args(BestBy)),
+            ("train.pipeline", self.train.pipeline, get_args(PipelineKind)),
+            ("train.order_by", self.train.order_by, get_args(OrderBy)),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}, which is not known: use one of {', '.join(map(str, choices))}")
+        for name, low, high in (
+            ("learning_rate", 0.0, LARGEST),
+            ("weight_decay", 0.0, LARGEST),
+            ("momentum", 0.0, BELOW_ONE),
+            ("beta1", 0.0, BELOW_ONE),
+            ("beta2", 0.0, BELOW_ONE),
+            # Above 0, or a gradient of 0 divides 0 by 0.
+            ("eps", 1e-30, LARGEST),
+        ):
+            value = getattr(self.dense_optimizer, name)
+            if not low <= value <= high:
+                raise InputError(
+                    f"dense_optimizer.{name} is {value}, but must be at least {low} and at most {high}: change it"
+                )
+        clip = self.dense_optimizer.clip_norm
+        if clip is not None and not 0 < clip <= LARGEST:
+            raise InputError(
+                f"dense_optimizer.clip_norm is {clip}, but must be above 0 and at most {LARGEST}: change it or leave "
+                "it out"
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}, but must be at least 0 and below 2**32: choose another")
 
@@ -247,7 +295,7 @@ class Config:
         free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
         free |= {"mesh.nodes", "mesh.chips", "plan", "kernels"}
         fixed = {"train.eval_split", "train.best_by"}
-        flat = _flatten(dataclasses.asdict(self))
+        flat = flatten(dataclasses.asdict(self))
         identity = {
             name: value
             for name, value in flat.items()
@@ -259,14 +307,20 @@ class Config:
     def facts(self) -> dict[str, Any]:
         """The settings that all processes of a job must share, by dotted name: all but those of a machine."""
         own = {"data.path", "data.prefetch", "data.threads"}
-        return {name: value for name, value in _flatten(dataclasses.asdict(self)).items() if name not in own}
+        return {name: value for name, value in flatten(dataclasses.asdict(self)).items() if name not in own}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dictionaries as one, by dotted name, without the stated card.
+
+    Args:
+        tree: The tree.
+        prefix: Before each name.
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     flat = {name: value for name, value in flat.items() if not name.startswith("stated.")}

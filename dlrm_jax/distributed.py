@@ -22,6 +22,7 @@ import jax
 # JAX has no public name for the client of its coordination service.
 from jax._src.distributed import global_state
 
+from dlrm_jax.save_errors import SaveError
 from sharding.errors import InputError
 
 # A process that is silent for so long has died, and the others end.
@@ -213,7 +214,7 @@ def ending_together(*agreed: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if num_processes() == 1:
             raise
-        if isinstance(error, InputError):
+        if isinstance(error, (InputError, SaveError)):
             print(f"error: process {process_id()}: {error}", file=sys.stderr)
         elif any(sign in str(error).lower() for sign in _LOST_PEER):
             reason = str(error).splitlines()[0][:200]

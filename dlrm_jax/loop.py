@@ -5,6 +5,7 @@ best score and early stopping come from the checkpoint's progress; metrics logge
 logged again. So a run that is killed and started again ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from rich.console import Console
 
 from dlrm_jax.checkpoint import Checkpointer, Progress
 from dlrm_jax.config import Config
+from dlrm_jax.config_notes import without_effect
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.folder_lock import exclusive
 from dlrm_jax.distributed import check_same, code_version, gather, num_processes, process_id, together
 from dlrm_jax.evaluate import DivergedError, evaluate
 from dlrm_jax.metrics import Metrics
@@ -24,7 +27,8 @@ from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps, Window
 from dlrm_jax.report import RunLog, draw_curves, logged_metrics, result_table, write_result
-from dlrm_jax.sources import Source, card_of, open_split
+from dlrm_jax.save_errors import saving
+from dlrm_jax.sources import Source, card_of, check_parts, open_split
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.trace import StepTrace
 from dlrm_jax.train_state import NON_FINITE, TrainState, abstract_train_state, init_train_state, make_dense_optimizer
@@ -70,28 +74,45 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
         How it ended.
 
     Raises:
-        InputError: Config, data and workdir cannot be used together; nothing has been written then.
+        InputError: Config, data and workdir cannot be used together, or another process trains in the workdir;
+            nothing has been written then.
         TrainingError: Loss, a gradient or a prediction became infinite or NaN.
+        SaveError: A checkpoint or metrics cannot be written, as on a full disk.
     """
     writes = process_id() == 0
     console = (console or Console(stderr=True)) if writes else Console(quiet=True)
     check_same(code_version() | config.facts())
-    with together():
-        card = card_of(config)
-    # Processes that know the same take the same way, also where they plan and measure together.
-    check_same({"the dataset's card": dataclasses.asdict(card)})
-    split = config.train.eval_split
-    with together():
-        recommender = Recommender(config, card, mesh=mesh)
-        source = open_split(recommender, "train", training=True)
-        judged = None if split is None else open_split(recommender, split, training=False)
-    check_same({"the plan": recommender.tables.plan.to_json()})
     workdir = Workdir(config.workdir)
-    with together():
-        if writes:
-            workdir.claim(config, recommender.card)
-    with Checkpointer(workdir.path, recommender.tables, keep=config.train.keep_checkpoints) as checkpointer:
-        return _Run(config, recommender, source, judged, workdir, checkpointer, console).run()
+    split = config.train.eval_split
+    with contextlib.ExitStack() as until_end:
+        with together():
+            if writes:
+                # Processes of one job share the folder, and one of them keeps other jobs out.
+                until_end.enter_context(exclusive(workdir.path, what="training", instead="another --workdir"))
+            card = card_of(config)
+            check_parts(
+                config.data,
+                config.mesh.num_devices if mesh is None else mesh.devices.size,
+                num_processes(),
+                batches=["batch_size"] if split is None else ["batch_size", "eval_batch_size"],
+            )
+        for line in without_effect(config):
+            console.print(f"note: {line}", highlight=False, soft_wrap=True)
+        # Processes that know the same take the same way, also where they plan and measure together.
+        check_same({"the dataset's card": dataclasses.asdict(card)})
+        with together():
+            recommender = Recommender(config, card, mesh=mesh)
+            source = open_split(recommender, "train", training=True)
+            judged = None if split is None else open_split(recommender, split, training=False)
+        check_same({"the plan": recommender.tables.plan.to_json()})
+        with together():
+            if writes:
+                workdir.claim(config, recommender.card)
+        with (
+            saving(workdir),
+            Checkpointer(workdir.path, recommender.tables, keep=config.train.keep_checkpoints) as checkpointer,
+        ):
+            return _Run(config, recommender, source, judged, workdir, checkpointer, console).run()
 
 
 class _Run:
@@ -129,6 +150,8 @@ class _Run:
         ended: Ended = "all steps"
         writes = process_id() == 0
         profiled = self._settings.profile if writes else None
+        if self._settings.profile is not None and step >= self._last_step:
+            self._console.print("note: train.profile has no effect: no step is left to trace", highlight=False)
         log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step, writes=writes)
         with log, StopSignal(self._recommender.tables.mesh) as stop:
             self._log = log
@@ -146,7 +169,9 @@ class _Run:
                 )
                 # The steps own the state, since each is donated to the next.
                 del state
-                with StepTrace(self._workdir.path / "profile", first_step=step + 1, steps=profiled) as trace:
+                with StepTrace(
+                    self._workdir.path / "profile", first_step=step + 1, last_step=self._last_step, steps=profiled
+                ) as trace:
                     progress, ended = self._steps(steps, pipeline, progress, stop, trace)
                 step = steps.step
         evaluations = self._evaluations

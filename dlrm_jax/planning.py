@@ -106,7 +106,7 @@ def planning_input(config: Config, card: DatasetCard, num_devices: int) -> Plann
     if batch_size % num_devices:
         raise InputError(
             f"data.batch_size is {batch_size}, which {num_devices} devices do not divide: use "
-            f"{-(-batch_size // num_devices) * num_devices}"
+            f"{config.data.next_batch_size(batch_size, num_devices)}, or another number of devices"
         )
     return PlanningInput(
         tables=tables,

@@ -4,6 +4,7 @@ Letters: n rows of a table, B samples of a batch.
 """
 
 import dataclasses
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,21 +16,25 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from dlrm_jax.checkpoint import Checkpointer
-from dlrm_jax.config import MeshConfig
+from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.data.row_groups import columns_of
 from dlrm_jax.data.validate import validate_schema
 from dlrm_jax.data.writer import dataset_schema
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.metrics import Metrics
+from dlrm_jax.plan_choice import choose_plan
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import open_split
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.workdir import Workdir
+from pallas_kernels.implementations import Implementation
 from sharding import InputError, KeyedJagged
 from sharding.jagged import check_arrays, ids_of_values
+from sharding.mesh import make_mesh
 
 
 class Predictor:
@@ -51,6 +56,7 @@ class Predictor:
         checkpoint: int | Literal["best", "latest"] = "best",
         mesh: MeshConfig | None = None,
         plan: str | None = None,
+        kernels: Implementation | None = None,
     ):
         """Restores a checkpoint.
 
@@ -59,14 +65,15 @@ class Predictor:
             checkpoint: Which one: the best evaluated (the latest, if none was evaluated), the latest, or by its step.
             mesh: Devices; one unless given, wherever it was trained.
             plan: File of a sharding plan; the planner's on several devices unless given.
+            kernels: Implementation of lookups; the best for the devices unless given.
 
         Raises:
             InputError: The folder is not that of a run, or has no such checkpoint.
         """
         self._workdir = Workdir(Path(workdir))
         config, card = self._workdir.read()
-        config = dataclasses.replace(config, mesh=mesh or MeshConfig(), plan=plan)
-        self.recommender = Recommender(config, card)
+        config = _on_mesh(dataclasses.replace(config, mesh=mesh or MeshConfig(), plan=plan, kernels=kernels))
+        self.recommender = _recommender(config, card)
         optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
         with Checkpointer(self._workdir.path, self.recommender.tables, read_only=True) as checkpointer:
             self.step = _choose(checkpointer, checkpoint, self._workdir.path)
@@ -136,12 +143,31 @@ class Predictor:
         return evaluate(self._predictions, self.state.dense_params, self.state.tables, source)
 
 
+def _on_mesh(config: Config) -> Config:
+    """The config with evaluation batches that the mesh divides, which need not be that of the training."""
+    size = config.data.next_batch_size(config.data.eval_batch_size, config.mesh.num_devices)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=size))
+
+
+def _recommender(config: Config, card: DatasetCard) -> Recommender:
+    """The model, its plan made for a training batch that the mesh divides."""
+    size = config.data.next_batch_size(config.data.batch_size, config.mesh.num_devices)
+    planned = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+    mesh = make_mesh(config.mesh.nodes, config.mesh.chips)
+    return Recommender(config, card, mesh=mesh, plan=choose_plan(planned, card, mesh))
+
+
 def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "latest"], path: Path) -> int:
     steps = checkpointer.steps()
     if not steps:
         raise InputError(f"{path}: has no complete checkpoint yet; train with scripts/train.py first")
-    if isinstance(checkpoint, int):
-        return checkpoint
+    if checkpoint not in ("best", "latest"):
+        try:
+            return operator.index(checkpoint)
+        except TypeError:
+            raise InputError(
+                f"checkpoint is {checkpoint!r}, but must be 'best', 'latest' or the step of one; there are {steps}"
+            ) from None
     best = checkpointer.progress(steps[-1]).best_step
     return best if checkpoint == "best" and best in steps else steps[-1]
 

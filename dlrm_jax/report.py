@@ -1,8 +1,10 @@
 """What a person sees of a run: progress, metrics files, the picture of the curves, the table of results."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+
+# Protobuf makes these names as it is imported, unseen by type checkers.
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.workdir import Workdir
 
+# TensorBoard shows a run so long after it happens, at most.
+_SECONDS_BETWEEN_FLUSHES = 30
 _SHOWN = ("auc", "ne", "log_loss", "accuracy", "calibration")
 
 
@@ -40,7 +48,7 @@ class RunLog:
         if writes:
             kept = [line for line in read_log(workdir) if line["step"] <= first_step]
             _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
-            self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=first_step + 1)
+            self._board = _Board(workdir.path / "tensorboard", first_step=first_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,11 +66,13 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Stops the bar and closes the files."""
         self._progress.stop()
         if self._board is not None:
-            self._board.close()
+            # What ended the run is not hidden behind a full disk.
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._board.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step."""
@@ -90,9 +100,7 @@ class RunLog:
         if self._board is not None:
             with self._file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            for name, value in figures.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.add(step, split, figures)
         speed = f", {more['samples_per_second']:,.0f} samples/s" if "samples_per_second" in more else ""
         summary = f"{split} NE {metrics.ne:.4f}, AUC {metrics.auc:.4f}{speed}"
         if split == "train":
@@ -100,6 +108,44 @@ class RunLog:
         if split != "train" or not self._console.is_terminal:
             self._progress.update(self._evaluation, visible=False)
             self._console.print(f"step {step:>8,}: {summary}", highlight=False)
+
+
+class _Board:
+    """The figures of a run for TensorBoard.
+
+    tensorboardX's `SummaryWriter` would write in a thread, which dies of a full disk and leaves training waiting.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        """Begins a file.
+
+        Args:
+            folder: Its folder.
+            first_step: First step that it may tell of; what older files say of later ones is void.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        self._write(first_step, session_log=SessionLog(status=SessionLog.SessionStatus.START))
+
+    def add(self, step: int, split: str, figures: dict[str, Any]) -> None:
+        """Adds the figures of a step that are finite."""
+        values = [
+            Summary.Value(tag=f"{split}/{name}", simple_value=value)
+            for name, value in figures.items()
+            if math.isfinite(value)
+        ]
+        self._write(step, summary=Summary(value=values))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._events.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_log(workdir: Workdir) -> list[dict[str, Any]]:

@@ -1,17 +1,20 @@
 """Where a config's samples come from: a dataset on disk, or random batches."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
 
 import jax
 
-from dlrm_jax.config import Config
+from dlrm_jax.config import Config, DataConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, read_card
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.recommender import Recommender
 from sharding import InputError
+
+BatchSize = Literal["batch_size", "eval_batch_size"]
 
 
 class Source(Protocol):
@@ -49,6 +52,31 @@ def card_of(config: Config) -> DatasetCard:
     return config.stated
 
 
+def check_parts(data: DataConfig, num_devices: int, num_processes: int, *, batches: Sequence[BatchSize]) -> None:
+    """Raises InputError unless batches divide over the devices, and the order of samples over the processes.
+
+    Args:
+        data: Batch sizes and virtual shards.
+        num_devices: Devices of all processes.
+        num_processes: Processes.
+        batches: Which batches are wanted.
+    """
+    # First, since another number of virtual shards may ask for other batch sizes.
+    if data.path is not None and data.virtual_shards % num_processes:
+        fitting = -(-data.virtual_shards // num_processes) * num_processes
+        raise InputError(
+            f"data.virtual_shards is {data.virtual_shards}, which {num_processes} processes do not divide: choose "
+            f"another number of processes, or for a new run {fitting} virtual shards (another order of samples)"
+        )
+    for name in batches:
+        size = getattr(data, name)
+        if size % num_devices:
+            raise InputError(
+                f"data.{name} is {size}, which {num_devices} devices do not divide: use "
+                f"{data.next_batch_size(size, num_devices)}, or another number of devices"
+            )
+
+
 def open_split(recommender: Recommender, split: str, *, training: bool, path: str | None = None) -> Source:
     """Opens a split of the dataset of a model's config: this process's part of each batch.
 
@@ -66,14 +94,11 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
     """
     config = recommender.config
     data = config.data
-    batch_size = data.batch_size if training else data.eval_batch_size
     path = path or data.path
     first, own, everyone = _part_of(recommender)
-    if batch_size % everyone:
-        raise InputError(
-            f"data.{'batch_size' if training else 'eval_batch_size'} is {batch_size}, which {everyone} devices do not "
-            f"divide: use {-(-batch_size // everyone) * everyone}"
-        )
+    name: BatchSize = "batch_size" if training else "eval_batch_size"
+    check_parts(dataclasses.replace(data, path=path), everyone, everyone // own, batches=[name])
+    batch_size = getattr(data, name)
     if path is None:
         samples = range(batch_size * first // everyone, batch_size * (first + own) // everyone)
         return RandomBatches(
@@ -83,11 +108,6 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
             batch_size=batch_size,
             seed=config.seed,
             samples=samples,
-        )
-    if data.virtual_shards % (everyone // own):
-        raise InputError(
-            f"data.virtual_shards is {data.virtual_shards}, which {everyone // own} processes do not divide: choose "
-            "another number of processes (another number of virtual shards would change the order of samples)"
         )
     # The step and its benchmarks run where grain is not installed.
     from dlrm_jax.data.loader import Loader

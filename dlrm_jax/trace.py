@@ -15,17 +15,20 @@ _STEPS_BEFORE = 3
 class StepTrace:
     """Traces steps, once a run. A context manager: what is under way when training ends is written, too."""
 
-    def __init__(self, folder: Path, *, first_step: int, steps: int | None):
+    def __init__(self, folder: Path, *, first_step: int, last_step: int, steps: int | None):
         """Traces nothing yet.
 
         Args:
             folder: Where the trace is written.
             first_step: Number of the run's first step.
-            steps: Steps to trace, from the fourth step of the run on; None or 0 for none.
+            last_step: Number of its last step.
+            steps: Steps to trace; None or 0 for none. They begin with the fourth step of the run, or earlier where it
+                ends too soon for that.
         """
         self._folder = folder
-        self._begin = first_step + _STEPS_BEFORE
-        self._last = self._begin + (steps or 0) - 1
+        steps = steps or 0
+        self._begin = max(first_step, min(first_step + _STEPS_BEFORE, last_step - steps + 1))
+        self._last = self._begin + steps - 1
         self._running = False
 
     def __enter__(self) -> "StepTrace":

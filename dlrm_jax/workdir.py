@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
-from dlrm_jax.config import Config
+from dlrm_jax.config import Config, flatten
 from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.data.folder_lock import LOCK_FILE
+from dlrm_jax.data.write_errors import naming_folder
 from sharding.errors import InputError
 
 _CONFIG_FILE = "config.json"
@@ -56,24 +58,23 @@ class Workdir:
         partial = path.with_suffix(".partial")
         identity = {"config": _plain(config.identity()), "card": _plain(_card_identity(card))}
         if path.is_file():
-            if self._has_checkpoint():
-                self._compare(path, identity)
-        elif self.path.is_dir() and any(file != partial for file in self.path.iterdir()):
+            if self.checkpoint_steps():
+                self._compare(path, identity, _plain(flatten(dataclasses.asdict(config))))
+        elif self.path.is_dir() and any(file not in (partial, self.path / LOCK_FILE) for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty, and not the folder of a run; choose another --workdir")
         body = {
             **identity,
             "experiment": _plain(dataclasses.asdict(config)),
             "dataset": _plain(dataclasses.asdict(card)),
         }
-        try:
+        with naming_folder(self.path, instead="another --workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(body, indent=1) + "\n")
             partial.replace(path)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another --workdir") from error
 
-    def _has_checkpoint(self) -> bool:
-        return any(folder.name.isdigit() for folder in (self.path / "checkpoints").glob("*"))
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(int(folder.name) for folder in (self.path / "checkpoints").glob("*") if folder.name.isdigit())
 
     def read(self) -> tuple[Config, DatasetCard]:
         """Reads the experiment that the folder belongs to.
@@ -95,15 +96,21 @@ class Workdir:
         except (KeyError, msgspec.ValidationError) as error:
             raise InputError(f"{path}: written by another version ({error}); train again in a new --workdir") from error
 
-    def _compare(self, path: Path, identity: dict[str, Any]) -> None:
+    def _compare(self, path: Path, identity: dict[str, Any], settings: dict[str, Any]) -> None:
         saved = self._decode(path)
+        # What is no part of an identity may be a setting all the same, such as a pipeline that is not stale.
+        known = {"config": (flatten(saved.get("experiment", {})), settings), "card": ({}, {})}
         for part, what in (("config", ""), ("card", "dataset ")):
             was, now = saved.get(part, {}), identity[part]
             for field in sorted(set(was) | set(now)):
                 if was.get(field) != now.get(field):
+                    before, after = (
+                        _brief(values, field)
+                        for values in ({**more, **values} for more, values in zip(known[part], (was, now), strict=True))
+                    )
                     raise InputError(
-                        f"{self.path}: holds a run with {what}{field} = {_brief(was.get(field))}, but now it is "
-                        f"{_brief(now.get(field))}: choose another --workdir, or restore the setting"
+                        f"{self.path}: holds a run with {what}{field} = {before}, but now it is {after}: choose "
+                        "another --workdir, or restore the setting"
                     )
 
     def _decode(self, path: Path) -> dict[str, Any]:
@@ -128,6 +135,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
+def _brief(values: dict[str, Any], field: str) -> str:
+    """A value as the command line takes it, or that there is none."""
+    if field not in values:
+        return "not there"
+    text = "None" if values[field] is None else json.dumps(values[field])
     return text if len(text) <= 80 else text[:77] + "..."

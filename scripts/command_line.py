@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
@@ -24,6 +26,8 @@ from sharding import InputError
 
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
+# What tyro says of a dictionary's flag.
+_BAD_PAIRS = re.compile(r"Error parsing --([\w.]+): Failed to parse key-value pairs")
 # Tables with settings of their own, beyond which these are no flags: tyro takes seconds for thousands of flags.
 _MOST_TABLES = 100
 
@@ -112,15 +116,36 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
     Raises:
         InputError: An unknown flag, or a missing or unusable value.
     """
-    with one_line_errors():
-        parsed, unknown = tyro.cli(
-            target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
-        )
+    try:
+        with one_line_errors():
+            parsed, unknown = tyro.cli(
+                target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
+            )
+    except InputError as error:
+        found = _BAD_PAIRS.match(str(error))
+        if found is None:
+            raise
+        raise InputError(_pairs_wanted(target, found[1], arguments)) from None
     if unknown:
         flag = unknown[0].partition("=")[0]
         nearest = _nearest(flag, [f"--{name}" for name in known])
         raise InputError(f"there is no flag {flag!r}{nearest}; --help lists all flags")
     return parsed
+
+
+def _pairs_wanted(target: type[Any], name: str, arguments: Sequence[str]) -> str:
+    """What the flag of a dictionary takes, and what it was given: tyro says only that this is wrong."""
+    flag = f"--{name}"
+    start = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == flag)
+    more = itertools.takewhile(lambda word: not word.startswith("--"), arguments[start + 1 :])
+    given = " ".join([arguments[start], *more])
+    own = {field.name for field in dataclasses.fields(target)}
+    kind: Any = target
+    for part in name.split(".") if name.partition(".")[0] in own else ("config", *name.split(".")):
+        kind = get_type_hints(kind)[part]
+    _, of_values = get_args(kind)
+    values = f"one of {', '.join(get_args(of_values))}" if get_origin(of_values) is Literal else "what belongs to it"
+    return f"{given}: {flag} takes pairs of a name and {values}; --help lists all flags"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

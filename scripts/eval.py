@@ -19,6 +19,7 @@ from dlrm_jax.config import MeshConfig
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.predict import Predictor
 from dlrm_jax.report import result_table
+from pallas_kernels.implementations import Implementation
 from scripts.command_line import configure_jax, parse_flags
 from scripts.one_line_errors import run
 
@@ -39,6 +40,8 @@ class Arguments:
     """Devices to evaluate on, which need not be those of the training."""
     plan: str | None = None
     """File of a sharding plan for them; the planner's unless given."""
+    kernels: Implementation | None = None
+    """Implementation of lookups; the best for the devices unless given."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parse_flags(Arguments, arguments, known=flags)
     configure_jax(given.mesh)
     split = given.split
-    predictor = Predictor(given.workdir, checkpoint=given.checkpoint, mesh=given.mesh, plan=given.plan)
+    predictor = Predictor(
+        given.workdir, checkpoint=given.checkpoint, mesh=given.mesh, plan=given.plan, kernels=given.kernels
+    )
     metrics = predictor.evaluate(split, path=given.data)
     rows: dict[str, Metrics | dict[str, float]] = {f"{predictor.step:,}": metrics}
     attainable = predictor.recommender.card.attainable.get(split)

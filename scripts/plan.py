@@ -32,6 +32,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.data.write_errors import naming_folder
 from dlrm_jax.planning import PlanningInput, planning_input
 from dlrm_jax.sources import card_of
 from dlrm_jax.target_report import bytes_table
@@ -88,6 +89,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parse_with_config(Arguments, arguments, __doc__ or "")
     if given.timeline is not None and not given.compile:
         raise InputError("--timeline draws the compiled step: give --compile, too")
+    if given.most_tables < 0:
+        raise InputError(f"--most_tables is {given.most_tables}, but must be at least 0: raise it")
+    _check_files(given)
     topology, mesh = _target(given)
     config = dataclasses.replace(given.config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     card = _card(config)
@@ -102,9 +106,11 @@ def main(arguments: Sequence[str]) -> None:
     console.print(plan_report(result, described.tables, most_tables=given.most_tables))
     console.print(f"{topology.name}: planned in {seconds:.1f} s", highlight=False)
     if given.out is not None:
-        result.plan.save(given.out)
+        with naming_folder(given.out, instead="another --out"):
+            result.plan.save(given.out)
     if given.picture is not None:
-        draw_plan(result, given.picture)
+        with naming_folder(given.picture, instead="another --picture"):
+            draw_plan(result, given.picture)
     estimate = result.cost.storage.total
     if estimate > result.memory_limit:
         raise InputError(
@@ -130,7 +136,32 @@ def main(arguments: Sequence[str]) -> None:
         console.print(timeline_report(timeline, config.data.batch_size))
         console.print(f"compiled in {seconds:.1f} s", highlight=False)
         if given.timeline is not None:
-            draw_timeline(timeline, given.timeline)
+            with naming_folder(given.timeline, instead="another --timeline"):
+                draw_timeline(timeline, given.timeline)
+
+
+def _check_files(given: Arguments) -> None:
+    """Raises InputError unless files can be written where they are to be, before planning and compiling take time."""
+    for flag, path, drawn in (
+        ("--out", given.out, False),
+        ("--picture", given.picture, True),
+        ("--timeline", given.timeline, True),
+    ):
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: there is no folder {path.parent}; make it, or give another {flag}")
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: is a folder; give a file in it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{flag} {path}: cannot be written; give another {flag}")
+        if drawn:
+            # Only pictures need matplotlib, which takes a second to import.
+            from matplotlib.figure import Figure
+
+            formats = sorted(Figure().canvas.get_supported_filetypes())
+            if path.suffix.removeprefix(".").lower() not in formats:
+                raise InputError(f"{flag} {path}: its ending is none of a picture: use one of {', '.join(formats)}")
 
 
 def _card(config: Config) -> DatasetCard:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from dlrm_jax.distributed import ending_together, join, together
 from dlrm_jax.loop import TrainingError, train
+from dlrm_jax.save_errors import SaveError
 from scripts.command_line import configure_jax, parse_config, take_processes
 from scripts.one_line_errors import run
 
@@ -30,4 +31,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, TrainingError)
+    run(main, TrainingError, SaveError)

@@ -106,6 +106,7 @@ class ShardingPlan:
             tree = json.loads(text)
             if tree["format"] != _FORMAT:
                 raise ValueError(f"its format is {tree['format']}, this version reads {_FORMAT}")
+            _check_keys(tree, ("format", "nodes", "chips", "placements"))
             placements = tuple(_placement_from_json(entry) for entry in tree["placements"])
             return cls(nodes=_whole(tree, "nodes"), chips=_whole(tree, "chips"), placements=placements)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -140,15 +141,26 @@ def _placement_to_json(placement: Placement) -> dict[str, Any]:
 
 
 def _placement_from_json(entry: dict[str, Any]) -> Placement:
+    where, kinds = f"table {entry['table']!r}: ", get_args(PlacementKind)
+    if entry["kind"] not in kinds:
+        raise ValueError(f"{where}placement {entry['kind']!r} is not one of {', '.join(kinds)}")
     owner = _OWNER.get(entry["kind"])
+    _check_keys(entry, ("table", "kind", "returns", "slices"), where)
     slices = []
     for piece in entry["slices"]:
+        _check_keys(piece, ("columns",) if owner is None else ("columns", owner), where)
         first, stop = piece["columns"]
         if type(first) is not int or type(stop) is not int:
-            raise ValueError(f"table {entry['table']!r}: columns {piece['columns']} are not two whole numbers")
+            raise ValueError(f"{where}columns {piece['columns']} are not two whole numbers")
         held_by = None if owner is None else _whole(piece, owner)
         slices.append(Slice(first_column=first, num_columns=stop - first, owner=held_by))
     return Placement(table=str(entry["table"]), kind=entry["kind"], slices=tuple(slices), returns=entry.get("returns"))
+
+
+def _check_keys(tree: dict[str, Any], known: Sequence[str], where: str = "") -> None:
+    odd = [key for key in tree if key not in known]
+    if odd:
+        raise ValueError(f"{where}there is no {odd[0]!r} here, only {', '.join(known)}")
 
 
 def _whole(tree: dict[str, Any], name: str) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,11 +10,26 @@ import pytest
 import tiny
 
 from configs import CONFIGS
-from dlrm_jax.config import EmbeddingConfig, TableConfig, make_specs
+from dlrm_jax.config import (
+    Config,
+    DataConfig,
+    DenseOptimizerConfig,
+    EmbeddingConfig,
+    MeshConfig,
+    TableConfig,
+    TrainConfig,
+    make_specs,
+)
+from dlrm_jax.config_notes import without_effect
 from dlrm_jax.data.card import SparseColumn
+from dlrm_jax.kernel_choice import check_kernels
+from dlrm_jax.model import ModelConfig
 from dlrm_jax.recommender import Recommender
+from dlrm_jax.sources import check_parts
 from dlrm_jax.workdir import Workdir
+from pallas_kernels.target import interpreting
 from sharding import InputError
+from sharding.mesh import make_mesh
 
 CARD = tiny.card()
 
@@ -59,10 +75,24 @@ def test_config_when_it_states_its_features_then_a_model_without_parameters_is_m
         ("data.batch_size", 66, "data.batch_size is 66, which data.virtual_shards 4 does not divide: use 68"),
         ("data.eval_batch_size", 2, "data.eval_batch_size is 2, which data.virtual_shards 4 does not divide: use 4"),
         ("train.epochs", 0, "train.epochs is 0"),
+        ("train.pipeline", "stal", "train.pipeline is 'stal', which is not known: use one of none, route, stale"),
+        ("kernels", "cuda", "kernels is 'cuda', which is not known: use one of None, cpu, mosaic_gpu"),
+        ("exchange.forward", "int4", "exchange.forward is 'int4'"),
         ("train.log_every", -1, "train.log_every is -1"),
         ("train.keep_checkpoints", 0, "train.keep_checkpoints is 0"),
         ("dense_optimizer.learning_rate", float("nan"), "dense_optimizer.learning_rate is nan"),
         ("dense_optimizer.clip_norm", 0.0, "dense_optimizer.clip_norm is 0.0"),
+        (
+            "dense_optimizer.clip_norm",
+            float("inf"),
+            "dense_optimizer.clip_norm is inf, but must be above 0 and",
+        ),
+        ("dense_optimizer.name", "adagrd", "dense_optimizer.name is 'adagrd', which is not known: use one of sgd, ada"),
+        ("dense_optimizer.beta1", 1.5, "dense_optimizer.beta1 is 1.5, but must be at least 0.0 and at most 0.99999"),
+        ("dense_optimizer.beta2", 1.0, "dense_optimizer.beta2 is 1.0, but must be at least 0.0 and at most 0.99999"),
+        ("dense_optimizer.momentum", -1.0, "dense_optimizer.momentum is -1.0, but must be at least 0.0 and at most"),
+        ("dense_optimizer.weight_decay", -1.0, "dense_optimizer.weight_decay is -1.0, but must be at least 0.0 and"),
+        ("dense_optimizer.eps", 0.0, "dense_optimizer.eps is 0.0, but must be at least 1e-30 and at most 3e+38"),
         ("seed", 2**32, "seed is 4294967296"),
         ("schedule.warmup_steps", -1, "schedule.warmup_steps is -1"),
         ("model.top_mlp", (8, 2), "model.top_mlp"),
@@ -73,6 +103,38 @@ def test_config_when_a_setting_is_out_of_its_limits_then_one_line_names_field_va
         replaced(tiny.config(None, Path("run")), field, value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("mesh", "use"), [(1, 1088), (3, 1152), (5, 1280)])
+def test_batch_size_when_it_does_not_divide_then_the_one_advised_suits_virtual_shards_and_devices(mesh, use):
+    config = tiny.config(None, Path("run"))
+    config = dataclasses.replace(config, mesh=MeshConfig(chips=mesh))
+    with pytest.raises(InputError, match=f"virtual_shards 64 does not divide: use {use}, or"):
+        dataclasses.replace(config, data=DataConfig(batch_size=1026))
+    data = DataConfig(batch_size=use, eval_batch_size=data_of_devices(mesh).eval_batch_size)
+    check_parts(dataclasses.replace(config, data=data).data, mesh, 1, batches=["batch_size", "eval_batch_size"])
+
+
+def data_of_devices(devices: int) -> DataConfig:
+    """Batches of the default sizes, as the errors for so many devices advise."""
+    data = DataConfig(batch_size=1024)
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(data, name) % devices:
+            with pytest.raises(InputError) as error:
+                check_parts(data, devices, 1, batches=[name])
+            advised = re.findall(r"devices do not divide: use (\d+), or another number of devices", str(error.value))
+            data = dataclasses.replace(data, **{name: int(advised[0])})
+    return data
+
+
+def test_virtual_shards_when_processes_do_not_divide_them_then_what_is_advised_suits_all_three():
+    data = DataConfig(path="data", batch_size=1152, eval_batch_size=4224)
+    with pytest.raises(InputError, match=r"3 processes do not divide: .* for a new run 66 virtual shards"):
+        check_parts(data, 3, 3, batches=["batch_size"])
+    wider = dataclasses.replace(data, virtual_shards=66)
+    sizes = {name: wider.next_batch_size(getattr(data, name), 3) for name in ("batch_size", "eval_batch_size")}
+    assert sizes == {"batch_size": 1188, "eval_batch_size": 4224}
+    check_parts(dataclasses.replace(wider, **sizes), 3, 3, batches=["batch_size", "eval_batch_size"])
 
 
 def test_specs_when_features_share_a_table_then_it_has_the_rows_of_the_largest_and_its_own_settings():
@@ -131,6 +193,57 @@ def test_model_when_a_feature_is_unpooled_then_the_error_names_it():
         Recommender(dataclasses.replace(config, embedding=embedding), CARD)
 
 
+def test_model_when_its_kernels_are_for_other_devices_then_one_line_says_which_are_for_these():
+    config = tiny.config(None, Path("run"))
+    with pytest.raises(InputError, match="kernels: implementation 'mosaic_tpu' is none for cpu; use cpu, xla, or None"):
+        Recommender(dataclasses.replace(config, kernels="mosaic_tpu"), CARD)
+    Recommender(dataclasses.replace(config, kernels="xla"), CARD)
+
+
+def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
+    default = TableConfig(dim=8, dtype="bfloat16", rounding="split")
+    config = replaced(tiny.config(None, Path("run")), "embedding", EmbeddingConfig(default=default))
+    groups = Recommender(config, CARD).tables.layout.groups
+    mesh = make_mesh()
+    with interpreting("NVIDIA A100-SXM4-40GB"), pytest.raises(InputError, match="kernels need an H100 or later"):
+        check_kernels("mosaic_gpu", mesh)
+    with interpreting("NVIDIA H200"):
+        check_kernels("mosaic_gpu", mesh, groups)
+    with interpreting("TPU v5"):
+        check_kernels("mosaic_tpu", mesh)
+        with pytest.raises(InputError, match="'mosaic_tpu' cannot serve this call: split weights are not served"):
+            check_kernels("mosaic_tpu", mesh, groups)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({}, []),
+        ({"train": TrainConfig(early_stop=2, eval_split=None)}, ["train.early_stop 2 has no effect: train.eval_split"]),
+        (
+            {"dense_optimizer": DenseOptimizerConfig(name="adagrad", momentum=0.9, beta1=0.5)},
+            ["dense_optimizer.momentum 0.9 has no effect", "dense_optimizer.beta1 0.5 has no effect"],
+        ),
+        ({"dense_optimizer": DenseOptimizerConfig(name="sgd", momentum=0.9)}, []),
+        ({"model": ModelConfig(bottom_mlp=(8,), top_mlp=(1,), cross_rank=8)}, ["model.cross_rank 8 has no effect"]),
+        (
+            {"embedding": EmbeddingConfig(tables={"item": TableConfig(beta2=0.5, rounding="stochastic")})},
+            ["embedding.tables.item.beta2 0.5 has no effect", "embedding.tables.item.rounding stochastic has no eff"],
+        ),
+    ],
+)
+def test_settings_when_others_leave_them_without_effect_then_a_line_each_says_so(settings, lines):
+    config = Config(name="any", **{"model": ModelConfig(bottom_mlp=(8,), top_mlp=(1,)), **settings})
+    noted = list(without_effect(config))
+    assert len(noted) == len(lines)
+    assert all(note.startswith(line) for note, line in zip(noted, lines, strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_when_built_then_no_setting_is_without_effect(name):
+    assert list(without_effect(CONFIGS[name]())) == []
+
+
 @pytest.fixture
 def claimed(tmp_path):
     """A config, and its workdir with a checkpoint."""
@@ -150,11 +263,13 @@ def claimed(tmp_path):
         ("model.top_mlp", (16, 1), "model.top_mlp = [8, 1], but now it is [16, 1]"),
         ("dense_optimizer.name", "sgd", 'dense_optimizer.name = "adam", but now it is "sgd"'),
         ("embedding.default.learning_rate", 0.5, "embedding.default.learning_rate = 0.05, but now it is 0.5"),
-        ("embedding.tables", {}, "embedding.tables.item.beta1 = 0.9, but now it is null"),
+        ("embedding.tables", {}, "embedding.tables.item.beta1 = 0.9, but now it is not there"),
         ("schedule.warmup_steps", 7, "schedule.warmup_steps = 6, but now it is 7"),
         ("exchange.forward", "int8", 'exchange.forward = "float32", but now it is "int8"'),
         ("exchange.backward", "bfloat16", 'exchange.backward = "float32", but now it is "bfloat16"'),
+        ("dense_optimizer.clip_norm", None, "dense_optimizer.clip_norm = 1.0, but now it is None"),
         ("train.best_by", "auc", 'train.best_by = "ne", but now it is "auc"'),
+        ("train.pipeline", "stale", 'train.pipeline = "route", but now it is "stale"'),
     ],
 )
 def test_workdir_when_the_experiment_is_another_then_it_refuses_naming_the_field_and_writes_nothing(

@@ -1,6 +1,7 @@
 """The training loop: when it ends, what it keeps, what it writes."""
 
 import dataclasses
+import io
 import json
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import tiny
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from dlrm_jax import loop
@@ -22,6 +24,7 @@ from dlrm_jax.predict import Predictor
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.report import read_log
 from dlrm_jax.sources import card_of
+from dlrm_jax.trace import StepTrace
 from dlrm_jax.workdir import Workdir
 from sharding import InputError
 
@@ -169,6 +172,31 @@ def test_run_when_it_has_no_evaluation_and_stops_before_its_first_log_line_then_
     result = tiny.train_quietly(tiny.config(data, tmp_path / "run", eval_split=None, max_steps=2))
     assert (result.step, result.best_step, result.best, result.last) == (2, None, None, None)
     assert Predictor(tmp_path / "run").step == 2
+
+
+@pytest.mark.parametrize(
+    ("last_step", "steps", "traced"),
+    [(100, 3, [14, 15, 16]), (15, 3, [13, 14, 15]), (13, 3, [11, 12, 13]), (12, 3, [11, 12]), (100, None, [])],
+)
+def test_trace_when_a_run_is_short_then_its_last_steps_are_traced(monkeypatch, tmp_path, last_step, steps, traced):
+    running, seen = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: running.append(True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", running.pop)
+    with StepTrace(tmp_path, first_step=11, last_step=last_step, steps=steps) as trace:
+        for number in range(11, last_step + 1):
+            with trace.step(number):
+                seen += [number] * len(running)
+            trace.finish(number, ())
+    assert (seen, running) == (traced, [])
+
+
+def test_settings_when_they_have_no_effect_then_training_says_so_first(data, tmp_path):
+    config = tiny.config(data, tmp_path / "run", early_stop=2, eval_split=None)
+    printed = io.StringIO()
+    with pytest.raises(InputError, match="is none for cpu"):
+        loop.train(dataclasses.replace(config, kernels="mosaic_gpu"), console=Console(file=printed))
+    assert printed.getvalue().startswith("note: train.early_stop 2 has no effect: train.eval_split is None")
+    assert not (tmp_path / "run").exists()
 
 
 def test_split_when_all_its_labels_are_equal_then_undefined_metrics_are_null(tmp_path):

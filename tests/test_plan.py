@@ -152,6 +152,19 @@ def test_columns_that_do_not_divide_then_refused(count: int) -> None:
         (lambda tree: tree["placements"][0]["slices"][0].update(columns=[0]), "is not a sharding plan"),
         (lambda tree: tree["placements"][0]["slices"][0].update(columns=[0, 1.5]), "are not two whole numbers"),
         (lambda tree: tree["placements"].append(7), "is not a sharding plan"),
+        (lambda tree: tree.update(node=2), "there is no 'node' here, only format, nodes, chips, placements"),
+        (
+            lambda tree: tree["placements"][0].update(return_="rows"),
+            "'t': there is no 'return_' here, only table, kind",
+        ),
+        (
+            lambda tree: tree["placements"][0]["slices"][0].update(node=1),
+            "'t': there is no 'node' here, only columns,",
+        ),
+        (
+            lambda tree: tree["placements"][0].update(kind="rowwise"),
+            "'t': placement 'rowwise' is not one of table",
+        ),
     ],
 )
 def test_a_damaged_file_then_refused_by_name(change, message: str, tmp_path: Path) -> None:

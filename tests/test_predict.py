@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import logging
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -76,8 +79,58 @@ def test_probabilities_when_the_checkpoint_is_restored_on_a_mesh_then_they_are_t
     # Sums of the dense part may be cut differently for another batch size.
     for count in (1, 100):
         np.testing.assert_allclose(spread.predict(ROWS[:count]), predictor.predict(ROWS[:count]), rtol=1e-5)
-    with pytest.raises(InputError, match=r"batch_size is 64, which 3 devices do not divide: use 66"):
-        Predictor(predictor._workdir.path, mesh=MeshConfig(chips=3))
+
+
+def test_predictor_when_its_devices_do_not_divide_the_batches_of_the_training_then_it_evaluates_all_the_same(predictor):
+    odd = Predictor(predictor._workdir.path, mesh=MeshConfig(chips=3))
+    assert odd.evaluate("test").log_loss == pytest.approx(predictor.evaluate("test").log_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("bset", "checkpoint is 'bset', but must be 'best', 'latest' or the step of one; there are [6]"),
+        (None, "checkpoint is None, but must be"),
+        (6.0, "checkpoint is 6.0, but must be"),
+        (np.int64(7), "no checkpoint of step 7"),
+    ],
+)
+def test_predictor_when_there_is_no_such_checkpoint_then_one_line_says_which_there_are(predictor, checkpoint, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Predictor(predictor._workdir.path, checkpoint=checkpoint)
+
+
+def test_predictor_when_made_then_nothing_is_logged_and_the_folder_stays_as_it_is(predictor, caplog):
+    folder = predictor._workdir.path
+    before = sorted((path, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")])
+    with caplog.at_level("WARNING"):
+        logging.getLogger("absl").addHandler(caplog.handler)
+        try:
+            assert Predictor(folder, checkpoint=6).step == 6
+        finally:
+            logging.getLogger("absl").removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert sorted((path, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]) == before
+
+
+def test_predictor_when_the_run_had_kernels_of_another_device_then_it_takes_those_of_this_one(predictor, tmp_path):
+    folder = shutil.copytree(predictor._workdir.path, tmp_path / "run")
+    path = folder / "config.json"
+    body = json.loads(path.read_text())
+    body["experiment"]["kernels"] = "mosaic_tpu"
+    path.write_text(json.dumps(body))
+    assert Predictor(folder).recommender.config.kernels is None
+    with pytest.raises(InputError, match="implementation 'mosaic_tpu' is none for cpu; use cpu, xla, or None"):
+        Predictor(folder, kernels="mosaic_tpu")
+
+
+def test_checkpoint_when_it_is_damaged_then_the_error_of_prediction_names_no_removal_but_the_others(
+    predictor, tmp_path
+):
+    folder = shutil.copytree(predictor._workdir.path, tmp_path / "run")
+    (folder / "tables" / "6" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"not a complete folder .*; use another checkpoint: there is no other, so tr"):
+        Predictor(folder)
 
 
 @pytest.mark.parametrize(

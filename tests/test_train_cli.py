@@ -1,7 +1,9 @@
 """scripts/train.py: its flags, and one line for each thing that it cannot use."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,7 +19,9 @@ import tiny
 
 from configs import CONFIGS
 from dlrm_jax.data.card import DenseColumn, SparseColumn, write_card
+from dlrm_jax.data.folder_lock import exclusive
 from dlrm_jax.loop import TrainingError
+from dlrm_jax.save_errors import SaveError
 from scripts import train as train_script
 from scripts.command_line import parse_config
 from scripts.one_line_errors import run
@@ -34,7 +38,7 @@ def train(monkeypatch, capsys):
         code = 0
         try:
             with jax.numpy_dtype_promotion("standard"):  # optax's Adam
-                run(train_script.main, TrainingError)
+                run(train_script.main, TrainingError, SaveError)
         except SystemExit as stop:
             code = int(str(stop.code))
         lines = capsys.readouterr().err.splitlines()
@@ -110,6 +114,12 @@ def test_help_when_asked_without_a_config_then_all_configs_are_listed(train, cap
         (["quickstart", "--data.batch_size", "many"], "--data.batch_size: invalid literal for int()"),
         (["quickstart", "--train.epochs"], "Missing value for argument '--train.epochs'"),
         (["quickstart", "--train.best_by", "f1"], "invalid choice 'f1' for argument '--train.best_by'"),
+        (
+            ["quickstart", "--embedding.pooling", "id_0", "mean", "bag_0", "median", "--seed", "1"],
+            "--embedding.pooling id_0 mean bag_0 median: --embedding.pooling takes pairs of a name and one of sum, m",
+        ),
+        (["quickstart", "--embedding.shared", "t"], "--embedding.shared t: --embedding.shared takes pairs of a name"),
+        (["quickstart", "--kernels", "mosaic"], "invalid choice 'mosaic' for argument '--kernels'"),
         (["quickstart", "--data.batch_size", "100"], "data.batch_size is 100, which data.virtual_shards 64 does not"),
         (["quickstart", "--data.path", "/nowhere"], "/nowhere/card.json: no dataset card there"),
         (["quickstart", "--data.path", "None"], "config 'quickstart' needs a dataset"),
@@ -286,7 +296,7 @@ def chunk_of(workdir: Path) -> Path:
     ("spoil", "more", "message"),
     [
         (lambda run: flip_a_byte(chunk_of(run)), [], "is damaged (DATA_LOSS"),
-        (lambda run: chunk_of(run).unlink(), [], "); use another checkpoint"),
+        (lambda run: chunk_of(run).unlink(), [], "); use another checkpoint: remove "),
         (lambda run: chunk_of(run).write_bytes(b"x"), [], "is damaged ("),
         (lambda run: (run / "tables/2/manifest.json").unlink(), [], "manifest.json: not a complete folder of tables"),
         (lambda run: (run / "tables/2/manifest.json").write_text("[]"), [], 'no "stores" and "tables" in it'),
@@ -320,7 +330,9 @@ def test_checkpoint_when_it_is_damaged_or_anothers_then_one_line_names_it(
     assert message in lines[0]
     # The checkpoint before is whole.
     if "checkpoint" in message or "manifest" in message:
-        shutil.rmtree(workdir / "checkpoints" / "2")
+        folder = workdir / "checkpoints" / "2"
+        assert lines[0].endswith(f"; use another checkpoint: remove {folder} to go on from step 1")
+        shutil.rmtree(folder)
         assert train(*flags(data, workdir, "--train.max_steps", 3))[0] == 0
 
 
@@ -330,6 +342,45 @@ def test_loss_when_it_is_not_finite_then_the_script_exits_1_with_one_line_that_n
     assert len(lines) == 1
     assert lines[0].startswith("error: step 2: loss or a gradient is not finite")
     assert "the checkpoint of step 1 is intact" in lines[0]
+
+
+def test_workdir_when_another_process_trains_there_then_one_line_names_it_and_nothing_changes(train, data, trained):
+    before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
+    with exclusive(trained, what="training", instead="another --workdir"):
+        code, lines = train(*flags(data, trained))
+    assert code == 2
+    assert len(lines) == 1
+    assert f"{trained}: another process is training there" in lines[0]
+    assert lines[0].endswith("give another --workdir")
+    assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
+
+
+def test_kernels_when_they_are_for_other_devices_then_one_line_says_so_and_nothing_is_written(train, data, tmp_path):
+    code, lines = train(*flags(data, tmp_path / "run", "--kernels", "mosaic_tpu"))
+    assert (code, lines) == (2, ["error: kernels: implementation 'mosaic_tpu' is none for cpu; use cpu, xla, or None"])
+    assert not (tmp_path / "run").exists()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", ["metrics", "checkpoint"])
+def test_disk_when_it_is_full_then_the_script_exits_1_with_one_line_that_says_where_it_goes_on(
+    train, data, trained, tmp_path, monkeypatch, at
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    if at == "metrics":
+        (workdir / "metrics.jsonl.partial").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    code, lines = train(*flags(data, workdir, "--train.max_steps", 3))
+    assert code == 1
+    assert lines == [
+        f"error: {workdir}: the disk is full (No space left on device); make room there, and the same command goes on "
+        "from step 2"
+    ]
+    assert kill9.committed(workdir) == {1, 2}
 
 
 def test_initial_values_when_their_file_is_missing_then_one_line_names_it_and_another_file_may_follow(
