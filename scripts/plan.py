@@ -200,6 +200,9 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
     path = given.config.plan
     plan = None
     if path is not None:
+        asked = [flag for flag in ("pin", "forbid", "returns", "together") if getattr(given, flag)]
+        if asked:
+            raise InputError(f"--{asked[0]} would not change the plan of --plan {path}: leave one of them out")
         # Before the planner takes its time.
         plan = ShardingPlan.load(path)
         check_plan(plan, described.tables, topology.nodes, topology.chips)

@@ -115,6 +115,10 @@ def test_a_plan_when_its_table_is_pinned_then_it_is_there(plan, tmp_path):
         (("--topology", "h200:1x2", "--forbid", "cat_0=rowwise"), "is not one of table_wise"),
         (("--topology", "h200:1x2", "--returns", "cat_0=row"), "is not one of partial_sums, rows"),
         (("--topology", "h200:1x2", "--plan", "missing.json"), "cannot be read"),
+        (
+            ("--topology", "h200:1x2", "--plan", "missing.json", "--forbid", "cat_0=row_wise"),
+            "--forbid would not change the plan of --plan missing.json: leave one of them out",
+        ),
         (("--topology", "h200:1x3"), "use 2112, or another number of devices"),
         (("--topology", "h200:1x2", "--out", "/nowhere/plan.json"), "--out /nowhere/plan.json: there is no folder /no"),
         (("--topology", "h200:1x2", "--out", "/"), "--out /: is a folder; give a file in it"),
