@@ -49,7 +49,7 @@ class Records(NamedTuple):
 
 
 def records_of(ids: KeyedJagged, group: Group) -> Records:
-    """Finds the owner and the row of each id of a group's features.
+    """Finds the owner and the row of each id of a group's features; of none, where the device has not room for all.
 
     Args:
         ids: A device's part of the batch.
@@ -59,7 +59,9 @@ def records_of(ids: KeyedJagged, group: Group) -> Records:
     num_records = values.shape[0]
     offsets = offsets_of(lengths.reshape(-1))
     bags = bags_of_ids(offsets, num_records)
-    present = jnp.arange(num_records) < offsets[-1]
+    # Where some had no room, it is not known whose the others are: none is sent, lest all ask one owner for room.
+    has_room = jnp.sum(ids.lengths, dtype=jnp.int32) <= ids.capacity
+    present = (jnp.arange(num_records) < offsets[-1]) & has_room
     last_lookup = len(group.lookups) - 1
     lookups = jnp.minimum(bags // max(ids.batch_size, 1), last_lookup)
     # An id in several shards is counted in its first.
@@ -144,12 +146,12 @@ def _of_records(of_lookups: np.ndarray, lookups: Int32[Array, " n"]) -> Array:
 def _misplaced_ids(
     ids: KeyedJagged, lengths: Int32[Array, "U b"], group: Group, first: np.ndarray
 ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-    """Ids in bags that are too long, and whether that, or ids beyond the room, leaves unsaid whose the others are."""
+    """Ids in bags that are too long, and whether that leaves unsaid whose the others are."""
     limits = [lookup.feature.max_ids for lookup in group.lookups]
     longest = np.array([NO_ROW if limit is None else limit for limit in limits], np.int32)
     excess = jnp.abs(lengths - jnp.clip(lengths, 0, longest[:, None]))
     too_many = jnp.sum(excess * first[:, None].astype(np.int32), dtype=jnp.int32)
-    return too_many, (too_many > 0) | (jnp.sum(ids.lengths, dtype=jnp.int32) > ids.capacity)
+    return too_many, too_many > 0
 
 
 def _select(ids: KeyedJagged, group: Group) -> tuple[Array, Float[Array, " n"] | None, Int32[Array, "U b"]]:

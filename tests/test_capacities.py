@@ -79,6 +79,20 @@ def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(i
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_ids_that_were_cut_off_at_home_then_no_more_room_is_asked_for_than_all_take() -> None:
+    ids = batch(1)
+    whole = tables().to_devices(ids)
+    enough = np.asarray(tables().route(whole).needs)
+    capacities = dataclasses.replace(
+        tables().sufficient_capacities(SAMPLES, whole.capacity // DEVICES), ids=enough[0] - 1
+    )
+    routed = tables().route(tables().to_devices(ids, capacities.ids), capacities)
+    assert routed.overflow
+    assert routed.needs[0] == enough[0]
+    assert routed.invalid == 0
+    assert (np.asarray(routed.needs) <= enough).all()
+
+
 @pytest.mark.parametrize("rounds", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_an_exchange_in_rounds_then_the_same_bits(rounds: int) -> None:
     ids = batch(4, rows=20)
