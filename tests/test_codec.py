@@ -150,8 +150,8 @@ SUMMED = tuple(
     dataclasses.replace(feature, pooling="sum") if feature.pooling == "mean" else feature for feature in FEATURES
 )
 PAIRS = [
-    ("float16", "bfloat16"),
     ("int8", "float8"),
+    pytest.param("float16", "bfloat16", marks=pytest.mark.slow),
     pytest.param("bfloat16", "float16", marks=pytest.mark.slow),
     pytest.param("float8", "int8", marks=pytest.mark.slow),
 ]

@@ -187,6 +187,16 @@ def slow_unless_mixed(*layouts: tuple[int, int, str]) -> Any:
     return pytest.param(*layouts, id="-".join(map(str, layouts)), marks=() if mixed else pytest.mark.slow)
 
 
+# Those that compile programs of their own for each: one that is not slow.
+one_mixed = pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=str(layout), marks=() if layout == (2, 4, "mixed") else pytest.mark.slow)
+        for layout in LAYOUTS
+    ],
+)
+
+
 @pytest.mark.parametrize(("source", "target"), [slow_unless_mixed(*pair) for pair in PAIRS])
 def test_tables_restored_on_another_plan_and_mesh_then_the_same_rows(saved, monkeypatch, source, target) -> None:
     small_buffers(monkeypatch)
@@ -223,7 +233,7 @@ def stored(array: LineArray, rows: Mapping[str, np.ndarray]) -> np.ndarray:
     return by_device.reshape(-1, array.line_elements)
 
 
-@pytest.mark.parametrize("layout", [slow_unless_mixed(layout) for layout in LAYOUTS])
+@one_mixed
 def test_initial_rows_on_any_plan_then_those_of_one_device(layout) -> None:
     tables, one = tables_on(*layout), tables_on(1, 1, "table_wise")
     alone = one.init()
@@ -233,7 +243,7 @@ def test_initial_rows_on_any_plan_then_those_of_one_device(layout) -> None:
         np.testing.assert_array_equal(np.asarray(state.weights[name]), stored(array, rows))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "mixed" in layout], ids=str)
+@one_mixed
 def test_rows_written_then_those_and_nothing_else_change(monkeypatch, layout) -> None:
     monkeypatch.setattr("sharding.rows.BLOCK_BYTES", 8000)
     tables, random = tables_on(*layout), np.random.default_rng(2)

@@ -162,9 +162,9 @@ def test_script_when_it_gets_sigterm_then_it_saves_and_exits_0_and_resumes_to_th
     tiny.assert_identical(tiny.restore(stopped), tiny.restore(straight))
 
 
-def test_run_when_killed_three_times_then_it_ends_with_the_same_bits(tmp_path):
-    outcome = kill9.compare_with_uninterrupted(tmp_path, kills=3, epochs=2, seed=1)
-    assert outcome.kills == 3
+def test_run_when_killed_twice_then_it_ends_with_the_same_bits(tmp_path):
+    outcome = kill9.compare_with_uninterrupted(tmp_path, kills=2, epochs=2, seed=1)
+    assert outcome.kills == 2
     assert outcome.in_saves >= 1
 
 
