@@ -12,11 +12,9 @@ from pallas_kernels.rounding import Rounding
 from sharding.all_reduce import AllReduce
 from sharding.codec import Codec
 from sharding.errors import InputError
-from sharding.tables import FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
+from sharding.tables import RULE_LIMITS, FeatureSpec, Initializer, Pooling, RowOptimizerName, StorageDtype, TableSpec
 
-# The largest settings that float32 holds, and the largest below 1.
-LARGEST = 3e38
-BELOW_ONE = 1.0 - 2.0**-24
+BatchSize = Literal["batch_size", "eval_batch_size"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +45,15 @@ class DataConfig:
         """
         both = math.lcm(self.virtual_shards, num_devices)
         return -(-size // both) * both
+
+    def check_devices(self, name: BatchSize, num_devices: int) -> None:
+        """Raises InputError unless so many devices divide the samples of a batch, given by its name here."""
+        size = getattr(self, name)
+        if size % num_devices:
+            raise InputError(
+                f"data.{name} is {size}, which {num_devices} devices do not divide: use "
+                f"{self.next_batch_size(size, num_devices)}, or another number of devices"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,24 +269,16 @@ class Config:
         ):
             if value not in choices:
                 raise InputError(f"{name} is {value!r}, which is not known: use one of {', '.join(map(str, choices))}")
-        for name, low, high in (
-            ("learning_rate", 0.0, LARGEST),
-            ("weight_decay", 0.0, LARGEST),
-            ("momentum", 0.0, BELOW_ONE),
-            ("beta1", 0.0, BELOW_ONE),
-            ("beta2", 0.0, BELOW_ONE),
-            # Above 0, or a gradient of 0 divides 0 by 0.
-            ("eps", 1e-30, LARGEST),
-        ):
+        for name, (low, high) in {**RULE_LIMITS, "momentum": RULE_LIMITS["beta1"]}.items():
             value = getattr(self.dense_optimizer, name)
             if not low <= value <= high:
                 raise InputError(
                     f"dense_optimizer.{name} is {value}, but must be at least {low} and at most {high}: change it"
                 )
-        clip = self.dense_optimizer.clip_norm
-        if clip is not None and not 0 < clip <= LARGEST:
+        clip, (_, largest) = self.dense_optimizer.clip_norm, RULE_LIMITS["learning_rate"]
+        if clip is not None and not 0 < clip <= largest:
             raise InputError(
-                f"dense_optimizer.clip_norm is {clip}, but must be above 0 and at most {LARGEST}: change it or leave "
+                f"dense_optimizer.clip_norm is {clip}, but must be above 0 and at most {largest}: change it or leave "
                 "it out"
             )
         if not 0 <= self.seed < 2**32:

@@ -19,7 +19,6 @@ from pallas_kernels.interaction import num_pairs
 from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.cost_settings import CostSettings, DenseLoad
-from sharding.errors import InputError
 from sharding.layout import Layout, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.plan import ShardingPlan
@@ -103,11 +102,7 @@ def planning_input(config: Config, card: DatasetCard, num_devices: int) -> Plann
     """
     tables, features = make_specs(config.embedding, card)
     batch_size = config.data.batch_size
-    if batch_size % num_devices:
-        raise InputError(
-            f"data.batch_size is {batch_size}, which {num_devices} devices do not divide: use "
-            f"{config.data.next_batch_size(batch_size, num_devices)}, or another number of devices"
-        )
+    config.data.check_devices("batch_size", num_devices)
     return PlanningInput(
         tables=tables,
         features=features,

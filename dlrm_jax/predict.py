@@ -19,13 +19,11 @@ from dlrm_jax.checkpoint import Checkpointer
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.data.row_groups import columns_of
 from dlrm_jax.data.validate import validate_schema
 from dlrm_jax.data.writer import dataset_schema
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.metrics import Metrics
-from dlrm_jax.plan_choice import choose_plan
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import open_split
@@ -34,7 +32,6 @@ from dlrm_jax.workdir import Workdir
 from pallas_kernels.implementations import Implementation
 from sharding import InputError, KeyedJagged
 from sharding.jagged import check_arrays, ids_of_values
-from sharding.mesh import make_mesh
 
 
 class Predictor:
@@ -73,7 +70,7 @@ class Predictor:
         self._workdir = Workdir(Path(workdir))
         config, card = self._workdir.read()
         config = _on_mesh(dataclasses.replace(config, mesh=mesh or MeshConfig(), plan=plan, kernels=kernels))
-        self.recommender = _recommender(config, card)
+        self.recommender = Recommender(config, card)
         optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
         with Checkpointer(self._workdir.path, self.recommender.tables, read_only=True) as checkpointer:
             self.step = _choose(checkpointer, checkpoint, self._workdir.path)
@@ -144,17 +141,10 @@ class Predictor:
 
 
 def _on_mesh(config: Config) -> Config:
-    """The config with evaluation batches that the mesh divides, which need not be that of the training."""
-    size = config.data.next_batch_size(config.data.eval_batch_size, config.mesh.num_devices)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=size))
-
-
-def _recommender(config: Config, card: DatasetCard) -> Recommender:
-    """The model, its plan made for a training batch that the mesh divides."""
-    size = config.data.next_batch_size(config.data.batch_size, config.mesh.num_devices)
-    planned = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
-    mesh = make_mesh(config.mesh.nodes, config.mesh.chips)
-    return Recommender(config, card, mesh=mesh, plan=choose_plan(planned, card, mesh))
+    """The config with batches that the mesh divides, which need not be that of the training."""
+    data, devices = config.data, config.mesh.num_devices
+    sizes = {name: data.next_batch_size(getattr(data, name), devices) for name in ("batch_size", "eval_batch_size")}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **sizes))
 
 
 def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "latest"], path: Path) -> int:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dlrm_jax.data.write_errors import FULL
 from dlrm_jax.workdir import Workdir
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Tensorstore, and orbax with it, puts the file and what the operating system said into a ValueError's text.
 _FULL_STATUS = "RESOURCE_EXHAUSTED: "
 
@@ -37,7 +37,7 @@ def saving(workdir: Workdir) -> Iterator[None]:
         if isinstance(error.filename, str) and not Path(error.filename).resolve().is_relative_to(folder):
             raise
         reason = error.strerror or str(error) or type(error).__name__
-        raise _save_error(workdir, reason, full=error.errno in _FULL) from error
+        raise _save_error(workdir, reason, full=error.errno in FULL) from error
     except ValueError as error:
         text = str(error)
         if str(workdir.path.resolve()) not in text:
@@ -65,7 +65,7 @@ def check_room(workdir: Workdir, num_bytes: int) -> None:
         os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
     except OSError as error:
         # Some file systems have no such call.
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise
     finally:
         os.close(descriptor)

@@ -3,18 +3,16 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax
 
-from dlrm_jax.config import Config, DataConfig
+from dlrm_jax.config import BatchSize, Config, DataConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, read_card
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.recommender import Recommender
 from sharding import InputError
-
-BatchSize = Literal["batch_size", "eval_batch_size"]
 
 
 class Source(Protocol):
@@ -69,12 +67,7 @@ def check_parts(data: DataConfig, num_devices: int, num_processes: int, *, batch
             f"another number of processes, or for a new run {fitting} virtual shards (another order of samples)"
         )
     for name in batches:
-        size = getattr(data, name)
-        if size % num_devices:
-            raise InputError(
-                f"data.{name} is {size}, which {num_devices} devices do not divide: use "
-                f"{data.next_batch_size(size, num_devices)}, or another number of devices"
-            )
+        data.check_devices(name, num_devices)
 
 
 def open_split(recommender: Recommender, split: str, *, training: bool, path: str | None = None) -> Source:

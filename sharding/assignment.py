@@ -282,10 +282,10 @@ def _even_memory(
 
 
 def _place_together(assignment: Assignment, candidates: list[Candidate]) -> bool:
-    """Places table-wise candidates on one device: where the first is pinned, else the cheapest of those with room."""
-    pinned = sorted({candidate.owners[0] for candidate in candidates if candidate.owners})
+    """Places table-wise candidates on one device: where one is pinned, else the cheapest of those with room."""
+    pinned = {candidate.owners[0] for candidate in candidates if candidate.owners}
     found: list[tuple[float, float, int]] = []
-    for device in pinned[:1] or range(assignment.num_devices):
+    for device in pinned or range(assignment.num_devices):
         for candidate in candidates:
             assignment.place(candidate, (device,))
         if assignment.most_bytes <= assignment.memory:

@@ -188,8 +188,9 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
     num_features, num_samples = ids.lengths.shape
     if ids.lengths.size and ids.lengths.min() < 0:
         raise InputError(f"a bag has {ids.lengths.min()} ids; lengths are counts, so give 0 or more")
-    if ids.lengths.sum(dtype=np.int64) > ids.capacity:
-        raise InputError(f"lengths add up to {ids.lengths.sum(dtype=np.int64)} ids, but values has {ids.capacity}")
+    num_ids = int(ids.lengths.sum(dtype=np.int64))
+    if num_ids > ids.capacity:
+        raise InputError(f"lengths add up to {num_ids} ids, but values has {ids.capacity}")
     if num_samples % num_devices:
         raise InputError(
             f"{num_samples} samples do not divide over {num_devices} devices: use a batch size that is a multiple"

@@ -18,9 +18,18 @@ RowOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial
 
 MAX_ROWS = 2**63 - 1
 MAX_IDS = 2**31 - 1
-# The largest hyperparameters that float32 holds.
+# The largest settings that float32 holds, and the largest below 1.
 _LARGEST = 3e38
 _BELOW_ONE = 1.0 - 2.0**-24
+# What settings of update rules may be.
+RULE_LIMITS = {
+    "learning_rate": (0.0, _LARGEST),
+    "weight_decay": (0.0, _LARGEST),
+    # Above 0, or a gradient of 0 divides 0 by 0.
+    "eps": (1e-30, _LARGEST),
+    "beta1": (0.0, _BELOW_ONE),
+    "beta2": (0.0, _BELOW_ONE),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,14 +184,7 @@ def _check_table(table: TableSpec) -> None:
         )
     if not math.isfinite(table.initializer.scale_for(table.num_rows)):
         raise InputError(f"{where}: the initializer's scale is {table.initializer.scale}; it must be finite")
-    for field, low, high in (
-        ("learning_rate", 0.0, _LARGEST),
-        ("weight_decay", 0.0, _LARGEST),
-        # Above 0, or a gradient of 0 divides 0 by 0.
-        ("eps", 1e-30, _LARGEST),
-        ("beta1", 0.0, _BELOW_ONE),
-        ("beta2", 0.0, _BELOW_ONE),
-    ):
+    for field, (low, high) in RULE_LIMITS.items():
         value = getattr(table, field)
         if not isinstance(value, int | float) or not low <= value <= high:
             raise InputError(f"{where}: {field} is {value!r}; it must be at least {low} and at most {high}")

@@ -16,7 +16,7 @@ from implementation_cases import device_of
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, batches, lines_of, pooled, table_of
 from test_storage_rounding import split_tables
-from tpu_programs import SMALL, compiled_for, compiled_lookup, update_shapes
+from tpu_programs import SMALL, compiled_for, compiled_lookup, compiled_update, update_shapes
 from update_cases import ROWS_PER_SHARD, Tables, gradients_of, logical_rows, slots_of, slots_of_ids
 
 from configs.quickstart import quickstart
@@ -270,34 +270,10 @@ def test_lookup_for_a_tpu_then_no_copy_of_the_table(kind: str, width: int, dtype
 )
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int, storage: str) -> None:
-    def update(store, element_state, row_state, rows, offsets, gradients, weights, logical_rows, slots):
-        return sparsecore.sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            rows,
-            offsets,
-            gradients,
-            weights,
-            logical_rows=logical_rows,
-            slots=slots,
-            step=jnp.int32(1),
-            seed=jnp.uint32(0),
-            optimizer=ROW_OPTIMIZERS[rule],
-            width=width,
-            storage_rounding="nearest" if storage == "float32" else storage,
-            statistics=None,
-        )
-
-    store, element_state, *others = update_shapes(
-        rule, width, jnp.dtype(jnp.float32 if storage == "float32" else jnp.bfloat16)
-    )
-    if storage == "split":
-        element_state = (*element_state, jax.ShapeDtypeStruct(store.shape, jnp.uint16))
-    program = compiled_for(kind, update, (store, element_state, *others), donated=(0, 1, 2))
+    dtype, rounding = (jnp.float32, "nearest") if storage == "float32" else (jnp.bfloat16, storage)
+    program = compiled_update(sparsecore, kind, rule, width, dtype=dtype, storage_rounding=rounding, weighted=True)
     assert program.temp_size_in_bytes < SMALL
-    stores = jax.tree.leaves((store, element_state, others[0]))
+    stores = jax.tree.leaves(update_shapes(rule, width, dtype, split=rounding == "split")[:3])
     assert program.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in stores)
 
 

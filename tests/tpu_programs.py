@@ -49,15 +49,16 @@ def compiled_lookup(kernels: ModuleType, kind: str, width: int, dtype) -> Any:
     return compiled_for(kind, look_up, (store, ids, offsets, shape_of(NUM_IDS)))
 
 
-def update_shapes(rule: str, width: int, dtype=jnp.float32) -> tuple:
-    """Stores, ids, offsets, gradients, weights, logical rows and slots of an update."""
+def update_shapes(rule: str, width: int, dtype=jnp.float32, *, split: bool = False) -> tuple:
+    """Stores, ids, offsets, gradients, weights, logical rows and slots of an update; of split weights, both halves."""
     optimizer, slots = ROW_OPTIMIZERS[rule], slots_of(width)
     arrays = {field.name: getattr(slots, field.name) for field in dataclasses.fields(Slots)}
     store = shape_of(NUM_LINES, 512 // jnp.dtype(dtype).itemsize, dtype=dtype)
     num_lines = store.size // 128
     return (
         store,
-        (shape_of(num_lines, 128),) * len(optimizer.element_state),
+        (shape_of(num_lines, 128),) * len(optimizer.element_state)
+        + (shape_of(*store.shape, dtype=jnp.uint16),) * split,
         # No multiple of the 8 lines that a TPU keeps together.
         (shape_of(num_lines // width + 1, 128),) * len(optimizer.row_state),
         shape_of(NUM_IDS, dtype=jnp.int32),
@@ -101,4 +102,5 @@ def compiled_update(
             statistics=None,
         )
 
-    return compiled_for(kind, update, update_shapes(rule, width, dtype), donated=(0, 1, 2))
+    shapes = update_shapes(rule, width, dtype, split=storage_rounding == "split")
+    return compiled_for(kind, update, shapes, donated=(0, 1, 2))

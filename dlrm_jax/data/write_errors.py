@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sharding.errors import InputError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the operating system says of a full disk, or of one that a user has no more room on.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -32,6 +33,6 @@ def naming_folder(folder: str | os.PathLike[str], *, instead: str, then: str = "
         at = Path(error.filename) if isinstance(error.filename, str) else path
         if not (at.is_relative_to(path) or path.is_relative_to(at)):
             raise InputError(f"{at}: cannot be read ({reason}); repair that, and {then}") from error
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise InputError(f"{path}: {reason}; make room there, and {then}") from error
         raise InputError(f"{path}: cannot be written ({reason}); give {instead}") from error
