@@ -9,6 +9,9 @@ namespace dlrm {
 // Ids and bags that one task takes: large enough to hide what a task costs, small enough to balance.
 constexpr int64_t kWorkOfTask = 4096;
 
+constexpr int64_t kLeastIdsAhead = 8;
+constexpr int64_t kBeginning = 256;
+
 template <typename T>
 void pooled_lookup(ffi::ThreadPool& threads, const Rows<T>& rows, const int32_t* ids, int64_t num_ids,
                    const int32_t* offsets, int64_t num_bags, const float* weights, float* pooled) {
@@ -30,7 +33,10 @@ void pooled_lookup(ffi::ThreadPool& threads, const Rows<T>& rows, const int32_t*
     }
     return low;
   };
-  const int64_t ahead = rows_ahead(rows.width * sizeof(T));
+  // Of a row of a table only the beginning is asked for, of more rows at a time: the processor itself fetches lines that
+  // follow each other.
+  const int64_t row_bytes = rows.width * sizeof(T);
+  const Prefetch ahead{std::max(rows_ahead(row_bytes), kLeastIdsAhead), std::min(row_bytes, kBeginning)};
   parallel_for(threads, num_tasks, [&](int64_t task) {
     const int64_t last = task + 1 == num_tasks ? num_bags : first_bag(task + 1);
     for (int64_t bag = first_bag(task); bag < last; ++bag) {

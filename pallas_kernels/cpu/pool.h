@@ -28,18 +28,27 @@ inline int64_t rows_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(kBytesAhead / std::max<int64_t>(row_bytes, 64), 4, 32);
 }
 
+// What is asked for while a row is added: the first bytes of the row so many ids later.
+struct Prefetch {
+  int64_t ids, row_bytes;
+};
+
+template <typename T>
+inline void prefetch_row(const Rows<T>& rows, const int32_t* ids, int64_t i, int64_t known, const Prefetch& ahead) {
+  if (i + ahead.ids >= known) return;
+  prefetch(rows.data, ids[i + ahead.ids] * rows.width * static_cast<int64_t>(sizeof(T)), ahead.row_bytes);
+}
+
 // sums[c] = (0 or sums[c]) + sum_i weights[i] * rows[ids[i], column + c], for V * 8 columns and i in [begin, end).
 // Products are rounded before they are added: the reference is not allowed to fuse them either.
 template <typename T, int V, bool kWeighted, bool kPrefetch>
 inline void pool_columns(const Rows<T>& rows, const int32_t* ids, const float* weights, int64_t begin, int64_t end,
-                         int64_t known, int64_t ahead, int64_t column, bool fresh, float* sums) {
+                         int64_t known, const Prefetch& ahead, int64_t column, bool fresh, float* sums) {
   const int64_t width = V * kLanes < kMostColumns ? V * kLanes : rows.width;
   Floats total[V];
   for (int v = 0; v < V; ++v) total[v] = fresh ? Floats{} : load(sums + v * kLanes);
   for (int64_t i = begin; i < end; ++i) {
-    if (kPrefetch && i + ahead < known) {
-      prefetch(rows.data, static_cast<int64_t>(ids[i + ahead]) * width * sizeof(T), width * sizeof(T));
-    }
+    if (kPrefetch) prefetch_row(rows, ids, i, known, ahead);
     // As an unsigned number a negative row is beyond the end.
     if (static_cast<uint32_t>(ids[i]) >= rows.num_rows) continue;
     const T* row = rows.data + ids[i] * width + column;
@@ -55,10 +64,24 @@ inline void pool_columns(const Rows<T>& rows, const int32_t* ids, const float* w
   for (int v = 0; v < V; ++v) store(sums + v * kLanes, total[v]);
 }
 
+// As above for id i alone, from zero, and for all columns in one go.
+template <typename T, bool kWeighted>
+inline void pool_one(const Rows<T>& rows, const int32_t* ids, const float* weights, int64_t i, int64_t known,
+                     const Prefetch& ahead, float* sums) {
+  prefetch_row(rows, ids, i, known, ahead);
+  const bool exists = static_cast<uint32_t>(ids[i]) < rows.num_rows;
+  const T* row = rows.data + (exists ? ids[i] * rows.width : 0);
+  for (int64_t column = 0; column < rows.width; column += kLanes) {
+    Floats x{};
+    if (exists) x = x + (kWeighted ? load(row + column) * weights[i] : load(row + column));
+    store(sums + column, x);
+  }
+}
+
 // As above, for all columns; ids up to `known` may be asked for ahead.
 template <typename T, bool kWeighted>
 __attribute__((noinline)) void pool(const Rows<T>& rows, const int32_t* ids, const float* weights, int64_t begin, int64_t end,
-                 int64_t known, int64_t ahead, float* sums) {
+                 int64_t known, const Prefetch& ahead, float* sums) {
   switch (rows.width) {
     case 8:
       return pool_columns<T, 1, kWeighted, true>(rows, ids, weights, begin, end, known, ahead, 0, true, sums);
@@ -69,6 +92,7 @@ __attribute__((noinline)) void pool(const Rows<T>& rows, const int32_t* ids, con
     case 64:
       return pool_columns<T, 8, kWeighted, true>(rows, ids, weights, begin, end, known, ahead, 0, true, sums);
   }
+  if (end - begin == 1) return pool_one<T, kWeighted>(rows, ids, weights, begin, known, ahead, sums);
   int64_t first = begin;
   do {
     const int64_t last = std::min(end, first + kRowsOfBlock);

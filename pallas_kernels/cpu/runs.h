@@ -49,7 +49,8 @@ struct Stretch {
   }
 
   void sum(const Gradients& gradients, int64_t begin, int64_t end, float* sums) const {
-    const int64_t ahead = rows_ahead(gradients.rows.width * sizeof(float));
+    const int64_t row_bytes = gradients.rows.width * sizeof(float);
+    const Prefetch ahead{rows_ahead(row_bytes), row_bytes};
     if (gradients.weights == nullptr) {
       pool<float, false>(gradients.rows, bags, weights, begin, end, size, ahead, sums);
     } else {
