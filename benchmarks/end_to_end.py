@@ -32,7 +32,7 @@ from configs import CONFIGS
 from dlrm_jax.config import Config
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps
+from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.sources import card_of, open_split
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import init_train_state, make_dense_optimizer
@@ -65,7 +65,7 @@ class StepsAlone:
         for _ in range(steps):
             batch, upcoming = (self._batches[(self._steps.step + i) % BATCHES_AT_HAND] for i in range(2))
             self._steps.start(batch, self._window, upcoming)
-            self._check(ahead=STEPS_AHEAD)
+            self._check(ahead=self._steps.steps_ahead)
         self._check(ahead=0)
         jax.block_until_ready(self._steps.state)
         return (time.perf_counter() - begun) / steps

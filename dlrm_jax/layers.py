@@ -50,6 +50,34 @@ def _matmul_backward(residuals, cotangent):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def relu(x: Float[Array, "B n"]) -> Float[Array, "B n"]:
+    """Computes `max(x, 0)`; the gradient at 0 is 0.
+
+    The derivative is written in terms of the output, which the next layer keeps anyway. `jax.nn.relu` keeps its input,
+    too: of every layer a second array for the whole batch, until the backward pass has come to it.
+
+    Args:
+        x: Inputs.
+
+    Returns:
+        The rectified inputs, in their dtype.
+    """
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x):
+    y = jax.lax.optimization_barrier(relu(x))
+    return y, y
+
+
+def _relu_backward(y, cotangent):
+    return (jnp.where(y > 0, cotangent, jnp.zeros_like(cotangent)),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)
+
+
 class Linear(nnx.Module):
     """The linear map `x @ kernel + bias`.
 
@@ -130,7 +158,7 @@ class MLP(nnx.Module):
             x = layer(x)
             if self.last_relu or index + 1 < len(self.layers):
                 # Rounded before the ReLU, so that what is kept for the backward pass is rounded too.
-                x = jax.nn.relu(x.astype(self.compute_dtype))
+                x = relu(x.astype(self.compute_dtype))
         return x
 
 

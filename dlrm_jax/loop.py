@@ -25,7 +25,7 @@ from dlrm_jax.metrics import Metrics
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps, Window
+from dlrm_jax.replay import ReplayedSteps, Window
 from dlrm_jax.report import RunLog, draw_curves, logged_metrics, result_table, write_result
 from dlrm_jax.save_errors import saving
 from dlrm_jax.sources import Source, card_of, check_parts, open_split
@@ -226,7 +226,7 @@ class _Run:
             if step % settings.log_every == 0:
                 window = steps.new_window()
             # Steps are looked at, and windows logged, while later steps compute.
-            stopping = self._check(steps, ahead=STEPS_AHEAD)
+            stopping = self._check(steps, ahead=steps.steps_ahead)
             self._since += trace.finish(step, steps.state)
             at_end = step == self._last_step
             improved = False

@@ -24,8 +24,10 @@ from dlrm_jax.train_step import StepReport
 from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, sharding_on
 
-# Steps that may be under way when the host looks at one.
-STEPS_AHEAD = 2
+# Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a step
+# when it is started, not when it runs, and are no faster with a second step waiting.
+_STEPS_AHEAD = 2
+_STEPS_AHEAD_ON_HOSTS = 1
 
 
 class Window:
@@ -77,6 +79,7 @@ class ReplayedSteps:
         state: The state after the last step started.
         step: Its number.
         capacities: Room for ids.
+        steps_ahead: Steps that may be under way when the host looks at one.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class ReplayedSteps:
         self._unchecked: deque[_Unchecked] = deque()
         # Made where the step leaves them, so that the step is compiled once.
         mesh: Mesh = recommender.tables.mesh
+        on_hosts = mesh.devices.flat[0].platform == "cpu"
+        self.steps_ahead = _STEPS_AHEAD_ON_HOSTS if on_hosts else _STEPS_AHEAD
         replicated = sharding_on(mesh, REPLICATED)
         self._no_fault = jax.jit(lambda: jnp.int32(0), out_shardings=replicated)
         self._no_metrics = jax.jit(BinnedMetrics.zeros, out_shardings=replicated)

@@ -18,7 +18,7 @@ from dlrm_jax.host_memory import keep_freed_memory
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.replay import STEPS_AHEAD, ReplayedSteps
+from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.sources import card_of
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import init_train_state, make_dense_optimizer
@@ -88,7 +88,7 @@ class Ours:
         for _ in range(steps):
             batch, upcoming = (self._batches[(self._steps.step + i) % len(self._batches)] for i in range(2))
             self._steps.start(batch, self._window, upcoming)
-            self._check(ahead=STEPS_AHEAD)
+            self._check(ahead=self._steps.steps_ahead)
         self._check(ahead=0)
         jax.block_until_ready(self._steps.state)
 
