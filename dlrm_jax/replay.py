@@ -24,8 +24,8 @@ from dlrm_jax.train_step import StepReport
 from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, sharding_on
 
-# Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a step
-# when it is started, not when it runs, and are no faster with a second step waiting.
+# Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a
+# step when it is started, not when it runs, and are no faster with a second step waiting.
 _STEPS_AHEAD = 2
 _STEPS_AHEAD_ON_HOSTS = 1
 
