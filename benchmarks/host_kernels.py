@@ -30,7 +30,7 @@ from benchmarks.peers.environment import peers_python
 from benchmarks.peers.host_case import BATCH_SIZE, EPS, LEARNING_RATE, NUM_ROWS, NUM_TABLES, Case, batch_of
 from benchmarks.record import record
 from dlrm_jax.host_memory import keep_freed_memory
-from pallas_kernels import ROW_OPTIMIZERS, Slots, cpu, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, xla
 
 Times = dict[str, list[float]]
 
@@ -40,9 +40,14 @@ _KEEPS_FREED_MEMORY = {f"MALLOC_{name}_": str(2**31 - 1) for name in ("MMAP_THRE
 
 def _ours(module: ModuleType, case: Case) -> Callable[[int], Times]:
     ids, gradients = batch_of(case)
-    slots_of_ids = np.repeat(np.arange(NUM_TABLES), BATCH_SIZE * case.pooling_factor)
-    rows = jnp.asarray(ids + slots_of_ids * NUM_ROWS, jnp.int32)
-    offsets = jnp.arange(0, case.num_ids + 1, case.pooling_factor, dtype=jnp.int32)
+    gradients = jnp.asarray(gradients.reshape(-1, case.width))
+    table_of_ids = np.repeat(np.arange(NUM_TABLES), BATCH_SIZE * case.pooling_factor)
+    batch = Ids(
+        rows=jnp.asarray(ids + table_of_ids * NUM_ROWS, jnp.int32),
+        slots=jnp.asarray(table_of_ids, jnp.int32),
+        logical_rows=jnp.asarray(ids, jnp.uint32)[:, None],
+        offsets=jnp.arange(0, case.num_ids + 1, case.pooling_factor, dtype=jnp.int32),
+    )
     ones, tables = jnp.ones(NUM_TABLES, jnp.float32), jnp.arange(NUM_TABLES, dtype=jnp.int32)
     scalars_of_table = -(-NUM_ROWS // 128) * 128
     slots = Slots(
@@ -66,16 +71,13 @@ def _ours(module: ModuleType, case: Case) -> Callable[[int], Times]:
             storage_rounding="nearest",
             statistics=None,
         ),
-        donate_argnums=(0, 1, 2),
+        donate_argnums=0,
     )
-    batch = (rows, jnp.asarray(slots_of_ids, jnp.int32), offsets, jnp.asarray(gradients.reshape(-1, case.width)), None)
-    others = {"logical_rows": jnp.asarray(ids, jnp.uint32)[:, None], "slots": slots}
-    numbers = {"step": jnp.int32(1), "seed": jnp.uint32(0)}
-    state = [
-        (
-            jnp.full((NUM_TABLES * NUM_ROWS * case.width // 128, 128), 0.1),
-            (),
-            (jnp.zeros((NUM_TABLES * scalars_of_table // 128, 128)),),
+    others = {"slots": slots, "step": jnp.int32(1), "seed": jnp.uint32(0)}
+    stores = [
+        Stores(
+            weights=jnp.full((NUM_TABLES * NUM_ROWS * case.width // 128, 128), 0.1),
+            row_state=(jnp.zeros((NUM_TABLES * scalars_of_table // 128, 128)),),
         )
     ]
 
@@ -83,11 +85,11 @@ def _ours(module: ModuleType, case: Case) -> Callable[[int], Times]:
         times: Times = {"lookup": [], "lookup_update": []}
         for _ in range(steps):
             started = time.perf_counter()
-            lookup(state[0][0], rows, offsets, None).block_until_ready()
+            lookup(stores[0].weights, batch.rows, batch.offsets, None).block_until_ready()
             times["lookup"].append(1e3 * (time.perf_counter() - started))
             started = time.perf_counter()
-            lookup(state[0][0], rows, offsets, None).block_until_ready()
-            state[0] = jax.block_until_ready(update(*state[0], *batch, **others, **numbers))
+            lookup(stores[0].weights, batch.rows, batch.offsets, None).block_until_ready()
+            stores[0] = jax.block_until_ready(update(stores[0], batch, gradients, **others))
             times["lookup_update"].append(1e3 * (time.perf_counter() - started))
         return times
 

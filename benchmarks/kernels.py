@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.record import record
-from pallas_kernels import ROW_OPTIMIZERS, Slots, pooled_lookup, sparse_update
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, pooled_lookup, sparse_update
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import LINE_BYTES
 
@@ -63,13 +63,13 @@ def _cases() -> list[Case]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ids:
+class _Batch:
     rows: np.ndarray
     offsets: np.ndarray
     distinct: int
 
 
-def _ids(case: Case, num_rows: int, num_ids: int, seed: int) -> _Ids:
+def _ids(case: Case, num_rows: int, num_ids: int, seed: int) -> _Batch:
     random = np.random.default_rng(seed)
     if case.zipf:
         # Inverse of the law's distribution function, continued to real ranks; then hot rows are strewn over the table.
@@ -79,7 +79,7 @@ def _ids(case: Case, num_rows: int, num_ids: int, seed: int) -> _Ids:
     else:
         rows = random.integers(0, num_rows, num_ids)
     offsets = np.arange(0, num_ids + 1, case.pooling_factor)
-    return _Ids(rows.astype(np.int32), offsets.astype(np.int32), len(np.unique(rows)))
+    return _Batch(rows.astype(np.int32), offsets.astype(np.int32), len(np.unique(rows)))
 
 
 def _seconds(sides: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, float]:
@@ -129,32 +129,30 @@ def _slots(dim: int) -> Slots:
 class _Ours:
     """Lookups and updates of one table by one implementation."""
 
-    def __init__(self, case: Case, num_lines: int, ids: list[_Ids], implementation: Implementation):
+    def __init__(self, case: Case, num_lines: int, ids: list[_Batch], implementation: Implementation):
         self._case = case
         self._implementation: Implementation = implementation
         self._ids = [(jnp.asarray(one.rows), jnp.asarray(one.offsets)) for one in ids]
         elements = LINE_BYTES // jnp.dtype(case.dtype).itemsize
         num_rows = num_lines * elements // case.width
-        self._state = (
-            jnp.full((num_lines, elements), 0.5, case.dtype),
-            (),
-            (jnp.zeros((-(-num_rows // _STATE_LINE), _STATE_LINE), jnp.float32),),
+        self._stores = Stores(
+            weights=jnp.full((num_lines, elements), 0.5, case.dtype),
+            row_state=(jnp.zeros((-(-num_rows // _STATE_LINE), _STATE_LINE), jnp.float32),),
         )
         self._gradients = jnp.full((len(ids[0].offsets) - 1, case.width), 1e-3, jnp.float32)
         self._lookup = jax.jit(partial(pooled_lookup, width=case.width, implementation=implementation))
         self._update = jax.jit(self._updated, donate_argnums=0)
 
-    def _updated(self, state: Any, rows: jax.Array, offsets: jax.Array, gradients: jax.Array) -> Any:
-        store, element_state, row_state = state
+    def _updated(self, stores: Stores, rows: jax.Array, offsets: jax.Array, gradients: jax.Array) -> Stores:
         return sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            jnp.zeros_like(rows),
-            offsets,
+            stores,
+            Ids(
+                rows=rows,
+                slots=jnp.zeros_like(rows),
+                logical_rows=rows.astype(jnp.uint32)[:, None],
+                offsets=offsets,
+            ),
             gradients,
-            logical_rows=rows.astype(jnp.uint32)[:, None],
             slots=_slots(self._case.width),
             step=jnp.int32(1),
             seed=jnp.uint32(0),
@@ -164,17 +162,17 @@ class _Ours:
         )
 
     def lookup(self, number: int) -> None:
-        self._lookup(self._state[0], *self._ids[number]).block_until_ready()
+        self._lookup(self._stores.weights, *self._ids[number]).block_until_ready()
 
     def update(self, number: int) -> None:
-        self._state = self._update(self._state, *self._ids[number], self._gradients)
-        jax.block_until_ready(self._state)
+        self._stores = self._update(self._stores, *self._ids[number], self._gradients)
+        jax.block_until_ready(self._stores)
 
 
 class _Torch:
     """The same by torch: EmbeddingBag, and sparse Adagrad after a backward pass."""
 
-    def __init__(self, case: Case, num_rows: int, ids: list[_Ids]):
+    def __init__(self, case: Case, num_rows: int, ids: list[_Batch]):
         # Not among this project's packages: whoever asks for it has it.
         import torch  # pyright: ignore[reportMissingImports]
 

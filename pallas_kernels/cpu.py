@@ -27,8 +27,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
+from pallas_kernels.stores import Stores
 from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
@@ -141,14 +143,7 @@ def pooled_lookup(
 
 
 def _batch(
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
-    gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
-    slots: Slots,
-    step: Int32[Array, ""],
-    seed: UInt32[Array, ""],
+    ids: Ids, gradients: Float[Array, "G w"], slots: Slots, step: Int32[Array, ""], seed: UInt32[Array, ""]
 ) -> tuple[Array, ...]:
     """The arguments that both passes of an update share, per-slot arrays packed as the handlers read them."""
     # Computed here, once for each slot, by the same power function as in `xla`.
@@ -156,11 +151,11 @@ def _batch(
     scalars = (slots.learning_rate, slots.weight_decay, slots.eps, slots.beta1, slots.beta2, slots.dim)
     keys = rounding.fold(rounding.fold(rounding.mix(seed), step.astype(jnp.uint32)), slots.table)
     return (
-        rows,
-        slots_of_ids,
-        offsets,
+        ids.rows,
+        ids.slots,
+        ids.offsets,
         gradients,
-        _or_empty(weights, (0,)),
+        _or_empty(ids.weights, (0,)),
         jnp.stack((slots.first_row, slots.first_scalar), axis=1),
         jnp.stack((keys, slots.first_column), axis=1),
         jnp.stack((*scalars, *corrections), axis=1),
@@ -176,14 +171,9 @@ def _scratch(num_ids: int, width: int) -> jax.ShapeDtypeStruct:
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Array, ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -192,34 +182,23 @@ def row_statistics(
     storage_rounding: rounding.Rounding = "nearest",
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`. Ids that name no row of the store get zeros."""
-    num_statistics = 2 if optimizer.name == "lamb" else 1
-    shape = (rows.shape[0], max(1, width // STATISTICS_BLOCK), num_statistics)
-    if rows.shape[0] == 0:
+    num_ids, num_statistics = ids.rows.shape[0], 2 if optimizer.name == "lamb" else 1
+    shape = (num_ids, max(1, width // STATISTICS_BLOCK), num_statistics)
+    if num_ids == 0:
         return jnp.zeros(shape, jnp.float32)
-    batch = _batch(rows, slots_of_ids, offsets, gradients, weights, slots, step, jnp.uint32(0))
-    results = (_scratch(rows.shape[0], width), jax.ShapeDtypeStruct(shape, jnp.float32))
+    batch = _batch(ids, gradients, slots, step, jnp.uint32(0))
+    results = (_scratch(num_ids, width), jax.ShapeDtypeStruct(shape, jnp.float32))
     _, statistics = _call("row_statistics", results)(
-        *batch,
-        store,
-        *element_state,
-        *row_state,
-        rule=optimizer.name,
-        rounding=storage_rounding,
+        *batch, *jax.tree.leaves(stores), rule=optimizer.name, rounding=storage_rounding
     )
     return statistics
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Array, ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: Int32[Array, ""],
     seed: UInt32[Array, ""],
@@ -227,25 +206,19 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
-) -> tuple[Float[Array, "lines line"], tuple[Array, ...], tuple[Float[Array, "scalar_lines line"], ...]]:
-    """See `pallas_kernels.sparse_update`.
-
-    With `storage_rounding="split"` (Split-BF16, Kalamkar et al. 2020) the store is bfloat16 and holds the high 16 bits
-    of each float32 weight, cut off; `element_state` ends with one more store, uint16 and of the same shape, of the low
-    16 bits. The update is then exactly that of a float32 store.
-    """
-    if rows.shape[0] == 0:
-        return store, element_state, row_state
-    batch = _batch(rows, slots_of_ids, offsets, gradients, weights, slots, step, seed)
-    stores = (store, *element_state, *row_state)
-    arguments = (*batch, logical_rows, _or_empty(statistics, (0, 0)))
+) -> Stores:
+    """See `pallas_kernels.sparse_update`."""
+    num_ids = ids.rows.shape[0]
+    if num_ids == 0:
+        return stores
+    arguments = (*_batch(ids, gradients, slots, step, seed), ids.logical_rows, _or_empty(statistics, (0, 0)))
+    arrays, tree = jax.tree.flatten(stores)
     _, *updated = _call(
         "sparse_update",
-        (_scratch(rows.shape[0], width), *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in stores)),
-        input_output_aliases={len(arguments) + i: 1 + i for i in range(len(stores))},
-    )(*arguments, *stores, rule=optimizer.name, rounding=storage_rounding)
-    end = 1 + len(element_state)
-    return updated[0], tuple(updated[1:end]), tuple(updated[end:])
+        (_scratch(num_ids, width), *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)),
+        input_output_aliases={len(arguments) + i: 1 + i for i in range(len(arrays))},
+    )(*arguments, *arrays, rule=optimizer.name, rounding=storage_rounding)
+    return jax.tree.unflatten(tree, updated)
 
 
 def bags_of_ids(offsets: Int32[Array, " G+1"], *, num_ids: int) -> Int32[Array, " n"]:

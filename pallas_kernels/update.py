@@ -1,26 +1,27 @@
-"""sparse_update: the optimizer applied once to each row that a batch touches, in place."""
+"""sparse_update: the optimizer applied once to each row that a batch touches, in place.
+
+Letters: n ids, G bags, w width of a row, k statistics.
+"""
+
+from types import ModuleType
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int32, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int32
 
+from pallas_kernels.ids import Ids
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import check_ids, check_store
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import RowOptimizer
 from pallas_kernels.slots import Slots
+from pallas_kernels.stores import Stores
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None = None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: ArrayLike,
     seed: ArrayLike,
@@ -29,32 +30,17 @@ def sparse_update(
     storage_rounding: Rounding = "nearest",
     statistics: Float[Array, "n k"] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[
-    Float[Array, "lines line"],
-    tuple[Float[Array, "state_lines line"], ...],
-    tuple[Float[Array, "scalar_lines line"], ...],
-]:
+) -> Stores:
     """Updates every row that an id of the batch names, once, by the sum of the gradients of all its occurrences.
 
     For a row r: ``g = sum_i weights[i] * gradients[bag of i]`` over the ids i with ``rows[i] = r``, added in the order
     of the ids (in blocks of `xla.RUN_BLOCK` counted from the row's first id, then block after block); then
-    ``optimizer.apply`` in float32; then rounding to the store's dtype. Rows that no id names keep their bits. Donate
-    stores and state, or XLA copies them whole.
+    ``optimizer.apply`` in float32; then rounding to the dtype of the weights. Rows that no id names keep their bits.
 
     Args:
-        store: Line store of weights, seen as ``[-1, width]``.
-        element_state: One store of float32 for each of the optimizer's elementwise states, with as many elements as
-            ``store``. With split weights, after them, one of uint16: the low halves.
-        row_state: One store of float32 for each of its row-wise states, see `Slots.first_scalar`. That it has a number
-            for every row is the caller's promise.
-        rows: Row of each id, in canonical order (feature, sample, position in the bag). A row outside the store is
-            ignored.
-        slots_of_ids: Slot of each id. Equal rows have equal slots.
-        offsets: Bags, as in `pooled_lookup`.
+        stores: Weights and state; donate them.
+        ids: The ids of the batch.
         gradients: Gradient of the loss with respect to each pooled row.
-        weights: One weight for each id, or None for 1.
-        logical_rows: Row of the table that each id names, as one or two 32-bit words, low word first: with the step
-            and the seed it determines the random bits of rounding.
         slots: Per-slot arrays.
         step: Number of this update, from 1.
         seed: Seed of the run.
@@ -68,29 +54,17 @@ def sparse_update(
         implementation: Which one to use; None picks by platform and shape.
 
     Returns:
-        Weights, elementwise and row-wise state after the update.
+        Weights and state after the update.
 
     Raises:
-        ValueError: A width or state that does not fit store and rule, arrays of other shapes or dtypes, or an
-            implementation that does not exist.
+        ValueError: A width or state that does not fit stores and rule, arrays of other shapes or dtypes, or an
+            implementation that does not exist or cannot serve.
     """
-    check_store(store, width)
-    _check_state(store, element_state, row_state, optimizer, storage_rounding)
-    check_ids(rows, offsets, weights)
-    _check_gradients(rows, slots_of_ids, offsets, gradients, width)
-    chosen = implementation_of(
-        implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
-    )
-    return chosen.sparse_update(
-        store,
-        element_state,
-        row_state,
-        rows,
-        slots_of_ids,
-        offsets,
+    kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
+    return kernels.sparse_update(
+        stores,
+        ids,
         gradients,
-        weights,
-        logical_rows=logical_rows,
         slots=slots,
         step=_number_of(step),
         seed=jnp.asarray(seed, jnp.uint32),
@@ -102,14 +76,9 @@ def sparse_update(
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None = None,
     *,
     slots: Slots,
     step: ArrayLike,
@@ -122,51 +91,40 @@ def row_statistics(
 
     The sums of blocks of 16 columns are kept apart: the shards' blocks, concatenated in column order and added with
     `row_optimizers.sum_blocks`, are bit for bit the statistics of the unsharded row, which `sparse_update` is then
-    given.
-
-    Args:
-        store: As in `sparse_update`, like every other argument.
-        element_state: As there.
-        row_state: As there.
-        rows: As there.
-        slots_of_ids: As there.
-        offsets: As there.
-        gradients: As there.
-        weights: As there.
-        slots: As there.
-        step: As there.
-        optimizer: A rule that declares statistics.
-        width: As there.
-        storage_rounding: As there.
-        implementation: As there.
+    given. Arguments and errors are those of `sparse_update`, for a rule that declares statistics.
 
     Returns:
         For each id its row's partial sums: one for each block of 16 columns and each of the rule's k statistics.
-
-    Raises:
-        ValueError: As in `sparse_update`.
     """
-    check_store(store, width)
-    _check_state(store, element_state, row_state, optimizer, storage_rounding)
-    check_ids(rows, offsets, weights)
-    _check_gradients(rows, slots_of_ids, offsets, gradients, width)
-    chosen = implementation_of(
-        implementation, dtype=store.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
-    )
-    return chosen.row_statistics(
-        store,
-        element_state,
-        row_state,
-        rows,
-        slots_of_ids,
-        offsets,
+    kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
+    return kernels.row_statistics(
+        stores,
+        ids,
         gradients,
-        weights,
         slots=slots,
         step=_number_of(step),
         optimizer=optimizer,
         width=width,
         storage_rounding=storage_rounding,
+    )
+
+
+def _checked(
+    stores: Stores,
+    ids: Ids,
+    gradients: Array,
+    optimizer: RowOptimizer,
+    width: int,
+    storage_rounding: Rounding,
+    implementation: Implementation | None,
+) -> ModuleType:
+    """Refuses a call that is wrong; else the module that serves it."""
+    check_store(stores.weights, width)
+    _check_state(stores, optimizer, storage_rounding)
+    check_ids(ids.rows, ids.offsets, ids.weights)
+    _check_gradients(ids, gradients, width)
+    return implementation_of(
+        implementation, dtype=stores.weights.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
     )
 
 
@@ -176,29 +134,24 @@ def _number_of(step: ArrayLike) -> Int32[Array, ""]:
     return jnp.asarray(step, jnp.int32)
 
 
-def _check_gradients(rows: Array, slots_of_ids: Array, offsets: Array, gradients: Array, width: int) -> None:
-    if slots_of_ids.shape != rows.shape or slots_of_ids.dtype != jnp.int32:
+def _check_gradients(ids: Ids, gradients: Array, width: int) -> None:
+    if ids.slots.shape != ids.rows.shape or ids.slots.dtype != jnp.int32:
         raise ValueError(
-            f"{rows.size} ids have {slots_of_ids.dtype} slots of shape {slots_of_ids.shape}; give int32, one each"
+            f"{ids.rows.size} ids have {ids.slots.dtype} slots of shape {ids.slots.shape}; give int32, one each"
         )
-    wanted = (offsets.size - 1, width)
+    wanted = (ids.offsets.size - 1, width)
     if gradients.shape != wanted or gradients.dtype != jnp.float32:
         raise ValueError(
             f"gradients are {gradients.dtype} of shape {gradients.shape}; give float32 of {wanted}: bags, stored width"
         )
 
 
-def _check_state(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    optimizer: RowOptimizer,
-    storage_rounding: Rounding,
-) -> None:
+def _check_state(stores: Stores, optimizer: RowOptimizer, storage_rounding: Rounding) -> None:
+    weights, element_state, row_state = stores.weights, stores.element_state, stores.row_state
     if storage_rounding == "split":
-        if store.dtype != jnp.bfloat16:
-            raise ValueError(f"split weights have their high halves in bfloat16, but the store is {store.dtype}")
-        if not element_state or (element_state[-1].dtype, element_state[-1].shape) != (jnp.uint16, store.shape):
+        if weights.dtype != jnp.bfloat16:
+            raise ValueError(f"split weights have their high halves in bfloat16, but the store is {weights.dtype}")
+        if not element_state or (element_state[-1].dtype, element_state[-1].shape) != (jnp.uint16, weights.shape):
             raise ValueError("split weights need a store of uint16, shaped like the weights, as the last element_state")
         element_state = element_state[:-1]
     given = (len(element_state), len(row_state))
@@ -212,5 +165,7 @@ def _check_state(
         if state.dtype != jnp.float32:
             raise ValueError(f"optimizer state is kept in float32, but was given as {state.dtype}")
     for name, state in zip(optimizer.element_state, element_state, strict=True):
-        if state.size != store.size:
-            raise ValueError(f"state {name!r} has {state.size} elements, but the store it belongs to has {store.size}")
+        if state.size != weights.size:
+            raise ValueError(
+                f"state {name!r} has {state.size} elements, but the store it belongs to has {weights.size}"
+            )

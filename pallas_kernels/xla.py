@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
+from pallas_kernels.stores import Stores
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
 # blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
@@ -32,11 +34,6 @@ def unable(**call: object) -> None:
 def _get(table: Float[Array, "R w"], rows: Int32[Array, " n"]) -> Float[Array, "n w"]:
     """Rows of a table; zeros for a row outside it, be it negative or beyond the end."""
     return table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _num_rows(store: Float[Array, "lines line"], width: int) -> int:
-    """Rows that an int32 can name, the largest int32 left out: that is nobody's row."""
-    return min(store.size // width, jnp.iinfo(jnp.int32).max)
 
 
 def pooled_lookup(
@@ -89,25 +86,18 @@ class _TouchedRows(NamedTuple):
     gradients: Float[Array, "n w"]
 
 
-def _touched_rows(
-    rows: Int32[Array, " n"],
-    slots: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
-    gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
-    num_rows: int,
-) -> _TouchedRows:
+def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _TouchedRows:
     """Sorts the ids by row, stably, and sums the gradients of each row in the order in which its ids were given."""
-    num_ids = rows.shape[0]
-    ids = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(offsets, num_ids)
+    rows, num_ids = ids.rows, ids.rows.shape[0]
+    number = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(ids.offsets, num_ids)
     valid = (rows >= 0) & (rows < num_rows) & (bags < gradients.shape[0])
-    sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), ids), num_keys=1, is_stable=True)
+    sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), number), num_keys=1, is_stable=True)
     starts = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), sorted_rows[1:] != sorted_rows[:-1]])
     first_places, upto = places_of(starts)
     runs = upto - 1
 
-    place_in_run = ids - first_places[runs]
+    place_in_run = number - first_places[runs]
     cut = starts | (place_in_run % RUN_BLOCK == 0)
     # The rows of padding form the last run; how they are added is nobody's business.
     long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
@@ -115,10 +105,10 @@ def _touched_rows(
     # In each branch, so that XLA for GPUs reads them where it adds them and writes them nowhere.
     def contributions() -> Float[Array, "n w"]:
         of_ids = gradients.at[bags[order]].get(mode="fill", fill_value=0)
-        if weights is None:
+        if ids.weights is None:
             return of_ids
         # A product that is added where it is made may be rounded once or twice, as the compiler pleases.
-        return jax.lax.optimization_barrier(of_ids * weights[order][:, None])
+        return jax.lax.optimization_barrier(of_ids * ids.weights[order][:, None])
 
     def add_blocks() -> Float[Array, "n w"]:
         block_places, upto_block = places_of(cut)
@@ -133,7 +123,7 @@ def _touched_rows(
     first_ids = order.at[first_places].get(mode="fill", fill_value=0)
     return _TouchedRows(
         rows=sorted_rows.at[first_places].get(mode="fill", fill_value=num_rows),
-        slots=slots[first_ids],
+        slots=ids.slots[first_ids],
         first_ids=first_ids,
         run_of_id=jnp.zeros(num_ids, jnp.int32).at[order].set(runs, unique_indices=True),
         gradients=sums,
@@ -153,31 +143,26 @@ def _hyperparameters(slots: Slots, slot: Int32[Array, " n"], step: Int32[Array, 
 
 
 def _read(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Array, ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    touched: _TouchedRows,
-    slots: Slots,
-    width: int,
-    storage_rounding: rounding.Rounding,
+    stores: Stores, touched: _TouchedRows, slots: Slots, width: int, storage_rounding: rounding.Rounding
 ) -> tuple[RowValues, Int32[Array, " n"]]:
     """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
     slot = touched.slots
     scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
-    scalars = jnp.where(touched.rows < _num_rows(store, width), scalars, jnp.iinfo(jnp.int32).max)
+    scalars = jnp.where(touched.rows < stores.num_rows(width), scalars, jnp.iinfo(jnp.int32).max)
 
     def rows_of(array: Array) -> Array:
         return _get(array.reshape(-1, width), touched.rows)
 
+    element_state = stores.element_state
     if storage_rounding == "split":
-        weights = rounding.joined(rows_of(store), rows_of(element_state[-1]))
+        weights = rounding.joined(rows_of(stores.weights), rows_of(element_state[-1]))
         element_state = element_state[:-1]
     else:
-        weights = rows_of(store).astype(jnp.float32)
+        weights = rows_of(stores.weights).astype(jnp.float32)
     values = RowValues(
         weights=weights,
         element_state=tuple(rows_of(state) for state in element_state),
-        row_state=tuple(_get(state.reshape(-1, 1), scalars) for state in row_state),
+        row_state=tuple(_get(state.reshape(-1, 1), scalars) for state in stores.row_state),
     )
     return values, scalars
 
@@ -193,14 +178,9 @@ def _sums_of_blocks(
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -209,24 +189,18 @@ def row_statistics(
     storage_rounding: rounding.Rounding = "nearest",
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
-    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
-    values, _ = _read(store, element_state, row_state, touched, slots, width, storage_rounding)
+    touched = _touched_rows(ids, gradients, stores.num_rows(width))
+    values, _ = _read(stores, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     sums = jnp.stack(_sums_of_blocks(values, touched.gradients, hyper, optimizer), axis=-1)
     return sums[touched.run_of_id]
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: Int32[Array, ""],
     seed: UInt32[Array, ""],
@@ -234,16 +208,13 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
-) -> tuple[
-    Float[Array, "lines line"],
-    tuple[Float[Array, "state_lines line"], ...],
-    tuple[Float[Array, "scalar_lines line"], ...],
-]:
+) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if rows.shape[0] == 0:
-        return store, element_state, row_state
-    touched = _touched_rows(rows, slots_of_ids, offsets, gradients, weights, _num_rows(store, width))
-    old, scalars = _read(store, element_state, row_state, touched, slots, width, storage_rounding)
+    if ids.rows.shape[0] == 0:
+        return stores
+    dtype = stores.weights.dtype
+    touched = _touched_rows(ids, gradients, stores.num_rows(width))
+    old, scalars = _read(stores, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     if statistics is None:
         sums = tuple(sum_blocks(blocks) for blocks in _sums_of_blocks(old, touched.gradients, hyper, optimizer))
@@ -256,13 +227,13 @@ def sparse_update(
     if storage_rounding == "split":
         new_weights, low = rounding.halves(new_weights)
         new_state = (*new_state, low)
-    elif storage_rounding == "stochastic" and store.dtype != jnp.float32:
+    elif storage_rounding == "stochastic" and dtype != jnp.float32:
         keys = rounding.row_key(
-            seed, step.astype(jnp.uint32), slots.table[touched.slots], logical_rows[touched.first_ids]
+            seed, step.astype(jnp.uint32), slots.table[touched.slots], ids.logical_rows[touched.first_ids]
         )
         columns = slots.first_column[touched.slots][:, None] + jnp.arange(width, dtype=jnp.uint32)[None]
         bits = rounding.column_bits(keys[:, None], columns)
-        new_weights = rounding.stochastic_round(new_weights, bits, store.dtype)
+        new_weights = rounding.stochastic_round(new_weights, bits, dtype)
 
     # Reading must be over before writing begins: else XLA for GPUs fuses the two and copies each store to part them.
     new_weights, new_state, new_scalars, places, scalars = jax.lax.optimization_barrier(
@@ -275,8 +246,8 @@ def sparse_update(
         written = flat.at[places].set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)
         return written.reshape(array.shape)
 
-    return (
-        write(store, places, new_weights),
-        tuple(write(a, places, v) for a, v in zip(element_state, new_state, strict=True)),
-        tuple(write(a, scalars, v) for a, v in zip(row_state, new_scalars, strict=True)),
+    return Stores(
+        weights=write(stores.weights, places, new_weights),
+        element_state=tuple(write(a, places, v) for a, v in zip(stores.element_state, new_state, strict=True)),
+        row_state=tuple(write(a, scalars, v) for a, v in zip(stores.row_state, new_scalars, strict=True)),
     )

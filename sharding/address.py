@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import Ids
 from pallas_kernels.bags import bags_of_ids
 from pallas_kernels.scans import offsets_of, places_of
 from sharding import words
@@ -19,7 +20,7 @@ from sharding.groups import Group
 from sharding.jagged import KeyedJagged
 from sharding.layout import Layout
 from sharding.mesh import device_number
-from sharding.owned import OwnedIds, own
+from sharding.owned import own
 from sharding.records import NO_ROW, Records, bag_offsets_at_home, bags_at_home, bags_at_owner, records_of
 from sharding.tables import FeatureSpec
 
@@ -80,7 +81,7 @@ class AddressedGroup:
     ids: ByOwner | None = None
     asked: ByOwner | None = None
     home: HomeIds | None = None
-    local: OwnedIds | None = None
+    local: Ids | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import Ids
 from sharding.address import Addressed, AddressedGroup, ByOwner, HomeIds
 from sharding.capacities import Capacities
 from sharding.layout import Layout
 from sharding.mesh import AXES
-from sharding.owned import OwnedIds
 from sharding.records import NO_ROW
 from sharding.trip import Trip, exchange, make_trip, to_owners
 
@@ -43,7 +43,7 @@ class DeliveredGroup:
     requested: Int32[Any, " N"] | None = None
     request: Trip | None = None
     home: HomeIds | None = None
-    local: OwnedIds | None = None
+    local: Ids | None = None
 
 
 @jax.tree_util.register_dataclass

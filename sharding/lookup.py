@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import pooled_lookup
+from pallas_kernels import Ids, pooled_lookup
 from sharding import returns
 from sharding.assemble import assemble
 from sharding.bags import vectors_at_home, vectors_of_bags
 from sharding.codec import code_bytes, decode, encode
 from sharding.groups import Group
-from sharding.owned import OwnedIds
 from sharding.place import Place, divided
 from sharding.route import RoutedGroup
 from sharding.trip import to_senders
@@ -98,7 +97,7 @@ def chunk_of(values: Shaped[Array, "..."], chunk: int, chunks: int, *, axis: int
     return jax.lax.slice_in_dim(values, chunk * size, (chunk + 1) * size, axis=axis)
 
 
-def _pool(store: Float[Array, "lines line"], ids: OwnedIds, group: Group, place: Place) -> Float[Array, "bags w"]:
+def _pool(store: Float[Array, "lines line"], ids: Ids, group: Group, place: Place) -> Float[Array, "bags w"]:
     return pooled_lookup(
         store,
         ids.rows,

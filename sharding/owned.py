@@ -7,38 +7,15 @@ Letters: W devices, b samples of one device, P vectors a sample that an owner po
 ids of an owner.
 """
 
-import dataclasses
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels import Ids
 from pallas_kernels.scans import cummax, offsets_of
 from sharding import words
 from sharding.groups import Group
 from sharding.records import NO_ROW
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnedIds:
-    """Ids whose rows a device holds, as the kernels want them, in canonical order.
-
-    Attributes:
-        rows: Row in the device's part of the store; NO_ROW for padding and invalid ids.
-        slots: Slot of each id.
-        logical_rows: Row of the table, as one or two words, low word first.
-        offsets: First id of each bag, and the end of the last.
-        weights: Weight of each id, or None if the batch has none.
-    """
-
-    rows: Int32[Any, " N"]
-    slots: Int32[Any, " N"]
-    logical_rows: UInt32[Any, "N words"]
-    offsets: Int32[Any, " G+1"]
-    weights: Float[Any, " N"] | None
 
 
 def own(
@@ -50,11 +27,11 @@ def own(
     group: Group,
     device: Int32[Array, ""],
     wide: bool,
-) -> OwnedIds:
+) -> Ids:
     """Completes ids that are in canonical order.
 
     Args:
-        rows: Row of each.
+        rows: Row of each in the device's part of the store; NO_ROW for padding and invalid ids.
         vectors: A vector of each id's lookup.
         offsets: Their bags.
         weights: Weight of each, or None.
@@ -77,7 +54,7 @@ def own(
         logical = words.multiply_add(local, stride.astype(jnp.uint32), ordinal)
     else:
         logical = (local * stride.astype(jnp.uint32) + ordinal)[:, None]
-    return OwnedIds(rows=rows, slots=slots, logical_rows=logical, offsets=offsets, weights=weights)
+    return Ids(rows=rows, slots=slots, logical_rows=logical, offsets=offsets, weights=weights)
 
 
 def canonical(
@@ -91,7 +68,7 @@ def canonical(
     samples: int,
     device: Int32[Array, ""],
     wide: bool,
-) -> tuple[OwnedIds, Int32[Array, " N"]]:
+) -> tuple[Ids, Int32[Array, " N"]]:
     """Puts ids that lie sender by sender, each sender's in canonical order, into canonical order.
 
     Args:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels import Ids
 from sharding.address import HomeIds
 from sharding.deliver import Delivered, DeliveredGroup
 from sharding.errors import InputError
@@ -21,7 +22,7 @@ from sharding.groups import Group
 from sharding.jagged import KeyedJagged, check_arrays
 from sharding.layout import Layout
 from sharding.mesh import AXES, device_number
-from sharding.owned import OwnedIds, canonical
+from sharding.owned import canonical
 from sharding.tables import FeatureSpec
 from sharding.trip import Trip
 
@@ -40,12 +41,12 @@ class RoutedGroup:
         local: Family "local" on several devices: the ids of this device's samples.
     """
 
-    owned: OwnedIds
+    owned: Ids
     trip: Trip | None = None
     home: HomeIds | None = None
     requested: Int32[Any, " N"] | None = None
     request: Trip | None = None
-    local: OwnedIds | None = None
+    local: Ids | None = None
 
 
 @jax.tree_util.register_dataclass

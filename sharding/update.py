@@ -8,7 +8,7 @@ w stored width, D dim, N ids of an owner.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32
 
-from pallas_kernels import Slots, row_statistics, sparse_update
+from pallas_kernels import Ids, Slots, Stores, row_statistics, sparse_update
 from sharding import returns
 from sharding.assemble import take_apart
 from sharding.bags import bags_at_home, bags_of_vectors
@@ -24,7 +24,7 @@ from sharding.codec import decode, encode
 from sharding.errors import InputError
 from sharding.groups import Group
 from sharding.lookup import chunk_of
-from sharding.owned import OwnedIds, of_device
+from sharding.owned import of_device
 from sharding.place import Place, divided
 from sharding.records import NO_ROW
 from sharding.route import HomeIds, RoutedGroup
@@ -106,33 +106,27 @@ def update_local(
     calls = [
         _UpdateCall(
             group=group,
-            ids=dataclasses.replace(ids.owned, rows=jnp.where(enabled, ids.owned.rows, NO_ROW)),
-            bag_offsets=jnp.arange(ids.owned.rows.shape[0] + 1, dtype=jnp.int32)
-            if group.family == "rows_by_id"
-            else ids.owned.offsets,
+            ids=_ids(ids.owned, group, enabled),
             gradients=gradients,
             slots=_slots(group, place.device, learning_rate_scale),
         )
         for group, ids, gradients in zip(place.layout.groups, routed, of_bags, strict=True)
     ]
-    statistics = _statistics_of_whole_rows(state, routed, calls, step, place)
-    weights, element_state, row_state = dict(state.weights), dict(state.element_state), dict(state.row_state)
+    stores = {
+        name: Stores(weights=weights, element_state=state.element_state[name], row_state=state.row_state[name])
+        for name, weights in state.weights.items()
+    }
+    statistics = _statistics_of_whole_rows(stores, routed, calls, step, place)
     for number, call in enumerate(calls):
         group = call.group
         rule = group.table.rule
         if rule is None:
             continue
         with jax.named_scope(f"update_{group.family}_{group.width}"):
-            weights[group.store], element_state[group.store], row_state[group.store] = sparse_update(
-                weights[group.store],
-                element_state[group.store],
-                row_state[group.store],
-                call.ids.rows,
-                call.ids.slots,
-                call.bag_offsets,
+            stores[group.store] = sparse_update(
+                stores[group.store],
+                call.ids,
                 call.gradients,
-                call.ids.weights,
-                logical_rows=call.ids.logical_rows,
                 slots=call.slots,
                 step=step,
                 seed=jnp.uint32(seed),
@@ -142,17 +136,28 @@ def update_local(
                 statistics=statistics.get(number),
                 implementation=place.kernels,
             )
-    return TableState(weights=weights, element_state=element_state, row_state=row_state)
+    return TableState(
+        weights={name: of_store.weights for name, of_store in stores.items()},
+        element_state={name: of_store.element_state for name, of_store in stores.items()},
+        row_state={name: of_store.row_state for name, of_store in stores.items()},
+    )
 
 
 class _UpdateCall(NamedTuple):
-    """What the kernels are given for one group, beside stores and state."""
+    """What the kernels are given for one group, beside its stores."""
 
     group: Group
-    ids: OwnedIds
-    bag_offsets: Int32[Array, " G+1"]
+    ids: Ids
     gradients: Float[Array, "G w"]
     slots: Slots
+
+
+def _ids(owned: Ids, group: Group, enabled: Bool[Array, ""]) -> Ids:
+    """The ids of a group with the bags that gradients have come for: of rows that travel by id each is its own."""
+    rows = jnp.where(enabled, owned.rows, NO_ROW)
+    if group.family != "rows_by_id":
+        return dataclasses.replace(owned, rows=rows)
+    return dataclasses.replace(owned, rows=rows, offsets=jnp.arange(rows.shape[0] + 1, dtype=jnp.int32))
 
 
 def _slots(group: Group, device: Int32[Array, ""], learning_rate_scale: Float[Array, ""]) -> Slots:
@@ -241,7 +246,7 @@ def _home(routed: RoutedGroup) -> HomeIds:
 
 
 def _statistics_of_whole_rows(
-    state: TableState,
+    stores: Mapping[str, Stores],
     routed: Sequence[RoutedGroup],
     calls: Sequence[_UpdateCall],
     step: Int32[Array, ""],
@@ -259,14 +264,9 @@ def _statistics_of_whole_rows(
         if rule is None or not rule.needs_statistics or not group.has_column_shards:
             continue
         sums = row_statistics(
-            state.weights[group.store],
-            state.element_state[group.store],
-            state.row_state[group.store],
-            call.ids.rows,
-            call.ids.slots,
-            call.bag_offsets,
+            stores[group.store],
+            call.ids,
             call.gradients,
-            call.ids.weights,
             slots=call.slots,
             step=step,
             optimizer=rule,

@@ -16,7 +16,7 @@ NOWHERE = (-1, -(2**31), NUM_ROWS, 2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ids:
+class Batch:
     """A batch for the kernels."""
 
     rows: np.ndarray
@@ -34,7 +34,7 @@ class Ids:
 
 
 @st.composite
-def batches(draw: st.DrawFn, *, longest_bag: int = 9) -> Ids:
+def batches(draw: st.DrawFn, *, longest_bag: int = 9) -> Batch:
     """Bags of any length, empty ones among them; rows equal, distinct, Zipf, on one line, or none at all."""
     lengths = np.array(draw(st.lists(st.integers(0, longest_bag), min_size=NUM_BAGS, max_size=NUM_BAGS)))
     ends = np.minimum(np.cumsum(lengths), NUM_IDS)
@@ -53,7 +53,7 @@ def batches(draw: st.DrawFn, *, longest_bag: int = 9) -> Ids:
             rows = random.integers(0, 4, NUM_IDS)
         case "nowhere":
             rows = np.where(random.random(NUM_IDS) < 0.5, random.choice(NOWHERE, NUM_IDS), random.integers(0, NUM_ROWS))
-    return Ids(
+    return Batch(
         rows=rows.astype(np.int32),
         offsets=np.concatenate([[0], ends]).astype(np.int32),
         weights=random.normal(size=NUM_IDS).astype(np.float32),
@@ -70,7 +70,7 @@ def lines_of(rows: np.ndarray):
     return jnp.asarray(rows.reshape(-1, 512 // rows.dtype.itemsize))
 
 
-def pooled(table: np.ndarray, ids: Ids, weights: np.ndarray | None, dtype=np.float64) -> np.ndarray:
+def pooled(table: np.ndarray, ids: Batch, weights: np.ndarray | None, dtype=np.float64) -> np.ndarray:
     """Sums of bags, one id after the other, in a dtype."""
     result = np.zeros((len(ids.lengths), table.shape[1]), dtype)
     for i, bag in enumerate(ids.bags):

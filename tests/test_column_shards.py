@@ -10,26 +10,28 @@ import pytest
 from implementation_cases import device_of, each_implementation
 from kernel_cases import NUM_ROWS, lines_of, table_of
 from update_cases import (
-    Tables,
     a_batch,
+    bits_of,
+    fresh_stores,
     gradients_of,
+    ids_of,
     numbers_of_rows,
     slots_of,
-    slots_of_ids,
     update,
 )
 
-from pallas_kernels import ROW_OPTIMIZERS, row_statistics
+from pallas_kernels import ROW_OPTIMIZERS, Stores, row_statistics
 from pallas_kernels.row_optimizers import sum_blocks
 
 
-def columns_of(tables: Tables, width: int, columns: slice) -> Tables:
-    """The store of a column shard."""
+def columns_of(stores: Stores, width: int, columns: slice) -> Stores:
+    """The stores of a column shard."""
 
     def cut(lines: jax.Array) -> jax.Array:
         return lines_of(np.asarray(lines).reshape(NUM_ROWS, width)[:, columns].copy())
 
-    return Tables(cut(tables.weights), tuple(cut(state) for state in tables.element_state), tables.row_state)
+    element_state = tuple(cut(state) for state in stores.element_state)
+    return dataclasses.replace(stores, weights=cut(stores.weights), element_state=element_state)
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
     implementation: str, rule: str, shards: tuple[slice, ...]
 ) -> None:
     width = shards[-1].stop
-    whole = Tables.fresh(rule, table_of(width))
+    whole = fresh_stores(rule, table_of(width))
     parts = [columns_of(whole, width, shard) for shard in shards]
     slots = slots_of(width)
     for step in (1, 2, 3):
@@ -59,14 +61,9 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
         with device_of(implementation):
             of_blocks = [
                 compiled_statistics(implementation, rule, shard.stop - shard.start)(
-                    part.weights,
-                    part.element_state,
-                    part.row_state,
-                    ids.rows,
-                    slots_of_ids(ids.rows),
-                    ids.offsets,
+                    part,
+                    ids_of(ids, ids.weights),
                     gradients[:, shard],
-                    ids.weights,
                     slots=slots,
                     step=jnp.int32(step),
                 )
@@ -89,7 +86,7 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
             for shard, part in zip(shards, parts, strict=True)
         ]
         for shard, part in zip(shards, parts, strict=True):
-            for wanted, result in zip(columns_of(whole, width, shard).bits(), part.bits(), strict=True):
+            for wanted, result in zip(bits_of(columns_of(whole, width, shard)), bits_of(part), strict=True):
                 np.testing.assert_array_equal(result, wanted)
 
 
@@ -97,13 +94,13 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
 def test_stochastic_rounding_of_a_column_shard_then_the_bits_of_the_whole_rows_columns(implementation: str) -> None:
     rows = table_of(32, dtype=jnp.bfloat16)
     ids, gradients = a_batch(), gradients_of(32)
-    whole = update(implementation, "sgd", Tables(lines_of(rows), (), ()), ids, gradients, storage_rounding="stochastic")
+    whole = update(implementation, "sgd", Stores(weights=lines_of(rows)), ids, gradients, storage_rounding="stochastic")
     for first in (0, 16):
         columns = slice(first, first + 16)
         shard = update(
             implementation,
             "sgd",
-            Tables(lines_of(rows[:, columns].copy()), (), ()),
+            Stores(weights=lines_of(rows[:, columns].copy())),
             ids,
             gradients[:, columns],
             slots=slots_of(16, first_column=jnp.full(3, first, jnp.uint32)),

@@ -1,21 +1,22 @@
 """What only the C++ kernels promise: any number of threads, shared long runs, the dot interaction, split storage."""
 
+import dataclasses
 import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import lines_of
-from row_oracle import ELEMENT_STATES, ROW_STATES, RULES
-from update_cases import HYPER
+from row_oracle import RULES
+from update_cases import HYPER, fresh_stores
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots, cpu, scans, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, scans, xla
 from pallas_kernels.bags import bags_of_ids
 from pallas_kernels.interaction import dot_interaction
 
@@ -23,17 +24,25 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="the library of the 
 
 FLOAT32 = np.dtype(np.float32)
 NUM_ROWS, NUM_BAGS, NUM_IDS = 3072, 700, 9000
+SCALAR_LINES = NUM_ROWS // 128
 
 
-def batch(width: int):
-    """Ids enough for several threads, a row of thousands of ids, ids of no row, padding."""
+def batch(width: int) -> tuple[Ids, np.ndarray]:
+    """Ids enough for several threads, a row of thousands of ids, ids of no row, padding; and gradients."""
     random = np.random.default_rng(width)
     rows = random.integers(-3, NUM_ROWS + 3, NUM_IDS).astype(np.int32)
     rows[random.random(NUM_IDS) < 0.4] = 1234
     inner = np.sort(random.integers(0, NUM_IDS - 20, NUM_BAGS - 1))
     offsets = np.concatenate([[0], inner, [NUM_IDS - 20]]).astype(np.int32)
     gradients = random.normal(size=(NUM_BAGS, width)).astype(np.float32)
-    return rows, offsets, gradients, random.normal(size=NUM_IDS).astype(np.float32)
+    ids = Ids(
+        rows=rows,
+        slots=np.where((rows >= 0) & (rows < NUM_ROWS), rows // (NUM_ROWS // 3), 0).astype(np.int32),
+        logical_rows=np.stack([rows, rows > 1500], axis=1).astype(np.uint32),
+        offsets=offsets,
+        weights=random.normal(size=NUM_IDS).astype(np.float32),
+    )
+    return ids, gradients
 
 
 def slots(width: int) -> Slots:
@@ -47,39 +56,25 @@ def slots(width: int) -> Slots:
     )
 
 
+def update(module: ModuleType, rule: str, stores: Stores, width: int, storage_rounding: str = "nearest") -> Stores:
+    """One update."""
+    call = functools.partial(
+        module.sparse_update,
+        optimizer=ROW_OPTIMIZERS[rule],
+        width=width,
+        storage_rounding=storage_rounding,
+        statistics=None,
+    )
+    return jax.jit(call)(stores, *batch(width), slots=slots(width), step=jnp.int32(3), seed=jnp.uint32(11))
+
+
 def updated(
-    module, rule: str, width: int, dtype: np.dtype = FLOAT32, storage_rounding: str = "nearest", low=()
-) -> list:
+    module: ModuleType, rule: str, width: int, dtype: np.dtype = FLOAT32, storage_rounding: str = "nearest"
+) -> list[np.ndarray]:
     """The arrays after one update, as numpy."""
-    rows, offsets, gradients, weights = batch(width)
     table = np.random.default_rng(1).normal(size=(NUM_ROWS, width)).astype(dtype)
-    return [
-        np.asarray(array)
-        for array in jax.tree.leaves(
-            jax.jit(
-                functools.partial(
-                    module.sparse_update,
-                    optimizer=ROW_OPTIMIZERS[rule],
-                    width=width,
-                    storage_rounding=storage_rounding,
-                    statistics=None,
-                )
-            )(
-                lines_of(table),
-                tuple(jnp.zeros((table.size // 128, 128)) for _ in range(ELEMENT_STATES[rule])) + tuple(low),
-                tuple(jnp.zeros((24, 128)) for _ in range(ROW_STATES[rule])),
-                rows,
-                np.where((rows >= 0) & (rows < NUM_ROWS), rows // (NUM_ROWS // 3), 0).astype(np.int32),
-                offsets,
-                gradients,
-                weights,
-                logical_rows=np.stack([rows, rows > 1500], axis=1).astype(np.uint32),
-                slots=slots(width),
-                step=jnp.int32(3),
-                seed=jnp.uint32(11),
-            )
-        )
-    ]
+    new = update(module, rule, fresh_stores(rule, table, scalar_lines=SCALAR_LINES), width, storage_rounding)
+    return [np.asarray(array) for array in jax.tree.leaves(new)]
 
 
 @pytest.mark.parametrize("width", [8, 64, 256])
@@ -103,32 +98,15 @@ def test_split_storage_then_the_bits_of_a_float32_store(rule: str) -> None:
     width = 16
     exact = updated(cpu, rule, width)
     words = np.random.default_rng(1).normal(size=(NUM_ROWS, width)).astype(np.float32).view(np.uint32)
-    rows, offsets, gradients, weights = batch(width)
     high = (words >> 16).astype(np.uint16).view(jnp.bfloat16).reshape(-1, 256)
     low = (words & 0xFFFF).astype(np.uint16).reshape(-1, 256)
-    stores = jax.jit(
-        functools.partial(
-            cpu.sparse_update,
-            optimizer=ROW_OPTIMIZERS[rule],
-            width=width,
-            storage_rounding="split",
-            statistics=None,
-        )
-    )(
-        jnp.asarray(high),
-        (*(jnp.zeros((words.size // 128, 128)) for _ in range(ELEMENT_STATES[rule])), jnp.asarray(low)),
-        tuple(jnp.zeros((24, 128)) for _ in range(ROW_STATES[rule])),
-        rows,
-        np.where((rows >= 0) & (rows < NUM_ROWS), rows // (NUM_ROWS // 3), 0).astype(np.int32),
-        offsets,
-        gradients,
-        weights,
-        logical_rows=np.zeros((NUM_IDS, 1), np.uint32),
-        slots=slots(width),
-        step=jnp.int32(3),
-        seed=jnp.uint32(11),
+    fresh = fresh_stores(rule, words.view(np.float32), scalar_lines=SCALAR_LINES)
+    fresh = dataclasses.replace(
+        fresh, weights=jnp.asarray(high), element_state=(*fresh.element_state, jnp.asarray(low))
     )
-    joined = np.asarray(stores[0]).view(np.uint16).astype(np.uint32) << 16 | np.asarray(stores[1][-1])
+    stores = update(cpu, rule, fresh, width, "split")
+    halves = np.asarray(stores.weights).view(np.uint16), np.asarray(stores.element_state[-1])
+    joined = halves[0].astype(np.uint32) << 16 | halves[1]
     np.testing.assert_array_equal(joined.reshape(-1), exact[0].view(np.uint32).reshape(-1))
 
 

@@ -152,8 +152,8 @@ def test_kernels_page_when_its_program_runs_then_rows_are_those_of_plain_arrays(
         moment += (gradient**2).sum(axis=1, keepdims=True) / dim
         table -= rate * gradient / (np.sqrt(moment) + 1e-8)
     assert_close(float(names["loss"]), loss)
-    assert_close(np.asarray(names["store"]).reshape(1000, 64), table)
-    state = np.asarray(names["row_state"][0]).reshape(-1)
+    assert_close(np.asarray(names["stores"].weights).reshape(1000, 64), table)
+    state = np.asarray(names["stores"].row_state[0]).reshape(-1)
     assert_close(state[:600], moment[:600, 0])
     assert_close(state[640:1040], moment[600:, 0])
 

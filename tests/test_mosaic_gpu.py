@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Ids, lines_of, table_of
-from update_cases import Tables, a_batch, gradients_of, logical_rows, slots_of, slots_of_ids
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Batch, lines_of, table_of
+from update_cases import a_batch, fresh_stores, gradients_of, ids_of, slots_of
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots, mosaic_gpu, rounding, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, mosaic_gpu, rounding, xla
 from pallas_kernels.target import interpreting
 from pallas_kernels.traced_rules import trace_rule
 from sharding.aot import target_mesh
@@ -53,8 +53,8 @@ def table_and_ids(width: int, dtype) -> tuple:
     """Shapes of a store and of the ids."""
     itemsize = jnp.dtype(dtype).itemsize
     lines = TABLE_BYTES // 512 // (3 * width) * 3 * width
-    ids = some(jnp.int32, NUM_IDS_COMPILED)
-    return some(dtype, lines, 512 // itemsize), ids, ids, some(jnp.int32, NUM_BAGS_COMPILED + 1)
+    rows = some(jnp.int32, NUM_IDS_COMPILED)
+    return some(dtype, lines, 512 // itemsize), rows, some(jnp.int32, NUM_BAGS_COMPILED + 1)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def table_and_ids(width: int, dtype) -> tuple:
     ],
 )
 def test_lookup_for_an_h200_then_compiles_and_needs_no_memory(no_compilation_cache, width: int, dtype) -> None:
-    store, rows, _, offsets = table_and_ids(width, dtype)
+    store, rows, offsets = table_and_ids(width, dtype)
     for weights in ((), (some(jnp.float32, NUM_IDS_COMPILED),)):
 
         def look_up(store, rows, offsets, *weights):
@@ -78,26 +78,26 @@ def test_lookup_for_an_h200_then_compiles_and_needs_no_memory(no_compilation_cac
 def compiled_update(rule: str, width: int, dtype, storage_rounding: rounding.Rounding = "nearest"):
     """Bytes of an update's program, and those of its stores."""
     optimizer = ROW_OPTIMIZERS[rule]
-    store, rows, slots_of_ids, offsets = table_and_ids(width, dtype)
+    store, rows, offsets = table_and_ids(width, dtype)
     size = store.shape[0] * store.shape[1]
     element_state = tuple(some(jnp.float32, size // 128, 128) for _ in optimizer.element_state)
     if storage_rounding == "split":
         element_state = (*element_state, some(jnp.uint16, *store.shape))
     row_state = tuple(some(jnp.float32, -(-size // width // 128), 128) for _ in optimizer.row_state)
-    gradients = some(jnp.float32, NUM_BAGS_COMPILED, width)
-    slots = jax.eval_shape(lambda: slots_of(width))
+    stores = Stores(weights=store, element_state=element_state, row_state=row_state)
+    ids = Ids(
+        rows=rows,
+        slots=rows,
+        logical_rows=some(jnp.uint32, NUM_IDS_COMPILED, 1),
+        offsets=offsets,
+        weights=some(jnp.float32, NUM_IDS_COMPILED),
+    )
 
-    def update(store, element_state, row_state, rows, slots_of_ids, offsets, gradients, weights, logical, slots, step):
+    def update(stores: Stores, ids: Ids, gradients, slots: Slots, step):
         return mosaic_gpu.sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            slots_of_ids,
-            offsets,
+            stores,
+            ids,
             gradients,
-            weights,
-            logical_rows=logical,
             slots=slots,
             step=step,
             seed=jnp.uint32(0),
@@ -107,20 +107,8 @@ def compiled_update(rule: str, width: int, dtype, storage_rounding: rounding.Rou
             statistics=None,
         )
 
-    stores = store, element_state, row_state
-    memory = compiled_for_an_h200(
-        update,
-        *stores,
-        rows,
-        slots_of_ids,
-        offsets,
-        gradients,
-        some(jnp.float32, NUM_IDS_COMPILED),
-        some(jnp.uint32, NUM_IDS_COMPILED, 1),
-        slots,
-        some(jnp.int32),
-        donated=(0, 1, 2),
-    )
+    gradients, slots = some(jnp.float32, NUM_BAGS_COMPILED, width), jax.eval_shape(lambda: slots_of(width))
+    memory = compiled_for_an_h200(update, stores, ids, gradients, slots, some(jnp.int32), donated=(0,))
     return memory, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stores))
 
 
@@ -154,15 +142,13 @@ def test_update_for_an_h200_then_compiles_in_place(
 
 
 def check_bits(
-    rule: str, width: int, ids: Ids, *, storage_rounding="nearest", dtype: Any = jnp.float32, as_shard: bool = False
+    rule: str, width: int, ids: Batch, *, storage_rounding="nearest", dtype: Any = jnp.float32, as_shard: bool = False
 ) -> None:
     """Compares an interpreted update, or that of a column shard, with `xla`'s, bit for bit."""
-    tables = Tables.fresh(rule, table_of(width, dtype=dtype))
+    stores = fresh_stores(rule, table_of(width, dtype=dtype))
     if storage_rounding == "split":
-        high, low = rounding.halves(jnp.asarray(table_of(width)))
-        stores = high.reshape(-1, 256), (*tables.element_state, low.reshape(-1, 256)), tables.row_state
-    else:
-        stores = tables.weights, tables.element_state, tables.row_state
+        high, low = (half.reshape(-1, 256) for half in rounding.halves(jnp.asarray(table_of(width))))
+        stores = dataclasses.replace(stores, weights=high, element_state=(*stores.element_state, low))
     common = {"slots": slots_of(width), "step": jnp.int32(3), "optimizer": ROW_OPTIMIZERS[rule], "width": width}
     valid = (ids.rows >= 0) & (ids.rows < NUM_ROWS) & (np.arange(len(ids.rows)) < ids.offsets[-1])
 
@@ -173,7 +159,6 @@ def check_bits(
             statistics = 2 * blocks.sum(axis=1)
         new = implementation.sparse_update(
             *arguments,
-            logical_rows=jnp.asarray(logical_rows(ids.rows)),
             seed=jnp.uint32(9),
             storage_rounding=storage_rounding,
             statistics=statistics,
@@ -181,7 +166,7 @@ def check_bits(
         )
         return new, None if blocks is None else jnp.where(jnp.asarray(valid)[:, None, None], blocks, 0)
 
-    arguments = *stores, ids.rows, slots_of_ids(ids.rows), ids.offsets, gradients_of(width), ids.weights
+    arguments = stores, ids_of(ids, ids.weights), gradients_of(width)
     expected = jax.jit(functools.partial(run, xla))(*arguments)
     with interpreting(H200):
         result = jax.jit(functools.partial(run, mosaic_gpu))(*arguments)
@@ -189,12 +174,12 @@ def check_bits(
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
 
 
-def hot_batch(num_ids: int) -> Ids:
+def hot_batch(num_ids: int) -> Batch:
     """Half of the ids name one row; some name none, and the last few are padding."""
     random = np.random.default_rng(0)
     rows = np.where(random.random(num_ids) < 0.5, 5, random.integers(0, NUM_ROWS, num_ids))
     rows[::11] = random.choice(NOWHERE, len(rows[::11]))
-    return Ids(
+    return Batch(
         rows=rows.astype(np.int32),
         offsets=np.linspace(0, num_ids - 3, NUM_BAGS + 1).astype(np.int32),
         weights=random.normal(size=num_ids).astype(np.float32),

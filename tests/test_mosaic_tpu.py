@@ -1,5 +1,6 @@
 """mosaic_tpu beyond the inherited tests: races, chunks, and programs for TPUs that are not here."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, lines_of, pooled, table_of
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Batch, lines_of, pooled, table_of
 from tpu_programs import SLICES, SMALL, TABLE_BYTES, compiled_lookup, compiled_update
-from update_cases import Tables, gradients_of, logical_rows, slots_of, slots_of_ids
+from update_cases import fresh_stores, gradients_of, ids_of, slots_of
 
-from pallas_kernels import ROW_OPTIMIZERS, mosaic_tpu, xla
+from pallas_kernels import ROW_OPTIMIZERS, Stores, mosaic_tpu, xla
 from pallas_kernels.target import interpreting
 
 KIND = "TPU v6 lite"
@@ -25,12 +26,12 @@ def racing() -> Iterator[None]:
         yield
 
 
-def some_ids(seed: int) -> Ids:
+def some_ids(seed: int) -> Batch:
     """Rows that exist and rows that do not, hot rows, empty bags, padding."""
     random = np.random.default_rng(seed)
     rows = np.minimum(random.zipf(1.3, NUM_IDS), NUM_ROWS) - 1
     rows = np.where(random.random(NUM_IDS) < 0.1, random.choice(NOWHERE, NUM_IDS), rows)
-    return Ids(
+    return Batch(
         rows=rows.astype(np.int32),
         offsets=np.sort(np.concatenate([[0], random.integers(0, NUM_IDS - 5, NUM_BAGS)])).astype(np.int32),
         weights=random.normal(size=NUM_IDS).astype(np.float32),
@@ -47,22 +48,15 @@ def test_lookup_when_races_are_looked_for_then_none_and_the_sums_in_order(racing
     np.testing.assert_array_equal(result, pooled(table, ids, ids.weights, np.float32))
 
 
-def both_updates(rule: str, width: int, dtype, storage_rounding: str, *, longest_chunk: int, seed: int = 0) -> tuple:
+def both_updates(
+    rule: str, width: int, dtype, storage_rounding: str, *, longest_chunk: int, seed: int = 0
+) -> tuple[Stores, ...]:
     """What an update makes of the same tables here and in `xla`."""
-    tables, ids = Tables.fresh(rule, table_of(width)), some_ids(seed)
+    ids = some_ids(seed)
     options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": storage_rounding}
-    arrays = (
-        lines_of(table_of(width, dtype=dtype)),
-        tables.element_state,
-        tables.row_state,
-        ids.rows,
-        slots_of_ids(ids.rows),
-        ids.offsets,
-        gradients_of(width),
-        ids.weights,
-    )
+    stores = dataclasses.replace(fresh_stores(rule, table_of(width)), weights=lines_of(table_of(width, dtype=dtype)))
+    arrays = stores, ids_of(ids, ids.weights), gradients_of(width)
     numbers = {
-        "logical_rows": jnp.asarray(logical_rows(ids.rows)),
         "slots": slots_of(width),
         "step": jnp.int32(3),
         "seed": jnp.uint32(9),
@@ -73,7 +67,7 @@ def both_updates(rule: str, width: int, dtype, storage_rounding: str, *, longest
     return tuple(jax.jit(update)(*arrays, **numbers) for update in (here, there))
 
 
-def assert_close(arrays: tuple, wanted: tuple) -> None:
+def assert_close(arrays: Stores, wanted: Stores) -> None:
     for array, want in zip(jax.tree.leaves(arrays), jax.tree.leaves(wanted), strict=True):
         assert array.dtype == want.dtype
         # Compilers fuse products and sums of a rule as they please; a few last bits of float32.
@@ -102,8 +96,8 @@ def test_an_update_of_many_chunks_then_that_of_xla(rule: str, width: int, dtype,
 
 def test_stochastic_rounding_then_the_bits_of_xla() -> None:
     with interpreting(KIND):
-        (here, _, _), (there, _, _) = both_updates("sgd", 32, jnp.bfloat16, "stochastic", longest_chunk=64)
-    np.testing.assert_array_equal(np.asarray(here).view(np.uint16), np.asarray(there).view(np.uint16))
+        here, there = both_updates("sgd", 32, jnp.bfloat16, "stochastic", longest_chunk=64)
+    np.testing.assert_array_equal(np.asarray(here.weights).view(np.uint16), np.asarray(there.weights).view(np.uint16))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from implementation_cases import device_of, each_implementation, skip_unless_served
-from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, lines_of, pooled, table_of
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Batch, batches, lines_of, pooled, table_of
 
 from pallas_kernels import pooled_lookup
 
@@ -33,7 +33,7 @@ def look_up(implementation, table, ids, weights=None, *, longest_bag=None) -> np
 @pytest.mark.parametrize("width", WIDTHS)
 @settings(deadline=None, max_examples=12)
 @given(ids=batches(longest_bag=LONGEST_BAG))
-def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(implementation: str, width: int, ids: Ids) -> None:
+def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(implementation: str, width: int, ids: Batch) -> None:
     table = table_of(width)
     for weights in (None, ids.weights):
         result = look_up(implementation, table, ids, weights)
@@ -48,7 +48,9 @@ def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(implementatio
 @pytest.mark.parametrize("width", [8, 64, 384])
 @settings(deadline=None, max_examples=8)
 @given(ids=batches(longest_bag=LONGEST_BAG))
-def test_lookup_when_the_longest_bag_is_promised_then_the_same_bits(implementation: str, width: int, ids: Ids) -> None:
+def test_lookup_when_the_longest_bag_is_promised_then_the_same_bits(
+    implementation: str, width: int, ids: Batch
+) -> None:
     table = table_of(width)
     for weights in (None, ids.weights):
         np.testing.assert_array_equal(
@@ -62,7 +64,7 @@ def test_lookup_when_the_longest_bag_is_promised_then_the_same_bits(implementati
 @pytest.mark.parametrize("width", [8, 128, 384])
 def test_lookup_in_a_16_bit_store_then_sums_in_float32(implementation: str, width: int, dtype) -> None:
     random = np.random.default_rng(1)
-    ids = Ids(
+    ids = Batch(
         rows=random.integers(0, NUM_ROWS, NUM_IDS).astype(np.int32),
         offsets=np.arange(0, NUM_IDS + 1, 4, dtype=np.int32),
         weights=random.normal(size=NUM_IDS).astype(np.float32),
@@ -76,7 +78,7 @@ def test_lookup_in_a_16_bit_store_then_sums_in_float32(implementation: str, widt
 @each_implementation
 @pytest.mark.parametrize("longest_bag", [None, 0, 3])
 def test_lookup_when_there_are_no_ids_then_zeros(implementation: str, longest_bag: int | None) -> None:
-    ids = Ids(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
+    ids = Batch(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
     for weights in (None, ids.weights):
         result = look_up(implementation, table_of(16), ids, weights, longest_bag=longest_bag)
         np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
@@ -86,7 +88,7 @@ def test_lookup_when_there_are_no_ids_then_zeros(implementation: str, longest_ba
 @pytest.mark.parametrize("longest_bag", [None, 0, 3])
 def test_lookup_when_every_bag_is_empty_then_zeros(implementation: str, longest_bag: int | None) -> None:
     rows, weights = np.zeros(NUM_IDS, np.int32), np.full(NUM_IDS, np.nan, np.float32)
-    ids = Ids(rows=rows, offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=weights)
+    ids = Batch(rows=rows, offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=weights)
     result = look_up(implementation, table_of(16), ids, weights, longest_bag=longest_bag)
     np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
 
@@ -95,7 +97,7 @@ def test_lookup_when_every_bag_is_empty_then_zeros(implementation: str, longest_
 @pytest.mark.parametrize("longest_bag", [None, 3])
 @pytest.mark.parametrize("num_ids", [0, 5])
 def test_lookup_when_there_are_no_bags_then_nothing(implementation: str, num_ids: int, longest_bag) -> None:
-    ids = Ids(rows=np.zeros(num_ids, np.int32), offsets=np.zeros(1, np.int32), weights=np.ones(num_ids, np.float32))
+    ids = Batch(rows=np.zeros(num_ids, np.int32), offsets=np.zeros(1, np.int32), weights=np.ones(num_ids, np.float32))
     assert look_up(implementation, table_of(16), ids, ids.weights, longest_bag=longest_bag).shape == (0, 16)
 
 
@@ -104,7 +106,7 @@ def test_lookup_when_there_are_no_bags_then_nothing(implementation: str, num_ids
 @pytest.mark.parametrize("row", NOWHERE)
 def test_lookup_of_a_row_outside_the_store_then_zeros(implementation: str, row: int, longest_bag: int | None) -> None:
     offsets = np.minimum(np.arange(NUM_BAGS + 1, dtype=np.int32), 1)
-    ids = Ids(rows=np.full(1, row, np.int32), offsets=offsets, weights=np.ones(1, np.float32))
+    ids = Batch(rows=np.full(1, row, np.int32), offsets=offsets, weights=np.ones(1, np.float32))
     result = look_up(implementation, table_of(16), ids, longest_bag=longest_bag)
     np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
 
@@ -112,7 +114,7 @@ def test_lookup_of_a_row_outside_the_store_then_zeros(implementation: str, row: 
 @each_implementation
 def test_lookup_one_id_a_bag_then_the_rows_themselves(implementation: str) -> None:
     rows = np.random.default_rng(0).integers(0, NUM_ROWS, NUM_IDS).astype(np.int32)
-    ids = Ids(rows=rows, offsets=np.arange(NUM_IDS + 1, dtype=np.int32), weights=np.ones(NUM_IDS, np.float32))
+    ids = Batch(rows=rows, offsets=np.arange(NUM_IDS + 1, dtype=np.int32), weights=np.ones(NUM_IDS, np.float32))
     table = table_of(32)
     np.testing.assert_array_equal(look_up(implementation, table, ids, longest_bag=1), table[rows])
 
@@ -121,7 +123,7 @@ def test_lookup_one_id_a_bag_then_the_rows_themselves(implementation: str) -> No
 def test_lookup_five_times_then_the_same_bits(implementation: str) -> None:
     random = np.random.default_rng(0)
     rows = random.integers(0, 3, NUM_IDS).astype(np.int32)
-    ids = Ids(rows=rows, offsets=np.array([0] * NUM_BAGS + [NUM_IDS], np.int32), weights=random.normal(size=NUM_IDS))
+    ids = Batch(rows=rows, offsets=np.array([0] * NUM_BAGS + [NUM_IDS], np.int32), weights=random.normal(size=NUM_IDS))
     weights = ids.weights.astype(np.float32)
     results = [look_up(implementation, table_of(64), ids, weights) for _ in range(5)]
     for result in results[1:]:

@@ -2,26 +2,29 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementation_cases import device_of, each_implementation
-from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Ids, batches, table_of
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Batch, batches, table_of
 from row_oracle import ELEMENT_STATES, RULES, gradients_of_rows, updated_row
 from update_cases import (
     HYPER,
     ROWS_PER_SHARD,
-    Tables,
     a_batch,
+    bits_of,
+    fresh_stores,
     gradients_of,
+    ids_of,
     numbers_of_rows,
     slots_of,
     update,
 )
 
-from pallas_kernels import ROW_OPTIMIZERS, row_statistics, sparse_update
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Stores, row_statistics, sparse_update
 from pallas_kernels.xla import RUN_BLOCK
 
 # float32 against float64 over three updates of numbers of about 1. What loses most is 1 - beta2**step: of 0.999 to the
@@ -32,9 +35,11 @@ TOLERANCE = {"rtol": 4e-5, "atol": 4e-5}
 SUM_ERROR = 4 * 2.0**-24
 
 
-def check_updates(implementation: str, rule: str, width: int, steps: list[tuple[int, Ids]], *, weighted: bool) -> None:
+def check_updates(
+    implementation: str, rule: str, width: int, steps: list[tuple[int, Batch]], *, weighted: bool
+) -> None:
     """Runs updates of chosen numbers and compares everything with the float64 rule after each."""
-    tables = Tables.fresh(rule, table_of(width))
+    tables = fresh_stores(rule, table_of(width))
     slots = slots_of(width)
     hyper = [{name: float(getattr(slots, name)[slot]) for name in (*HYPER, "dim")} for slot in range(3)]
     expected = [values.astype(np.float64) for values in numbers_of_rows(tables, width)]
@@ -81,7 +86,7 @@ def test_three_updates_then_equal_the_rule_in_float64(implementation, rule, data
 @pytest.mark.parametrize("width", [width for width in WIDTHS if width != 16])
 @settings(deadline=None, max_examples=3)
 @given(ids=batches())
-def test_an_update_of_any_width_then_equals_the_rule_in_float64(implementation: str, width: int, ids: Ids) -> None:
+def test_an_update_of_any_width_then_equals_the_rule_in_float64(implementation: str, width: int, ids: Batch) -> None:
     check_updates(implementation, "partial_rowwise_adam", width, [(1, ids), (2, ids)], weighted=False)
 
 
@@ -92,47 +97,43 @@ def test_an_update_then_rows_without_ids_keep_their_bits(implementation: str, ru
     strange = np.array([np.nan, -np.nan, np.inf, -0.0, 1e-45, -1e-40, 3e38, 0.1], np.float32)
     rows = np.resize(strange, (NUM_ROWS, width))
     rows[:touched_rows] = table_of(width)[:touched_rows]
-    tables = Tables.fresh(rule, rows)
+    tables = fresh_stores(rule, rows)
     # Every second row: its neighbours lie on the same line.
     ids = a_batch(num_rows=touched_rows // 2)
     ids = dataclasses.replace(ids, rows=2 * ids.rows)
     after = update(implementation, rule, tables, ids, gradients_of(width), weights=ids.weights)
     untouched = np.setdiff1d(np.arange(NUM_ROWS), ids.rows)
-    for was, now in zip(tables.bits()[: 1 + ELEMENT_STATES[rule]], after.bits(), strict=False):
+    for was, now in zip(bits_of(tables)[: 1 + ELEMENT_STATES[rule]], bits_of(after), strict=False):
         np.testing.assert_array_equal(now.reshape(NUM_ROWS, width)[untouched], was.reshape(NUM_ROWS, width)[untouched])
     assert (
-        after.bits()[0].reshape(NUM_ROWS, width)[ids.rows] != tables.bits()[0].reshape(NUM_ROWS, width)[ids.rows]
+        bits_of(after)[0].reshape(NUM_ROWS, width)[ids.rows] != bits_of(tables)[0].reshape(NUM_ROWS, width)[ids.rows]
     ).any()
 
 
 @each_implementation
 @pytest.mark.parametrize("rule", RULES)
 def test_an_update_when_no_id_names_a_row_then_every_bit_stays(implementation: str, rule: str) -> None:
-    tables = Tables.fresh(rule, table_of(16))
+    tables = fresh_stores(rule, table_of(16))
     nowhere = dataclasses.replace(a_batch(), rows=np.resize(np.array(NOWHERE, np.int64), NUM_IDS).astype(np.int32))
     padding_only = dataclasses.replace(a_batch(), offsets=np.zeros(NUM_BAGS + 1, np.int32))
     for ids in (nowhere, padding_only):
         nan = np.full((NUM_BAGS, 16), np.nan, np.float32)
         after = update(implementation, rule, tables, ids, nan, weights=ids.weights)
-        for was, now in zip(tables.bits(), after.bits(), strict=True):
+        for was, now in zip(bits_of(tables), bits_of(after), strict=True):
             np.testing.assert_array_equal(now, was)
 
 
 @each_implementation
 def test_an_update_of_no_ids_then_every_bit_stays(implementation: str) -> None:
-    tables = Tables.fresh("lamb", table_of(16))
-    none = Ids(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
+    tables = fresh_stores("lamb", table_of(16))
+    none = Batch(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))
     after = update(implementation, "lamb", tables, none, gradients_of(16), weights=none.weights)
-    for was, now in zip(tables.bits(), after.bits(), strict=True):
+    for was, now in zip(bits_of(tables), bits_of(after), strict=True):
         np.testing.assert_array_equal(now, was)
     with device_of(implementation):
         statistics = row_statistics(
-            tables.weights,
-            tables.element_state,
-            tables.row_state,
-            jnp.asarray(none.rows),
-            jnp.asarray(none.rows),
-            jnp.asarray(none.offsets),
+            tables,
+            jax.tree.map(jnp.asarray, ids_of(none)),
             jnp.asarray(gradients_of(16)),
             slots=slots_of(16),
             step=jnp.int32(1),
@@ -149,7 +150,7 @@ def test_a_nan_in_one_bags_gradient_then_only_that_bags_rows_become_nan(implemen
     gradients = gradients_of(16)
     bag = int(ids.lengths.argmax())
     gradients[bag] = np.nan
-    after = update(implementation, "adagrad", Tables.fresh("adagrad", table_of(16)), ids, gradients)
+    after = update(implementation, "adagrad", fresh_stores("adagrad", table_of(16)), ids, gradients)
     poisoned = np.isnan(numbers_of_rows(after, 16)[0]).any(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(poisoned), np.unique(ids.rows[ids.bags == bag]))
 
@@ -175,7 +176,7 @@ def test_a_rows_gradients_then_added_in_the_stated_order_bit_for_bit(implementat
     random = np.random.default_rng(hot)
     rows = random.integers(0, NUM_ROWS - 1, num_ids) if not hot else random.integers(0, 8, num_ids) + 1
     rows[random.permutation(num_ids)[:hot]] = NUM_ROWS - 1 if hot else 0
-    ids = Ids(
+    ids = Batch(
         rows=rows.astype(np.int32),
         offsets=np.linspace(0, num_ids, NUM_BAGS + 1).astype(np.int32),
         weights=random.normal(size=num_ids).astype(np.float32),
@@ -188,7 +189,7 @@ def test_a_rows_gradients_then_added_in_the_stated_order_bit_for_bit(implementat
     after = update(
         implementation,
         "sgd",
-        Tables.fresh("sgd", table),
+        fresh_stores("sgd", table),
         ids,
         gradients,
         slots=slots,
@@ -201,46 +202,55 @@ def test_a_rows_gradients_then_added_in_the_stated_order_bit_for_bit(implementat
 @each_implementation
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", "lamb"])
 def test_an_update_five_times_then_the_same_bits(implementation: str, rule: str) -> None:
-    tables = Tables.fresh(rule, table_of(16))
-    results = [update(implementation, rule, tables, a_batch(num_rows=3), gradients_of(16)).bits() for _ in range(5)]
+    tables = fresh_stores(rule, table_of(16))
+    results = [bits_of(update(implementation, rule, tables, a_batch(num_rows=3), gradients_of(16))) for _ in range(5)]
     for result in results[1:]:
         for was, now in zip(results[0], result, strict=True):
             np.testing.assert_array_equal(now, was)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("of", "change", "message"),
     [
-        ({"width": 24}, "width 24 is not stored"),
-        ({"implementation": "cuda"}, "implementation 'cuda' does not exist"),
-        ({"element_state": ()}, r"adagrad keeps 1 elementwise and 0 row-wise states .* was given 0 and 0"),
-        ({"row_state": (jnp.zeros((1, 128)),)}, "but was given 1 and 1"),
+        ("call", {"width": 24}, "width 24 is not stored"),
+        ("call", {"implementation": "cuda"}, "implementation 'cuda' does not exist"),
+        ("stores", {"element_state": ()}, r"adagrad keeps 1 elementwise and 0 row-wise states .* was given 0 and 0"),
+        ("stores", {"row_state": (jnp.zeros((1, 128)),)}, "but was given 1 and 1"),
         (
+            "stores",
             {"element_state": (jnp.zeros((8, 128), jnp.bfloat16),)},
             "optimizer state is kept in float32, but was given as",
         ),
         (
+            "stores",
             {"element_state": (jnp.zeros((9, 128)),)},
             "'sum_of_squares' has 1152 elements, but the store it belongs to has",
         ),
-        ({"gradients": jnp.zeros((2, 16))}, r"gradients are float32 of shape \(2, 16\); give float32 of \(1, 16\)"),
-        ({"gradients": jnp.zeros((1, 8))}, r"give float32 of \(1, 16\): bags, stored width"),
-        ({"gradients": jnp.zeros((1, 16), jnp.bfloat16)}, "gradients are bfloat16"),
-        ({"slots_of_ids": jnp.zeros(2, jnp.int32)}, r"1 ids have int32 slots of shape \(2,\); give int32, one each"),
-        ({"weights": jnp.ones(2)}, r"1 ids have float32 weights of shape \(2,\); give float32, one each"),
-        ({"step": 0}, "step is 0; updates are counted from 1"),
-        ({"store": jnp.zeros(1024)}, r"a store of shape \(1024,\) has no lines"),
+        ("stores", {"weights": jnp.zeros(1024)}, r"a store of shape \(1024,\) has no lines"),
+        (
+            "call",
+            {"gradients": jnp.zeros((2, 16))},
+            r"gradients are float32 of shape \(2, 16\); give float32 of \(1, 16\)",
+        ),
+        ("call", {"gradients": jnp.zeros((1, 8))}, r"give float32 of \(1, 16\): bags, stored width"),
+        ("call", {"gradients": jnp.zeros((1, 16), jnp.bfloat16)}, "gradients are bfloat16"),
+        ("ids", {"slots": jnp.zeros(2, jnp.int32)}, r"1 ids have int32 slots of shape \(2,\); give int32, one each"),
+        ("ids", {"weights": jnp.ones(2)}, r"1 ids have float32 weights of shape \(2,\); give float32, one each"),
+        ("call", {"step": 0}, "step is 0; updates are counted from 1"),
     ],
 )
 @pytest.mark.parametrize("operation", [sparse_update, row_statistics])
-def test_an_update_when_the_call_is_wrong_then_an_error_says_how(operation, change: dict, message: str) -> None:
-    arguments = {
-        "store": jnp.zeros((8, 128)),
-        "element_state": (jnp.zeros((8, 128)),),
-        "row_state": (),
-        "rows": jnp.zeros(1, jnp.int32),
-        "slots_of_ids": jnp.zeros(1, jnp.int32),
-        "offsets": jnp.array([0, 1], jnp.int32),
+def test_an_update_when_the_call_is_wrong_then_an_error_says_how(
+    operation, of: str, change: dict, message: str
+) -> None:
+    call = {
+        "stores": Stores(weights=jnp.zeros((8, 128)), element_state=(jnp.zeros((8, 128)),)),
+        "ids": Ids(
+            rows=jnp.zeros(1, jnp.int32),
+            slots=jnp.zeros(1, jnp.int32),
+            logical_rows=jnp.zeros((1, 1), jnp.uint32),
+            offsets=jnp.array([0, 1], jnp.int32),
+        ),
         "gradients": jnp.zeros((1, 16)),
         "slots": slots_of(16),
         "step": jnp.int32(1),
@@ -248,6 +258,7 @@ def test_an_update_when_the_call_is_wrong_then_an_error_says_how(operation, chan
         "width": 16,
     }
     if operation is sparse_update:
-        arguments |= {"logical_rows": jnp.zeros((1, 1), jnp.uint32), "seed": jnp.uint32(0)}
+        call["seed"] = jnp.uint32(0)
+    call |= change if of == "call" else {of: dataclasses.replace(call[of], **change)}
     with pytest.raises(ValueError, match=message):
-        operation(**(arguments | change))
+        operation(**call)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementation_cases import device_of
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, batches, lines_of, pooled, table_of
-from test_storage_rounding import split_tables
+from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Batch, batches, lines_of, pooled, table_of
+from test_storage_rounding import split_stores
 from tpu_programs import SMALL, compiled_for, compiled_lookup, compiled_update, update_shapes
-from update_cases import ROWS_PER_SHARD, Tables, gradients_of, logical_rows, slots_of, slots_of_ids
+from update_cases import ROWS_PER_SHARD, fresh_stores, gradients_of, ids_of, slots_of
 
 from configs.quickstart import quickstart
 from dlrm_jax.config import TableConfig
-from pallas_kernels import ROW_OPTIMIZERS, Slots, sparsecore, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, sparsecore, xla
 from pallas_kernels.mosaic_tpu.lines import row_shape
 from pallas_kernels.mosaic_tpu.units import units_of_rows
 from pallas_kernels.rounding import joined
@@ -48,7 +49,7 @@ def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(racing: None,
     del racing
     random = np.random.default_rng(0)
     rows = np.where(random.random(NUM_IDS) < 0.1, random.choice(NOWHERE, NUM_IDS), random.integers(0, NUM_ROWS))
-    ids = Ids(
+    ids = Batch(
         rows=rows.astype(np.int32),
         offsets=np.sort(np.concatenate([[0], random.integers(0, NUM_IDS - 5, NUM_BAGS)])).astype(np.int32),
         weights=random.normal(size=NUM_IDS).astype(np.float32),
@@ -59,31 +60,21 @@ def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(racing: None,
     np.testing.assert_array_equal(result, pooled(table_of(width), ids, weights, np.float32))
 
 
-def tables_of(rule: str, width: int, dtype=jnp.float32, storage_rounding: str = "nearest") -> Tables:
+def stores_of(rule: str, width: int, dtype=jnp.float32, storage_rounding: str = "nearest") -> Stores:
     if storage_rounding == "split":
-        return split_tables(rule, table_of(width))
+        return split_stores(rule, table_of(width))
     weights = lines_of(table_of(width, dtype=dtype))
-    return dataclasses.replace(Tables.fresh(rule, table_of(width)), weights=weights)
+    return dataclasses.replace(fresh_stores(rule, table_of(width)), weights=weights)
 
 
 def both_updates(
-    rule: str, width: int, ids: Ids, *, weighted: bool, dtype=jnp.float32, storage_rounding: str = "nearest"
-) -> tuple:
-    """What an update makes of the same tables here and in `xla`."""
-    tables = tables_of(rule, width, dtype, storage_rounding)
+    rule: str, width: int, ids: Batch, *, weighted: bool, dtype=jnp.float32, storage_rounding: str = "nearest"
+) -> tuple[Stores, ...]:
+    """What an update makes of the same stores here and in `xla`."""
     options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": storage_rounding}
-    arrays = (
-        tables.weights,
-        tables.element_state,
-        tables.row_state,
-        ids.rows,
-        slots_of_ids(ids.rows),
-        ids.offsets,
-        gradients_of(width),
-        ids.weights if weighted else None,
-    )
+    stores = stores_of(rule, width, dtype, storage_rounding)
+    arrays = stores, ids_of(ids, ids.weights if weighted else None), gradients_of(width)
     numbers = {
-        "logical_rows": jnp.asarray(logical_rows(ids.rows)),
         "slots": slots_of(width, first_column=jnp.array([0, 16, 48], jnp.uint32)),
         "step": jnp.int32(3),
         "seed": jnp.uint32(9),
@@ -94,19 +85,19 @@ def both_updates(
     return tuple(jax.jit(update)(*arrays, **numbers) for update in (here, there))
 
 
-def assert_close(arrays: tuple, wanted: tuple) -> None:
+def assert_close(arrays: Any, wanted: Any) -> None:
     for array, want in zip(jax.tree.leaves(arrays), jax.tree.leaves(wanted), strict=True):
         # Compilers fuse products and sums of a rule as they please; a few last bits of float32.
         np.testing.assert_allclose(array, want, rtol=2e-6, atol=2e-6)
 
 
-def hot_ids(num_ids: int, hot: int) -> Ids:
+def hot_ids(num_ids: int, hot: int) -> Batch:
     """Few rows of which one has that many ids, some that do not exist, empty bags, padding."""
     random = np.random.default_rng(1)
     rows = random.integers(0, NUM_ROWS, num_ids)
     rows[: num_ids // 10] = random.choice(NOWHERE, num_ids // 10)
     rows[num_ids - hot :] = 5
-    return Ids(
+    return Batch(
         rows=random.permutation(rows).astype(np.int32),
         offsets=np.sort(np.append(random.integers(0, num_ids, NUM_BAGS - 1), [0, num_ids - 4])).astype(np.int32),
         weights=random.normal(size=num_ids).astype(np.float32),
@@ -118,17 +109,17 @@ CUTS = tuple(units_of_rows(row_shape(16), jnp.dtype(dtype), 1) for dtype in (jnp
 
 
 @jax.jit
-def five_shares(slots: Slots, rows, slots_of_ids, offsets, gradients, weights) -> Work:
+def five_shares(ids: Ids, gradients: jax.Array, slots: Slots) -> Work:
     """Ids shared out for rows with weights in bfloat16, elementwise and row-wise state."""
     options = {"num_rows": NUM_ROWS, "cuts": CUTS, "has_scalars": True, "chunk": CHUNK, "shares": SHARES}
-    return share_out(rows, slots_of_ids, offsets, gradients, weights, None, slots, **options)[0]
+    return share_out(ids, gradients, None, slots, **options)[0]
 
 
 @settings(deadline=None, max_examples=20)
 @given(ids=batches(), first_scalar=st.integers(0, 300))
-def test_shares_then_no_line_of_weights_or_state_is_of_two(ids: Ids, first_scalar: int) -> None:
+def test_shares_then_no_line_of_weights_or_state_is_of_two(ids: Batch, first_scalar: int) -> None:
     slots = slots_of(16, first_scalar=first_scalar + jnp.arange(3, dtype=jnp.int32) * ROWS_PER_SHARD)
-    work = five_shares(slots, ids.rows, slots_of_ids(ids.rows), ids.offsets, gradients_of(16), ids.weights)
+    work = five_shares(ids_of(ids, ids.weights), gradients_of(16), slots)
     fields = np.asarray(work.words).reshape(-1, 6, CHUNK).swapaxes(0, 1).reshape(6, -1)
     bounds = np.asarray(work.bounds)[: SHARES + 1]
     named = np.flatnonzero((ids.rows[: ids.offsets[-1]] >= 0) & (ids.rows[: ids.offsets[-1]] < NUM_ROWS))
@@ -191,12 +182,14 @@ def test_an_update_of_bfloat16_then_that_of_xla(rule: str, width: int, storage_r
     with device_of("sparsecore"):
         results = both_updates(rule, width, ids, weighted=True, **options)
     if storage_rounding == "split":
-        results = [(joined(high, state[-1]), state[:-1], scalars) for high, state, scalars in results]
+        results = [
+            (joined(new.weights, new.element_state[-1]), new.element_state[:-1], new.row_state) for new in results
+        ]
     else:
-        here, there = (np.asarray(result[0]) for result in results)
+        here, there = (np.asarray(new.weights) for new in results)
         assert here.dtype == there.dtype
         np.testing.assert_array_equal(here.view(np.uint16), there.view(np.uint16))
-        results = [result[1:] for result in results]
+        results = [(new.element_state, new.row_state) for new in results]
     assert_close(*results)
 
 
@@ -205,15 +198,17 @@ def test_an_update_of_bfloat16_then_that_of_xla(rule: str, width: int, storage_r
     ("rule", "width", "storage_rounding"), [("rowwise_adagrad", 16, "nearest"), ("lamb", 256, "split")]
 )
 def test_statistics_of_bfloat16_then_those_of_xla(rule: str, width: int, storage_rounding: str) -> None:
-    tables, ids = tables_of(rule, width, jnp.bfloat16, storage_rounding), hot_ids(NUM_IDS, NUM_IDS // 2)
-    arrays = tables.weights, tables.element_state, tables.row_state, ids.rows, slots_of_ids(ids.rows), ids.offsets
+    ids = hot_ids(NUM_IDS, NUM_IDS // 2)
+    arrays = (
+        stores_of(rule, width, jnp.bfloat16, storage_rounding),
+        ids_of(ids, ids.weights),
+        gradients_of(width),
+    )
     options = {"optimizer": ROW_OPTIMIZERS[rule], "width": width, "storage_rounding": storage_rounding}
     numbers = {"slots": slots_of(width), "step": jnp.int32(3)}
     with device_of("sparsecore"):
         here, there = (
-            jax.jit(functools.partial(kernels.row_statistics, **options))(
-                *arrays, gradients_of(width), ids.weights, **numbers
-            )
+            jax.jit(functools.partial(kernels.row_statistics, **options))(*arrays, **numbers)
             for kernels in (sparsecore, xla)
         )
     named = np.flatnonzero((ids.rows >= 0) & (ids.rows < NUM_ROWS) & (np.arange(NUM_IDS) < ids.offsets[-1]))
@@ -273,7 +268,7 @@ def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int, sto
     dtype, rounding = (jnp.float32, "nearest") if storage == "float32" else (jnp.bfloat16, storage)
     program = compiled_update(sparsecore, kind, rule, width, dtype=dtype, storage_rounding=rounding, weighted=True)
     assert program.temp_size_in_bytes < SMALL
-    stores = jax.tree.leaves(update_shapes(rule, width, dtype, split=rounding == "split")[:3])
+    stores = jax.tree.leaves(update_shapes(rule, width, dtype, split=rounding == "split")[0])
     assert program.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in stores)
 
 
@@ -282,16 +277,11 @@ def test_an_update_for_a_tpu_then_in_place(kind: str, rule: str, width: int, sto
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str, dtype) -> None:
-    def statistics(store, element_state, row_state, rows, offsets, gradients, weights, _, slots):
+    def statistics(stores: Stores, ids: Ids, gradients, slots: Slots):
         return sparsecore.row_statistics(
-            store,
-            element_state,
-            row_state,
-            rows,
-            rows,
-            offsets,
+            stores,
+            ids,
             gradients,
-            weights,
             slots=slots,
             step=jnp.int32(1),
             optimizer=ROW_OPTIMIZERS["lamb"],

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementation_cases import each_implementation
-from kernel_cases import NUM_ROWS, Ids, lines_of, table_of
-from update_cases import Tables, a_batch, gradients_of, numbers_of_rows, slots_of, update
+from kernel_cases import NUM_ROWS, Batch, lines_of, table_of
+from update_cases import a_batch, bits_of, fresh_stores, gradients_of, numbers_of_rows, slots_of, update
+
+from pallas_kernels import Stores
 
 SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 
@@ -17,9 +19,8 @@ SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", pytest.param("adam", marks=pytest.mark.slow)])
 def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation: str, rule: str, dtype) -> None:
     rows = table_of(16, dtype=dtype)
-    narrow = Tables.fresh(rule, rows.astype(np.float32))
-    narrow.weights = lines_of(rows)
-    wide = Tables.fresh(rule, rows.astype(np.float32))
+    wide = fresh_stores(rule, rows.astype(np.float32))
+    narrow = dataclasses.replace(wide, weights=lines_of(rows))
     ids, gradients = a_batch(), gradients_of(16)
     wide = update(implementation, rule, wide, ids, gradients)
     nearest = update(implementation, rule, narrow, ids, gradients)
@@ -27,7 +28,7 @@ def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation
     exact = numbers_of_rows(wide, 16)[0]
     for result in (nearest, stochastic):
         assert result.weights.dtype == dtype
-        for was, now in zip(wide.bits()[1:], result.bits()[1:], strict=True):
+        for was, now in zip(bits_of(wide)[1:], bits_of(result)[1:], strict=True):
             np.testing.assert_array_equal(now, was)
     np.testing.assert_array_equal(numbers_of_rows(nearest, 16)[0], exact.astype(jnp.dtype(dtype)))
     rounded = numbers_of_rows(stochastic, 16)[0].astype(np.float32)
@@ -38,20 +39,20 @@ def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation
     np.testing.assert_array_equal(rounded[untouched], rows[untouched].astype(np.float32))
 
 
-def split_tables(rule: str, rows: np.ndarray) -> Tables:
+def split_stores(rule: str, rows: np.ndarray) -> Stores:
     """The halves of float32 rows, and the state that belongs to them."""
     words = rows.view(np.uint32)
-    tables = Tables.fresh(rule, rows)
-    tables.weights = lines_of((words >> 16).astype(np.uint16).view(jnp.bfloat16))
+    stores = fresh_stores(rule, rows)
+    high = lines_of((words >> 16).astype(np.uint16).view(jnp.bfloat16))
     low = lines_of((words & 0xFFFF).astype(np.uint16))
-    return dataclasses.replace(tables, element_state=(*tables.element_state, low))
+    return dataclasses.replace(stores, weights=high, element_state=(*stores.element_state, low))
 
 
 @each_implementation
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", "lamb"])
 def test_updates_of_split_weights_then_float32s_bits(implementation: str, rule: str) -> None:
     rows = table_of(16)
-    wide, split = Tables.fresh(rule, rows), split_tables(rule, rows)
+    wide, split = fresh_stores(rule, rows), split_stores(rule, rows)
     for step in (1, 2, 3):
         ids, gradients = a_batch(step), gradients_of(16, seed=step)
         wide = update(implementation, rule, wide, ids, gradients, step=step)
@@ -61,7 +62,7 @@ def test_updates_of_split_weights_then_float32s_bits(implementation: str, rule: 
         )
         words = (high.astype(np.uint32) << 16) | low
         np.testing.assert_array_equal(words, np.asarray(wide.weights).reshape(NUM_ROWS, 16).view(np.uint32))
-        for was, now in zip(wide.bits()[1:], split.bits()[1 : len(wide.element_state) + 1], strict=False):
+        for was, now in zip(bits_of(wide)[1:], bits_of(split)[1 : len(wide.element_state) + 1], strict=False):
             np.testing.assert_array_equal(now, was)
 
 
@@ -74,25 +75,27 @@ def test_updates_of_split_weights_then_float32s_bits(implementation: str, rule: 
     ],
 )
 def test_an_update_of_split_weights_when_a_half_is_missing_then_an_error(dtype, element_state, message: str) -> None:
-    tables = Tables(lines_of(table_of(16, dtype=dtype)), element_state, ())
+    stores = Stores(weights=lines_of(table_of(16, dtype=dtype)), element_state=element_state)
     with pytest.raises(ValueError, match=message):
-        update("xla", "sgd", tables, a_batch(), gradients_of(16), storage_rounding="split")
+        update("xla", "sgd", stores, a_batch(), gradients_of(16), storage_rounding="split")
 
 
 def rounded_rows(implementation: str, dtype, *, places: np.ndarray, table: int = 7, **options) -> np.ndarray:
     """Four logical rows, updated where they lie in the store: equal numbers and gradients, whatever the places."""
     rows, logical = table_of(16, seed=9, dtype=dtype), np.array([3, 9, 17, 30])
     rows[places] = table_of(16, seed=1, dtype=dtype)[:4]
-    tables = Tables(lines_of(rows), (), ())
+    stores = Stores(weights=lines_of(rows))
     order = np.argsort(places, kind="stable")
-    ids = Ids(rows=places[order].astype(np.int32), offsets=np.arange(5, dtype=np.int32), weights=np.ones(4, np.float32))
+    ids = Batch(
+        rows=places[order].astype(np.int32), offsets=np.arange(5, dtype=np.int32), weights=np.ones(4, np.float32)
+    )
     slots = slots_of(
         16, table=jnp.full(3, table, jnp.uint32), learning_rate=jnp.full(3, 0.1), weight_decay=jnp.zeros(3)
     )
     after = update(
         implementation,
         "sgd",
-        tables,
+        stores,
         ids,
         gradients_of(16)[:4][order],
         slots=slots,

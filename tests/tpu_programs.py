@@ -1,6 +1,5 @@
 """Programs of the kernels for one TPU that is not here, and the shapes that they are given."""
 
-import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from update_cases import slots_of
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores
 
 # One chip of each generation: a slice that holds it, and the lines of its table.
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
@@ -49,25 +48,28 @@ def compiled_lookup(kernels: ModuleType, kind: str, width: int, dtype) -> Any:
     return compiled_for(kind, look_up, (store, ids, offsets, shape_of(NUM_IDS)))
 
 
-def update_shapes(rule: str, width: int, dtype=jnp.float32, *, split: bool = False) -> tuple:
-    """Stores, ids, offsets, gradients, weights, logical rows and slots of an update; of split weights, both halves."""
-    optimizer, slots = ROW_OPTIMIZERS[rule], slots_of(width)
-    arrays = {field.name: getattr(slots, field.name) for field in dataclasses.fields(Slots)}
+def update_shapes(
+    rule: str, width: int, dtype=jnp.float32, *, split: bool = False, weighted: bool = True
+) -> tuple[Stores, Ids, jax.ShapeDtypeStruct, Slots]:
+    """Stores, ids, gradients and slots of an update; of split weights, both halves."""
+    optimizer = ROW_OPTIMIZERS[rule]
     store = shape_of(NUM_LINES, 512 // jnp.dtype(dtype).itemsize, dtype=dtype)
     num_lines = store.size // 128
-    return (
-        store,
-        (shape_of(num_lines, 128),) * len(optimizer.element_state)
+    stores = Stores(
+        weights=store,
+        element_state=(shape_of(num_lines, 128),) * len(optimizer.element_state)
         + (shape_of(*store.shape, dtype=jnp.uint16),) * split,
         # No multiple of the 8 lines that a TPU keeps together.
-        (shape_of(num_lines // width + 1, 128),) * len(optimizer.row_state),
-        shape_of(NUM_IDS, dtype=jnp.int32),
-        shape_of(NUM_BAGS + 1, dtype=jnp.int32),
-        shape_of(NUM_BAGS, width),
-        shape_of(NUM_IDS),
-        shape_of(NUM_IDS, 2, dtype=jnp.uint32),
-        Slots(**{name: shape_of(3, dtype=x.dtype) for name, x in arrays.items()}),
+        row_state=(shape_of(num_lines // width + 1, 128),) * len(optimizer.row_state),
     )
+    ids = Ids(
+        rows=shape_of(NUM_IDS, dtype=jnp.int32),
+        slots=shape_of(NUM_IDS, dtype=jnp.int32),
+        logical_rows=shape_of(NUM_IDS, 2, dtype=jnp.uint32),
+        offsets=shape_of(NUM_BAGS + 1, dtype=jnp.int32),
+        weights=shape_of(NUM_IDS) if weighted else None,
+    )
+    return stores, ids, shape_of(NUM_BAGS, width), jax.eval_shape(lambda: slots_of(width))
 
 
 def compiled_update(
@@ -82,17 +84,11 @@ def compiled_update(
 ) -> Any:
     """The bytes of an update whose stores are donated."""
 
-    def update(store, element_state, row_state, rows, offsets, gradients, weights, logical_rows, slots):
+    def update(stores: Stores, ids: Ids, gradients, slots: Slots):
         return kernels.sparse_update(
-            store,
-            element_state,
-            row_state,
-            rows,
-            rows,
-            offsets,
+            stores,
+            ids,
             gradients,
-            weights if weighted else None,
-            logical_rows=logical_rows,
             slots=slots,
             step=jnp.int32(1),
             seed=jnp.uint32(0),
@@ -102,5 +98,5 @@ def compiled_update(
             statistics=None,
         )
 
-    shapes = update_shapes(rule, width, dtype, split=storage_rounding == "split")
-    return compiled_for(kind, update, shapes, donated=(0, 1, 2))
+    shapes = update_shapes(rule, width, dtype, split=storage_rounding == "split", weighted=weighted)
+    return compiled_for(kind, update, shapes, donated=(0,))

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from implementation_cases import device_of, skip_unless_served
-from kernel_cases import NUM_BAGS, NUM_IDS, NUM_ROWS, Ids, lines_of
+from kernel_cases import NUM_BAGS, NUM_IDS, NUM_ROWS, Batch, lines_of
 from row_oracle import ELEMENT_STATES, ROW_STATES
 
-from pallas_kernels import ROW_OPTIMIZERS, Slots, sparse_update
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, sparse_update
 
 # Three shards lie one after the other in the store; no two agree in a hyperparameter.
 ROWS_PER_SHARD = NUM_ROWS // 3
@@ -39,27 +39,20 @@ def slots_of(width: int, **changes: jax.Array) -> Slots:
     return dataclasses.replace(slots, **changes)
 
 
-@dataclasses.dataclass
-class Tables:
-    """The stores of one rule: weights, elementwise state, row-wise state."""
+def fresh_stores(rule: str, rows: np.ndarray, *, scalar_lines: int = 3) -> Stores:
+    """The stores of one rule: those rows, and state of zeros."""
+    num_lines = rows.size // 128
+    return Stores(
+        weights=lines_of(rows),
+        element_state=tuple(jnp.zeros((num_lines, 128)) for _ in range(ELEMENT_STATES[rule])),
+        row_state=tuple(jnp.zeros((scalar_lines, 128)) for _ in range(ROW_STATES[rule])),
+    )
 
-    weights: jax.Array
-    element_state: tuple[jax.Array, ...]
-    row_state: tuple[jax.Array, ...]
 
-    @classmethod
-    def fresh(cls, rule: str, rows: np.ndarray) -> "Tables":
-        num_lines = rows.size // 128
-        return cls(
-            weights=lines_of(rows),
-            element_state=tuple(jnp.zeros((num_lines, 128)) for _ in range(ELEMENT_STATES[rule])),
-            row_state=tuple(jnp.zeros((3, 128)) for _ in range(ROW_STATES[rule])),
-        )
-
-    def bits(self) -> list[np.ndarray]:
-        """Every array, as integers, so that NaN equals NaN and -0 is not 0."""
-        arrays = [np.asarray(a) for a in (self.weights, *self.element_state, *self.row_state)]
-        return [a.view(np.uint16 if a.dtype.itemsize == 2 else np.uint32) for a in arrays]
+def bits_of(stores: Stores) -> list[np.ndarray]:
+    """Every array, as integers, so that NaN equals NaN and -0 is not 0."""
+    arrays = [np.asarray(a) for a in jax.tree.leaves(stores)]
+    return [a.view(np.uint16 if a.dtype.itemsize == 2 else np.uint32) for a in arrays]
 
 
 @functools.cache
@@ -75,19 +68,23 @@ def compiled(implementation: str, rule: str, width: int, storage_rounding: str =
     )
 
 
-def logical_rows(rows: np.ndarray) -> np.ndarray:
-    return (rows % ROWS_PER_SHARD).astype(np.uint32)[:, None]
-
-
-def slots_of_ids(rows: np.ndarray) -> np.ndarray:
-    return np.where((rows >= 0) & (rows < NUM_ROWS), rows // ROWS_PER_SHARD, 0).astype(np.int32)
+def ids_of(batch: Batch, weights: np.ndarray | None = None) -> Ids:
+    """What an update is given of a batch."""
+    rows = batch.rows
+    return Ids(
+        rows=rows,
+        slots=np.where((rows >= 0) & (rows < NUM_ROWS), rows // ROWS_PER_SHARD, 0).astype(np.int32),
+        logical_rows=(rows % ROWS_PER_SHARD).astype(np.uint32)[:, None],
+        offsets=batch.offsets,
+        weights=weights,
+    )
 
 
 def update(
     implementation: str,
     rule: str,
-    tables: Tables,
-    ids: Ids,
+    stores: Stores,
+    batch: Batch,
     gradients: np.ndarray,
     *,
     step: int = 1,
@@ -95,43 +92,39 @@ def update(
     weights: np.ndarray | None = None,
     slots: Slots | None = None,
     storage_rounding: str = "nearest",
-    **options,
-) -> Tables:
+    statistics: jax.Array | None = None,
+    **changes: np.ndarray,
+) -> Stores:
+    """One update; `changes` are fields of the ids."""
     width = gradients.shape[1]
-    dtype = tables.weights.dtype
+    dtype = stores.weights.dtype
     skip_unless_served(implementation, dtype=dtype, width=width, rule=rule, storage_rounding=storage_rounding)
     with device_of(implementation):
-        arrays = compiled(implementation, rule, width, storage_rounding)(
-            tables.weights,
-            tables.element_state,
-            tables.row_state,
-            ids.rows,
-            slots_of_ids(ids.rows),
-            ids.offsets,
+        return compiled(implementation, rule, width, storage_rounding)(
+            stores,
+            dataclasses.replace(ids_of(batch, weights), **changes),
             gradients,
-            weights,
-            **{"logical_rows": logical_rows(ids.rows), **options},
             slots=slots_of(width) if slots is None else slots,
             step=jnp.int32(step),
             seed=jnp.uint32(seed),
+            statistics=statistics,
         )
-    return Tables(*arrays)
 
 
 def gradients_of(width: int, seed: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(NUM_BAGS, width)).astype(np.float32)
 
 
-def a_batch(seed: int = 0, *, num_rows: int = NUM_ROWS) -> Ids:
+def a_batch(seed: int = 0, *, num_rows: int = NUM_ROWS) -> Batch:
     random = np.random.default_rng(seed)
-    return Ids(
+    return Batch(
         rows=random.integers(0, num_rows, NUM_IDS).astype(np.int32),
         offsets=np.sort(np.concatenate([[0, NUM_IDS], random.integers(0, NUM_IDS, NUM_BAGS - 1)])).astype(np.int32),
         weights=random.normal(size=NUM_IDS).astype(np.float32),
     )
 
 
-def numbers_of_rows(tables: Tables, width: int) -> list[np.ndarray]:
+def numbers_of_rows(stores: Stores, width: int) -> list[np.ndarray]:
     """Weights and elementwise state as [R, w], row-wise state as [R]."""
-    elements = [np.asarray(array).reshape(NUM_ROWS, width) for array in (tables.weights, *tables.element_state)]
-    return elements + [np.asarray(array)[:, :ROWS_PER_SHARD].reshape(NUM_ROWS) for array in tables.row_state]
+    elements = [np.asarray(array).reshape(NUM_ROWS, width) for array in (stores.weights, *stores.element_state)]
+    return elements + [np.asarray(array)[:, :ROWS_PER_SHARD].reshape(NUM_ROWS) for array in stores.row_state]

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, unfused
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.xla import RUN_BLOCK
@@ -62,21 +63,14 @@ class SortedGradients(NamedTuple):
 
 
 def sort_ids(
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
-    gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
-    zero: Int32[Array, " 1"],
-    *,
-    num_rows: int,
+    ids: Ids, gradients: Float[Array, "G w"], zero: Int32[Array, " 1"], *, num_rows: int
 ) -> tuple[Runs, SortedGradients]:
     """Sorts the ids by row, stably."""
-    num_ids, num_bags = rows.shape[0], gradients.shape[0]
-    ids = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(offsets, num_ids)
+    rows, num_ids, num_bags = ids.rows, ids.rows.shape[0], gradients.shape[0]
+    number = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(ids.offsets, num_ids)
     valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
-    sorted_rows, order = lax.sort((jnp.where(valid, rows, num_rows), ids), num_keys=1, is_stable=True)
+    sorted_rows, order = lax.sort((jnp.where(valid, rows, num_rows), number), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones(1, bool), sorted_rows[1:] != sorted_rows[:-1]])
     places, upto = places_of(first)
     run_of_place = upto - 1
@@ -85,7 +79,7 @@ def sort_ids(
     runs = Runs(
         count=jnp.sum(first & (sorted_rows < num_rows), dtype=jnp.int32)[None],
         rows=sorted_rows.at[places].get(mode="fill", fill_value=0),
-        slots=slots_of_ids[first_ids],
+        slots=ids.slots[first_ids],
         first_ids=first_ids,
         starts=starts,
         run_of_id=jnp.zeros(num_ids, jnp.int32).at[order].set(run_of_place, unique_indices=True),
@@ -93,7 +87,7 @@ def sort_ids(
     )
     # The bag of an id beyond the last bag is never asked for its gradient, but may be loaded.
     sorted_bags = jnp.minimum(bags[order], num_bags - 1)
-    return runs, SortedGradients(sorted_bags, None if weights is None else weights[order], gradients, zero)
+    return runs, SortedGradients(sorted_bags, None if ids.weights is None else ids.weights[order], gradients, zero)
 
 
 def place_of_block(start: Int32[Array, "..."], is_first: Any) -> Int32[Array, "..."]:

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_gpu.rows import FULL_GRID, LANES, add_halves_of_blocks, opaque_zero, row_layout, run_kernel
 from pallas_kernels.mosaic_gpu.runs import (
     Runs,
@@ -39,6 +40,7 @@ from pallas_kernels.mosaic_gpu.runs import (
 )
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer, RowValues
 from pallas_kernels.slots import Slots
+from pallas_kernels.stores import Stores
 from pallas_kernels.traced_rules import TracedRule, trace_rule, without_is_finite
 from pallas_kernels.xla import RUN_BLOCK
 
@@ -49,16 +51,10 @@ _STEPS_OF_PROGRAM = 4
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Array, ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: Int32[Array, ""],
     seed: UInt32[Array, ""],
@@ -66,40 +62,29 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
-) -> tuple[Float[Array, "lines line"], tuple[Array, ...], tuple[Float[Array, "scalar_lines line"], ...]]:
+) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return store, element_state, row_state
-    stores = _Stores.of(store, element_state, row_state, width)
-    kernel = _Kernel.of(optimizer, store.dtype, width, storage_rounding)
-    operands = _operands(
-        kernel, jax.tree.map(jax.new_ref, stores), rows, slots_of_ids, offsets, gradients, weights, slots, step
-    )
+    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
+        return stores
+    kernel = _Kernel.of(optimizer, stores.weights.dtype, width, storage_rounding)
+    refs, num_rows = jax.tree.map(jax.new_ref, _by_row(stores, width)), stores.num_rows(width)
+    operands = _operands(kernel, refs, ids, gradients, slots, step, num_rows=num_rows)
     first_ids = operands.runs.first_ids
     if statistics is not None:
         operands = operands._replace(statistics=statistics[first_ids])
     if kernel.is_stochastic:
         tables = slots.table[operands.runs.slots]
-        keys = rounding.row_key(seed, step.astype(jnp.uint32), tables, logical_rows[first_ids])
+        keys = rounding.row_key(seed, step.astype(jnp.uint32), tables, ids.logical_rows[first_ids])
         operands = operands._replace(keys=keys)
     kernel.run(operands, (), name=f"sparse_update_{optimizer.name}")
     new = jax.tree.map(jax.freeze, operands.stores)
-    return (
-        new.weights.reshape(store.shape),
-        tuple(x.reshape(old.shape) for x, old in zip(new.element_state, element_state, strict=True)),
-        tuple(x.reshape(old.shape) for x, old in zip(new.row_state, row_state, strict=True)),
-    )
+    return jax.tree.map(lambda array, old: array.reshape(old.shape), new, stores)
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Array, ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -108,39 +93,32 @@ def row_statistics(
     storage_rounding: rounding.Rounding = "nearest",
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
-    kernel = _Kernel.of(optimizer, store.dtype, width, storage_rounding)
-    num_ids, blocks = rows.shape[0], width // min(STATISTICS_BLOCK, width)
+    kernel = _Kernel.of(optimizer, stores.weights.dtype, width, storage_rounding)
+    num_ids, blocks = ids.rows.shape[0], width // min(STATISTICS_BLOCK, width)
     if num_ids == 0 or gradients.shape[0] == 0:
         return jnp.zeros((num_ids, blocks, kernel.rule.num_statistics), jnp.float32)
-    stores = _Stores.of(store, element_state, row_state, width)
-    operands = _operands(kernel, stores, rows, slots_of_ids, offsets, gradients, weights, slots, step)
+    by_row, num_rows = _by_row(stores, width), stores.num_rows(width)
+    operands = _operands(kernel, by_row, ids, gradients, slots, step, num_rows=num_rows)
     shape = (num_ids, kernel.rule.num_statistics, blocks)
     sums = kernel.run(operands, jax.ShapeDtypeStruct(shape, jnp.float32), name=f"row_statistics_{optimizer.name}")
     runs = operands.runs.run_of_id
     return jnp.where((runs < operands.runs.count)[:, None, None], jnp.swapaxes(sums[runs], 1, 2), 0)
 
 
-class _Stores(NamedTuple):
-    """What an update changes, or references to it: weights and elementwise state by row, row-wise state by number."""
-
-    weights: Any
-    element_state: tuple[Any, ...]
-    row_state: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, store: Array, element_state: tuple[Array, ...], row_state: tuple[Array, ...], width: int) -> "_Stores":
-        return cls(
-            weights=store.reshape(-1, width),
-            element_state=tuple(state.reshape(-1, width) for state in element_state),
-            row_state=tuple(state.reshape(-1) for state in row_state),
-        )
+def _by_row(stores: Stores, width: int) -> Stores:
+    """Weights and elementwise state as [rows, width], row-wise state as [numbers]."""
+    return Stores(
+        weights=stores.weights.reshape(-1, width),
+        element_state=tuple(state.reshape(-1, width) for state in stores.element_state),
+        row_state=tuple(state.reshape(-1) for state in stores.row_state),
+    )
 
 
 class _Operands(NamedTuple):
     """Operands of the kernel.
 
     Attributes:
-        stores: Weights and state.
+        stores: Weights and state `_by_row`, or references to them.
         runs: The rows to update.
         ids: Their gradients.
         block_sums: Gradients of long runs, see `runs.place_of_block`.
@@ -150,7 +128,7 @@ class _Operands(NamedTuple):
         keys: Keys of the random bits of each run, for stochastic rounding.
     """
 
-    stores: _Stores
+    stores: Stores
     runs: Runs
     ids: SortedGradients
     block_sums: Float[Array, "2C w"]
@@ -162,25 +140,21 @@ class _Operands(NamedTuple):
 
 def _operands(
     kernel: "_Kernel",
-    stores: _Stores,
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     slots: Slots,
     step: Int32[Array, ""],
+    *,
+    num_rows: int,
 ) -> _Operands:
-    # The largest int32 is nobody's row.
-    num_rows = min(stores.weights.shape[0], jnp.iinfo(jnp.int32).max)
-    zero = opaque_zero(rows)
-    runs, ids = sort_ids(rows, slots_of_ids, offsets, gradients, weights, zero, num_rows=num_rows)
+    runs, sorted_gradients = sort_ids(ids, gradients, opaque_zero(ids.rows), num_rows=num_rows)
     first_column = lax.bitcast_convert_type(slots.first_column, jnp.int32)
     return _Operands(
         stores=stores,
         runs=runs,
-        ids=ids,
-        block_sums=sum_blocks_of_long_runs(runs, ids),
+        ids=sorted_gradients,
+        block_sums=sum_blocks_of_long_runs(runs, sorted_gradients),
         scalars=kernel.rule.scalars_of_slots(slots, step.astype(jnp.float32)),
         places=jnp.stack([slots.first_row, slots.first_scalar, first_column], axis=1),
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.ids import Ids
 from pallas_kernels.scans import bags_of_ids
 
 
@@ -30,10 +31,7 @@ class SortedIds(NamedTuple):
 
 
 def sort_ids(
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
-    weights: Float[Array, " n"] | None,
+    ids: Ids,
     statistics: Float[Array, "n k"] | None,
     more: Mapping[str, Array] | None = None,
     *,
@@ -42,26 +40,23 @@ def sort_ids(
     """Sorts the ids by row, stably.
 
     Args:
-        rows: As in `pallas_kernels.sparse_update`, like the next four.
-        slots_of_ids: As there.
-        offsets: As there.
-        weights: As there.
-        statistics: As there.
+        ids: The ids.
+        statistics: As in `pallas_kernels.sparse_update`.
         more: Further fields.
         num_rows: Rows of the store.
     """
-    num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
-    ids = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(offsets, num_ids)
+    rows, num_ids, num_bags = ids.rows, ids.rows.shape[0], ids.offsets.shape[0] - 1
+    number = jnp.arange(num_ids, dtype=jnp.int32)
+    bags = bags_of_ids(ids.offsets, num_ids)
     valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
-    fields = {"bag": bags, "slot": slots_of_ids}
-    if weights is not None:
-        fields["weight"] = weights
+    fields = {"bag": bags, "slot": ids.slots}
+    if ids.weights is not None:
+        fields["weight"] = ids.weights
     if statistics is not None:
         fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
     fields |= more or {}
     # By one key: SparseCores sort by no more, and their sorts take a second to compile, others half a minute.
     sorted_rows, order, *values = jax.lax.sort(
-        (jnp.where(valid, rows, num_rows), ids, *fields.values()), num_keys=1, is_stable=True
+        (jnp.where(valid, rows, num_rows), number, *fields.values()), num_keys=1, is_stable=True
     )
     return SortedIds(sorted_rows, order, dict(zip(fields, values, strict=True)), jnp.sum(valid, dtype=jnp.int32))

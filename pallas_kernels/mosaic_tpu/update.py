@@ -3,6 +3,7 @@
 Letters: n ids, G bags, w width of a row, S slots, C ids of a chunk.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_tpu.lines import (
     LANES,
     RowShape,
@@ -28,6 +30,7 @@ from pallas_kernels.mosaic_tpu.update_kernel import Call, update_chunk
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowHyperparameters, RowOptimizer, RowValues
 from pallas_kernels.scans import next_marked
 from pallas_kernels.slots import Slots
+from pallas_kernels.stores import Stores
 
 # Segments of one chunk's rows.
 _SEGMENTS_OF_CHUNK = 256
@@ -37,16 +40,10 @@ _SEGMENTS_OF_STRIP = 32
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: Int32[Array, ""],
     seed: UInt32[Array, ""],
@@ -55,39 +52,27 @@ def sparse_update(
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
     longest_chunk: int = _LONGEST_CHUNK,
-) -> tuple[
-    Float[Array, "lines line"],
-    tuple[Float[Array, "state_lines line"], ...],
-    tuple[Float[Array, "scalar_lines line"], ...],
-]:
+) -> Stores:
     """See `pallas_kernels.sparse_update`; ``longest_chunk`` bounds the ids of one grid step, for tests."""
-    if rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return store, element_state, row_state
-    stochastic = storage_rounding == "stochastic" and store.dtype != jnp.float32
-    call = _call(store, element_state, row_state, rows, optimizer, width, longest_chunk)
-    call = call._replace(
-        weighted=weights is not None,
+    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
+        return stores
+    stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
+    call = _call(stores, ids, optimizer, width, longest_chunk)._replace(
         statistics=0 if statistics is None else statistics.shape[1],
-        key_words=logical_rows.shape[1] if stochastic else 0,
+        key_words=ids.logical_rows.shape[1] if stochastic else 0,
     )
-    words = {f"word {word}": logical_rows[:, word] for word in range(call.key_words)}
-    ids = sort_ids(rows, slots_of_ids, offsets, weights, statistics, words, num_rows=call.num_rows)
+    words = {f"word {word}": ids.logical_rows[:, word] for word in range(call.key_words)}
+    sorted_ids = sort_ids(ids, statistics, words, num_rows=call.num_rows)
     step_key = rounding.fold(rounding.mix(seed), step.astype(jnp.uint32))
-    stores = (whole_pairs(store), *element_state, *row_state)
-    written = _run(call, ids, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
-    new_store, new_state = written[0][: store.shape[0]], written[1:]
-    return new_store, new_state[: len(element_state)], new_state[len(element_state) :]
+    written = _run(call, sorted_ids, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
+    new = jax.tree.unflatten(jax.tree.structure(stores), written)
+    return dataclasses.replace(new, weights=new.weights[: stores.weights.shape[0]])
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -98,53 +83,44 @@ def row_statistics(
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`; ``longest_chunk`` as above."""
     del storage_rounding
-    num_ids, blocks = rows.shape[0], max(1, width // STATISTICS_BLOCK)
-    call = _call(store, element_state, row_state, rows, optimizer, width, longest_chunk)
+    num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
+    call = _call(stores, ids, optimizer, width, longest_chunk)._replace(only_statistics=True)
     if num_ids == 0 or gradients.shape[0] == 0:
         return jnp.zeros((num_ids, blocks, call.num_summands), jnp.float32)
-    call = call._replace(weighted=weights is not None, only_statistics=True)
-    ids = sort_ids(rows, slots_of_ids, offsets, weights, None, num_rows=call.num_rows)
-    stores = (whole_pairs(store), *element_state, *row_state)
-    sums = _run(call, ids, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
+    sorted_ids = sort_ids(ids, None, num_rows=call.num_rows)
+    sums = _run(call, sorted_ids, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
     # The sums of a row stand where its last id is, in the sorted order.
-    is_last = jnp.append(ids.rows[:-1] != ids.rows[1:], True)
-    last_of_id = jnp.zeros(num_ids, jnp.int32).at[ids.order].set(next_marked(is_last), unique_indices=True)
+    is_last = jnp.append(sorted_ids.rows[:-1] != sorted_ids.rows[1:], True)
+    last_of_id = jnp.zeros(num_ids, jnp.int32).at[sorted_ids.order].set(next_marked(is_last), unique_indices=True)
     of_ids = sums[:, : blocks * call.num_summands].at[last_of_id].get(mode="promise_in_bounds")
     return jnp.swapaxes(of_ids.reshape(num_ids, call.num_summands, blocks), 1, 2)
 
 
-def _call(
-    store: Array,
-    element_state: tuple[Array, ...],
-    row_state: tuple[Array, ...],
-    rows: Int32[Array, " n"],
-    optimizer: RowOptimizer,
-    width: int,
-    longest_chunk: int,
-) -> Call:
+def _call(stores: Stores, ids: Ids, optimizer: RowOptimizer, width: int, longest_chunk: int) -> Call:
     shape = row_shape(width)
     chunk = min(
-        longest_chunk, max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row), round_up(max(1, rows.shape[0]), 32)
+        longest_chunk, max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row), round_up(max(1, ids.rows.shape[0]), 32)
     )
     strip = max(8, _SEGMENTS_OF_STRIP // shape.segments_per_row // 8 * 8)
-    num_states = len(element_state)
-    if store.dtype == jnp.float32:
-        units = [units_of_rows(shape, store.dtype, 1 + num_states)]
+    num_states, num_scalars, dtype = len(stores.element_state), len(stores.row_state), stores.weights.dtype
+    if dtype == jnp.float32:
+        units = [units_of_rows(shape, dtype, 1 + num_states)]
     else:
-        units = [units_of_rows(shape, store.dtype, 1)]
+        units = [units_of_rows(shape, dtype, 1)]
         units += [units_of_rows(shape, jnp.dtype(jnp.float32), num_states)] if num_states else []
-    units += [units_of_scalars(len(row_state))] if row_state else []
+    units += [units_of_scalars(num_scalars)] if num_scalars else []
     strip = min(strip, chunk)
     return Call(
         shape=shape,
         chunk=round_up(chunk, strip),
         strip=strip,
-        num_rows=min(store.size // width, jnp.iinfo(jnp.int32).max),
+        num_rows=stores.num_rows(width),
         optimizer=optimizer,
         units=tuple(units),
         num_states=num_states,
-        num_scalars=len(row_state),
-        num_summands=_num_summands(optimizer, shape, num_states, len(row_state)),
+        num_scalars=num_scalars,
+        num_summands=_num_summands(optimizer, shape, num_states, num_scalars),
+        weighted=ids.weights is not None,
     )
 
 
@@ -170,12 +146,13 @@ def _run(
     call: Call,
     ids: SortedIds,
     gradients: Float[Array, "G w"],
-    stores: tuple[Array, ...],
+    stores: Stores,
     slots: Slots,
     step: Int32[Array, ""],
     slot_keys: UInt32[Array, " S"],
 ) -> tuple[Array, ...]:
     shape, chunk, streams = call.shape, call.chunk, _in_chunks(ids, call)
+    arrays = tuple(jax.tree.leaves(dataclasses.replace(stores, weights=whole_pairs(stores.weights))))
     num_chunks = streams["row"].shape[0] - 1
     here = pl.BlockSpec((1, 1, chunk), lambda c: (c, 0, 0), memory_space=pltpu.SMEM)
     after = pl.BlockSpec((1, 1, chunk), lambda c: (c + 1, 0, 0), memory_space=pltpu.SMEM)
@@ -197,7 +174,7 @@ def _run(
         streams,
         {name: streams[name] for name in next_names},
         lines,
-        stores,
+        arrays,
     ]
     in_specs = [
         smem,
@@ -207,17 +184,17 @@ def _run(
         dict.fromkeys(streams, here),
         dict.fromkeys(next_names, after),
         hbm,
-        (hbm,) * len(stores),
+        (hbm,) * len(arrays),
     ]
     if call.only_statistics:
         out_specs = [pl.BlockSpec((chunk, LANES), lambda c: (c, 0))]
         out_shape = [jax.ShapeDtypeStruct((num_chunks * chunk, LANES), jnp.float32)]
         aliases = {}
     else:
-        out_specs = [hbm] * len(stores)
-        out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stores]
-        first = len(jax.tree.leaves(operands)) - len(stores)
-        aliases = {first + i: i for i in range(len(stores))}
+        out_specs = [hbm] * len(arrays)
+        out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        first = len(jax.tree.leaves(operands)) - len(arrays)
+        aliases = {first + i: i for i in range(len(arrays))}
     written = pl.pallas_call(
         functools.partial(update_chunk, call),
         grid=(num_chunks,),

@@ -62,7 +62,7 @@ class Call(NamedTuple):
     num_states: int
     num_scalars: int
     num_summands: int
-    weighted: bool = False
+    weighted: bool
     statistics: int = 0
     key_words: int = 0
     only_statistics: bool = False

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu_sc as plsc
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_tpu.lines import LANES, pad_to, round_up, row_shape
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
@@ -20,6 +21,7 @@ from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh
 from pallas_kernels.sparsecore.update_call import ShareCall, cuts_of
 from pallas_kernels.sparsecore.update_kernel import update_shares
 from pallas_kernels.sparsecore.work import Work, share_out
+from pallas_kernels.stores import Stores
 from pallas_kernels.target import current_target
 from pallas_kernels.traced_rules import trace_rule
 
@@ -31,16 +33,10 @@ _SHARES_INTERPRETED = 3
 
 
 def sparse_update(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
-    logical_rows: UInt32[Array, "n words"],
     slots: Slots,
     step: Int32[Array, ""],
     seed: UInt32[Array, ""],
@@ -48,45 +44,33 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
-) -> tuple[
-    Float[Array, "lines line"],
-    tuple[Float[Array, "state_lines line"], ...],
-    tuple[Float[Array, "scalar_lines line"], ...],
-]:
+) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return store, element_state, row_state
-    stochastic = storage_rounding == "stochastic" and store.dtype != jnp.float32
-    step_word, tables = step.astype(jnp.uint32), slots.table[slots_of_ids]
-    elements = [jax.new_ref(_whole_pairs(x)) for x in (store, *element_state)]
-    scalars = [jax.new_ref(x.reshape(-1)) for x in row_state]
+    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
+        return stores
+    stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
+    step_word, tables = step.astype(jnp.uint32), slots.table[ids.slots]
+    refs = jax.tree.map(jax.new_ref, _on_lines(stores))
     _run(
-        elements,
-        scalars,
-        (rows, slots_of_ids, offsets, gradients, weights),
+        refs,
+        ids,
+        gradients,
         statistics,
-        rounding.row_key(seed, step_word, tables, logical_rows) if stochastic else None,
+        rounding.row_key(seed, step_word, tables, ids.logical_rows) if stochastic else None,
         slots=slots,
         step=step,
         optimizer=optimizer,
-        num_rows=_num_rows(store, width),
+        num_rows=stores.num_rows(width),
         storage_rounding=storage_rounding,
     )
-    olds = (store, *element_state)
-    new_store, *new_state = (jax.freeze(x)[: old.shape[0]] for x, old in zip(elements, olds, strict=True))
-    new_scalars = (jax.freeze(x).reshape(old.shape) for x, old in zip(scalars, row_state, strict=True))
-    return new_store, tuple(new_state), tuple(new_scalars)
+    new = jax.tree.map(jax.freeze, refs)
+    return jax.tree.map(lambda array, old: array.reshape(-1, old.shape[1])[: old.shape[0]], new, stores)
 
 
 def row_statistics(
-    store: Float[Array, "lines line"],
-    element_state: tuple[Float[Array, "state_lines line"], ...],
-    row_state: tuple[Float[Array, "scalar_lines line"], ...],
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    stores: Stores,
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -95,20 +79,20 @@ def row_statistics(
     storage_rounding: rounding.Rounding = "nearest",
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
-    num_ids, blocks = rows.shape[0], max(1, width // STATISTICS_BLOCK)
+    num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
     if num_ids == 0 or gradients.shape[0] == 0:
         num_statistics = trace_rule(optimizer, width).num_statistics
         return jnp.zeros((num_ids, blocks, num_statistics), jnp.float32)
     call, work, (lines,) = _run(
-        [_whole_pairs(x) for x in (store, *element_state)],
-        [x.reshape(-1) for x in row_state],
-        (rows, slots_of_ids, offsets, gradients, weights),
+        _on_lines(stores),
+        ids,
+        gradients,
         None,
         None,
         slots=slots,
         step=step,
         optimizer=optimizer,
-        num_rows=_num_rows(store, width),
+        num_rows=stores.num_rows(width),
         storage_rounding=storage_rounding,
         only_statistics=True,
     )
@@ -118,9 +102,13 @@ def row_statistics(
     return jnp.swapaxes(of_ids.reshape(num_ids, -1, blocks), 1, 2)
 
 
-def _num_rows(store: Float[Array, "lines line"], width: int) -> int:
-    """Rows that an int32 can name, the largest int32 left out: that is nobody's row."""
-    return min(store.size // width, jnp.iinfo(jnp.int32).max)
+def _on_lines(stores: Stores) -> Stores:
+    """Weights and elementwise state in whole pairs of lines, row-wise state as [numbers]."""
+    return Stores(
+        weights=_whole_pairs(stores.weights),
+        element_state=tuple(_whole_pairs(state) for state in stores.element_state),
+        row_state=tuple(state.reshape(-1) for state in stores.row_state),
+    )
 
 
 def _whole_pairs(store: Array) -> Array:
@@ -129,9 +117,9 @@ def _whole_pairs(store: Array) -> Array:
 
 
 def _run(
-    elements: list[Any],
-    scalars: list[Any],
-    ids: tuple[Array, Array, Array, Float[Array, "G w"], Array | None],
+    stores: Stores,
+    ids: Ids,
+    gradients: Float[Array, "G w"],
     statistics: Float[Array, "n k"] | None,
     keys: UInt32[Array, " n"] | None,
     *,
@@ -142,13 +130,13 @@ def _run(
     storage_rounding: rounding.Rounding,
     only_statistics: bool = False,
 ) -> tuple[ShareCall, Work, Sequence[Array]]:
-    """Runs the kernel; the stores are references where it is to change them.
+    """Runs the kernel; the stores, `_on_lines`, are references where it is to change them.
 
     Returns:
         What the kernel was told, and its outputs: the sums over rows of each unit, if they are asked for.
     """
-    width, interpreted = ids[3].shape[1], current_target().interpreted
-    shape, dtype = row_shape(width), elements[0].dtype
+    interpreted = current_target().interpreted
+    shape, dtype = row_shape(gradients.shape[1]), stores.weights.dtype
     mesh = subcore_mesh()
     lanes = plsc.get_sparse_core_info().num_lanes
     rule = trace_rule(optimizer, lanes, scalar=(lanes,))
@@ -159,13 +147,14 @@ def _run(
     chunk = rows_within(_SEGMENTS_OF_CHUNK, shape)
     shares = _SHARES_INTERPRETED if interpreted else mesh.size
     work, fields = share_out(
-        *ids,
+        ids,
+        gradients,
         statistics,
         slots,
         keys,
         num_rows=num_rows,
         cuts=[cut.units for cut in cuts],
-        has_scalars=bool(scalars),
+        has_scalars=bool(stores.row_state),
         chunk=chunk,
         shares=shares,
     )
@@ -185,8 +174,8 @@ def _run(
         interpreted=interpreted,
     )
     # The weights, with what is cut like them; before them, of a store of 16 bits, the states.
-    states, low = elements[1 : 1 + num_states], elements[1 + num_states :]
-    of_cuts = [[elements[0], *states]] if dtype == jnp.float32 else [states, [elements[0], *low]][-len(cuts) :]
+    weights, states, low = stores.weights, stores.element_state[:num_states], stores.element_state[num_states:]
+    of_cuts = [[weights, *states]] if dtype == jnp.float32 else [states, [weights, *low]][-len(cuts) :]
     operands = {
         "bounds": work.bounds,
         "words": work.words,
@@ -194,7 +183,7 @@ def _run(
         "sources": work.sources,
         "hyper": jnp.repeat(of_slots.reshape(-1), lanes),
         "stores": of_cuts,
-        "scalars": scalars,
+        "scalars": stores.row_state,
     }
     scratch, out_type = call.scratch(), ()
     if only_statistics:

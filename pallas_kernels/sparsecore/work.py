@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, pad_columns, pad_to, round_up, row_shape
 from pallas_kernels.mosaic_tpu.sorted_ids import sort_ids
 from pallas_kernels.mosaic_tpu.units import Units
@@ -67,11 +68,8 @@ def bounds_size(shares: int) -> int:
 
 
 def share_out(
-    rows: Int32[Array, " n"],
-    slots_of_ids: Int32[Array, " n"],
-    offsets: Int32[Array, " G+1"],
+    ids: Ids,
     gradients: Float[Array, "G w"],
-    weights: Float[Array, " n"] | None,
     statistics: Float[Array, "n k"] | None,
     slots: Slots,
     keys: UInt32[Array, " n"] | None = None,
@@ -85,11 +83,8 @@ def share_out(
     """Sorts the ids by row, stably, and cuts them into as many shares of about as many items.
 
     Args:
-        rows: As in `pallas_kernels.sparse_update`, like the next six.
-        slots_of_ids: As there.
-        offsets: As there.
-        gradients: As there.
-        weights: As there.
+        ids: The ids.
+        gradients: As in `pallas_kernels.sparse_update`, like the next two.
         statistics: As there.
         slots: As there.
         keys: For stochastic rounding, `rounding.row_key` of each id's row.
@@ -102,21 +97,21 @@ def share_out(
     Returns:
         The work, and the names of its fields.
     """
-    num_ids, (num_bags, width) = rows.shape[0], gradients.shape
-    shape, ids = row_shape(width), jnp.arange(num_ids, dtype=jnp.int32)
+    num_ids, (num_bags, width) = ids.rows.shape[0], gradients.shape
+    shape, number = row_shape(width), jnp.arange(num_ids, dtype=jnp.int32)
     more = {} if keys is None else {"key": keys}
-    row, order, fields, count = sort_ids(rows, slots_of_ids, offsets, weights, statistics, more, num_rows=num_rows)
+    row, order, fields, count = sort_ids(ids, statistics, more, num_rows=num_rows)
     fields["source"] = jnp.minimum(fields.pop("bag"), num_bags - 1)
     sources = pad_columns(gradients.astype(jnp.float32), shape.padded_width).reshape(-1, LANES)
-    item_of_place = ids
+    item_of_place = number
     if num_ids > RUN_BLOCK:
         row, fields, blocks, item_of_place = _long_runs_as_blocks(row, fields, sources, shape, num_rows)
         count = jnp.sum(row < num_rows, dtype=jnp.int32)
         sources = jnp.concatenate([sources, blocks])
 
-    slot, is_item = fields.pop("slot"), ids < count
-    before, after = jnp.roll(row, 1), jnp.where(ids + 1 < count, jnp.roll(row, -1), num_rows)
-    first, last = (ids == 0) | (row != before), row != after
+    slot, is_item = fields.pop("slot"), number < count
+    before, after = jnp.roll(row, 1), jnp.where(number + 1 < count, jnp.roll(row, -1), num_rows)
+    first, last = (number == 0) | (row != before), row != after
     place = row & ((1 << cuts[-1].shift) - 1)
     words = {
         "source": fields.pop("source"),
@@ -125,7 +120,7 @@ def share_out(
     units, begins_share = [], is_item
     for k, cut in enumerate(cuts):
         unit = row >> cut.shift
-        begins_share = is_item & ((ids == 0) | (unit != before >> cut.shift))
+        begins_share = is_item & ((number == 0) | (unit != before >> cut.shift))
         unit_places, upto = places_of(begins_share)
         words[f"rank {k}"] = upto - 1
         of_ranks = unit.at[unit_places].get(mode="fill", fill_value=0)
@@ -135,7 +130,7 @@ def share_out(
     if has_scalars:
         scalar = row + (slots.first_scalar - slots.first_row)[slot]
         line = scalar >> _SCALARS_SHIFT
-        begins_share &= (ids == 0) | (line != jnp.roll(line, 1))
+        begins_share &= (number == 0) | (line != jnp.roll(line, 1))
         words["scalar"] = jnp.where(is_item & last, scalar, -1)
     if keys is not None:
         words["column"] = slots.first_column[slot]

@@ -1,0 +1,31 @@
+"""Ids: those of a batch, at the device that holds their rows.
+
+Letters: n ids, G bags.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Float, Int32, UInt32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ids:
+    """The ids of a batch as an update wants them, in canonical order: feature, sample, position in the bag.
+
+    Attributes:
+        rows: Row that each id names, of the store seen as ``[-1, width]``. A row outside the store is ignored.
+        slots: Slot of each id, see `Slots`. Equal rows have equal slots.
+        logical_rows: Row of the table that each id names, as one or two 32-bit words, low word first: with the step
+            and the seed it determines the random bits of rounding.
+        offsets: Bags, as in `pooled_lookup`.
+        weights: One weight for each id, or None for 1.
+    """
+
+    rows: Int32[Any, " n"]
+    slots: Int32[Any, " n"]
+    logical_rows: UInt32[Any, "n words"]
+    offsets: Int32[Any, " G+1"]
+    weights: Float[Any, " n"] | None = None
