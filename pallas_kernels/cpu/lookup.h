@@ -9,8 +9,10 @@ namespace dlrm {
 // Ids and bags that one task takes: large enough to hide what a task costs, small enough to balance.
 constexpr int64_t kWorkOfTask = 4096;
 
-constexpr int64_t kLeastIdsAhead = 8;
+// Of a row ahead only so many bytes are asked for, and so of more rows at a time: the processor itself fetches lines that
+// follow each other.
 constexpr int64_t kBeginning = 256;
+constexpr int64_t kLeastIdsAhead = 8;
 
 template <typename T>
 void pooled_lookup(ffi::ThreadPool& threads, const Rows<T>& rows, const int32_t* ids, int64_t num_ids,
@@ -33,8 +35,6 @@ void pooled_lookup(ffi::ThreadPool& threads, const Rows<T>& rows, const int32_t*
     }
     return low;
   };
-  // Of a row of a table only the beginning is asked for, of more rows at a time: the processor itself fetches lines that
-  // follow each other.
   const int64_t row_bytes = rows.width * sizeof(T);
   const Prefetch ahead{std::max(rows_ahead(row_bytes), kLeastIdsAhead), std::min(row_bytes, kBeginning)};
   parallel_for(threads, num_tasks, [&](int64_t task) {
