@@ -21,59 +21,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.repeated_steps import RepeatedSteps
 from benchmarks.prepare import REPOSITORY, PrepareBenchmark, run_benchmark
 from benchmarks.record import record
 from configs import CONFIGS
 from dlrm_jax.config import Config
-from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.sources import card_of, open_split
-from dlrm_jax.stop_signal import StopSignal
-from dlrm_jax.train_state import init_train_state, make_dense_optimizer
 from scripts.command_line import configure_jax
 
 BATCHES_AT_HAND = 4
 
 
-class StepsAlone:
-    """The steps of training, on a few batches of the dataset in turn."""
+def _steps_alone(config: Config) -> RepeatedSteps:
+    recommender = Recommender(config, card_of(config))
+    source = open_split(recommender, "train", training=True)
+    batches = list(itertools.islice(source.batches(0), BATCHES_AT_HAND))
+    return RepeatedSteps(recommender, batches, recommender.first_capacities(config.data.batch_size, source.capacity))
 
-    def __init__(self, config: Config):
-        recommender = Recommender(config, card_of(config))
-        optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-        source = open_split(recommender, "train", training=True)
-        self._batches = list(itertools.islice(source.batches(0), BATCHES_AT_HAND))
-        self._steps = ReplayedSteps(
-            recommender,
-            Pipeline(recommender, optimizer),
-            init_train_state(recommender, optimizer),
-            step=0,
-            capacities=recommender.first_capacities(config.data.batch_size, source.capacity),
-            stop=StopSignal(recommender.tables.mesh),
-        )
-        self._window = self._steps.new_window()
 
-    def seconds(self, steps: int) -> float:
-        """Trains for some steps and returns the time of one."""
-        begun = time.perf_counter()
-        for _ in range(steps):
-            batch, upcoming = (self._batches[(self._steps.step + i) % BATCHES_AT_HAND] for i in range(2))
-            self._steps.start(batch, self._window, upcoming)
-            self._check(ahead=self._steps.steps_ahead)
-        self._check(ahead=0)
-        jax.block_until_ready(self._steps.state)
-        return (time.perf_counter() - begun) / steps
-
-    def _check(self, *, ahead: int) -> None:
-        for checked in self._steps.checked(ahead=ahead):
-            if checked.fault:
-                raise RuntimeError(f"step {checked.step} has fault {checked.fault}, so its time means nothing")
+def _seconds(alone: RepeatedSteps, steps: int) -> float:
+    begun = time.perf_counter()
+    alone.run(steps)
+    return (time.perf_counter() - begun) / steps
 
 
 def _trained(config: Config, log_every: int, checkpoint_every: int) -> dict[str, float]:
@@ -90,7 +64,7 @@ def _trained(config: Config, log_every: int, checkpoint_every: int) -> dict[str,
         command = [sys.executable, "scripts/train.py", config.name]
         command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         begun = time.perf_counter()
-        ended = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "."}, stderr=subprocess.PIPE)
+        ended = subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
         whole = time.perf_counter() - begun
         if ended.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{ended.stderr.decode()[-3000:]}")
@@ -126,14 +100,15 @@ def main(
     config = CONFIGS["criteo_kaggle"]()
     config = replace(config, data=replace(config.data, path=str(data), batch_size=batch_size))
     configure_jax(config.mesh)
-    alone = StepsAlone(config)
-    alone.seconds(steps)
+    alone = _steps_alone(config)
+    # The first compiles, and large tables move to large pages in the seconds after it.
+    alone.run(steps)
     table = Table("turn", "training, samples/s", "steps alone, samples/s", "ratio", "whole command, s", "load")
     results: list[dict[str, Any]] = []
     for turn in range(turns):
-        before = alone.seconds(steps)
+        before = _seconds(alone, steps)
         trained = _trained(config, log_every, checkpoint_every)
-        load, after = os.getloadavg()[0], alone.seconds(steps)
+        load, after = os.getloadavg()[0], _seconds(alone, steps)
         rate = 2 * batch_size / (before + after)
         ratio = trained["samples_per_second"] / rate
         results.append({**trained, "steps_alone_samples_per_second": rate, "ratio": ratio, "load": load})

@@ -34,7 +34,7 @@ from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, xla
 
 Times = dict[str, list[float]]
 
-# What `keep_freed_memory` tells our allocator, for the other process.
+# The same for the allocator of the other process; how many arenas it has is left to it.
 _KEEPS_FREED_MEMORY = {f"MALLOC_{name}_": str(2**31 - 1) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD")}
 
 

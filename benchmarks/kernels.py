@@ -94,8 +94,13 @@ def _seconds(sides: dict[str, Callable[[int], None]], repetitions: int) -> dict[
     return {name: statistics.median(of_side) for name, of_side in times.items()}
 
 
-def _copy_bandwidth(num_bytes: int, repetitions: int) -> float:
-    """Bytes per second of a copy, read and written."""
+def copy_bandwidth(num_bytes: int, repetitions: int) -> float:
+    """Bytes per second of a copy in place, read and written; the pages of a new result would have to be cleared first.
+
+    Args:
+        num_bytes: Bytes of the array.
+        repetitions: Copies that are timed; the median counts.
+    """
     source = jnp.arange(num_bytes // 4, dtype=jnp.int32)
     # The sign changes, lest the compiler leaves the copy out; the memory is used again.
     negate = jax.jit(jnp.negative, donate_argnums=0)
@@ -275,7 +280,7 @@ def main(
         out: Where to write the figures; a picture goes beside it.
     """
     table_bytes = int(table_gb * 2**30)
-    copy = _copy_bandwidth(table_bytes // 4, repetitions)
+    copy = copy_bandwidth(table_bytes // 4, repetitions)
     print(f"copy: {copy / 1e9:.1f} GB/s")
     results = []
     for case in _cases():

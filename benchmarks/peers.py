@@ -18,17 +18,16 @@ import dataclasses
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kernels import copy_bandwidth
 from benchmarks.peers.case import Case, batches, dense_flops, table_bytes
 from benchmarks.peers.environment import peers_python
 from benchmarks.peers.process import OURS, PEERS, SideProcess, started
@@ -47,6 +46,7 @@ PARITY_TOLERANCE = 1e-5
 TABLE_LEARNING_RATES = {"sgd": 1.0, "rowwise_adagrad": 0.005}
 OPTIMIZERS = tuple(TABLE_LEARNING_RATES)
 COPIED_BYTES = 2**28
+COPIES = 5
 
 
 def _case(config: Config, *, name: str, batch_size: int, most_rows: int | None = None) -> Case:
@@ -99,20 +99,6 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
 
 
-def _copy_rate() -> float:
-    """Bytes that go through memory in a second, read and written, where each number of a large array gets a new one."""
-    array = jnp.ones(COPIED_BYTES // 4)
-    # In place: else the system clears new pages for each result, which takes longer than the copy.
-    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
-    array = add_one(array).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        array = add_one(array).block_until_ready()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * COPIED_BYTES / statistics.median(seconds)
-
-
 def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: float, warm_s: float) -> dict[str, Any]:
     """The figures of one case."""
     results: dict[str, Any] = {}
@@ -140,7 +126,7 @@ def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: fl
                     # There and back, so that no side always follows the other.
                     for side in list(pair)[:: 1 if turn % 2 else -1]:
                         times[side].append(pair[side].ask(f"run {counts[side]}"))
-                copy_rates.append(_copy_rate())
+                copy_rates.append(copy_bandwidth(COPIED_BYTES, COPIES))
                 of_ours += times["ours"]
                 results[name] = _figures(times[name], peer, answer) | {
                     "parity": difference,

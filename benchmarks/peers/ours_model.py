@@ -10,18 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.peers.case import Case, CaseBatch, batches, dense_weights, table_blocks
+from benchmarks.peers.repeated_steps import RepeatedSteps
 from benchmarks.peers.serve import MATMUL_SIZE, serve
 from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, TableConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn, SplitSummary
 from dlrm_jax.host_memory import keep_freed_memory
 from dlrm_jax.model import ModelConfig
-from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
-from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.sources import card_of
-from dlrm_jax.stop_signal import StopSignal
-from dlrm_jax.train_state import init_train_state, make_dense_optimizer
 from sharding import KeyedJagged
 
 
@@ -34,25 +31,17 @@ class Ours:
         self._recommender = recommender = Recommender(config, card_of(config))
         if recommender.features != case.features:
             raise RuntimeError(f"features are {recommender.features}, but the weights are in order {case.features}")
-        optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-        self._batches = [_batch_of(batch, case.features) for batch in batches(case)]
-        room = recommender.first_capacities(case.batch_size, self._batches[0].ids.capacity)
-        self._steps = ReplayedSteps(
-            recommender,
-            Pipeline(recommender, optimizer),
-            init_train_state(recommender, optimizer),
-            step=0,
-            capacities=room,
-            stop=StopSignal(recommender.tables.mesh),
-        )
-        self._window = self._steps.new_window()
+        batches_of_case = [_batch_of(batch, case.features) for batch in batches(case)]
+        room = recommender.first_capacities(case.batch_size, batches_of_case[0].ids.capacity)
+        self._repeated = RepeatedSteps(recommender, batches_of_case, room)
         self._square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
         self._product = jax.jit(jnp.matmul).lower(self._square, self._square).compile()
-        jax.block_until_ready(self._steps.state)
+        jax.block_until_ready(self._repeated.replayed.state)
 
     def load(self) -> None:
         """See `serve.Side`."""
-        state, weights = self._steps.state, dense_weights(self._case)
+        steps = self._repeated.replayed
+        state, weights = steps.state, dense_weights(self._case)
         named: dict[str, np.ndarray] = {}
         for mlp, layers in (("bottom", weights.bottom), ("top", weights.top)):
             for number, (kernel, bias) in enumerate(layers):
@@ -67,35 +56,25 @@ class Ours:
         )
         tables, held = self._recommender.tables, state.tables
         # The steps' own reference would keep the arrays that are given away here.
-        self._steps.state = dataclasses.replace(state, dense_params=dense_params)
+        steps.state = dataclasses.replace(state, dense_params=dense_params)
         del state
         for number, name in enumerate(self._case.features):
             for first, rows in table_blocks(self._case, number):
                 held = tables.write_rows(held, name, first, rows)
-        self._steps.state = dataclasses.replace(self._steps.state, tables=held)
+        steps.state = dataclasses.replace(steps.state, tables=held)
 
     def losses(self, steps: int) -> list[float]:
         """See `serve.Side`."""
         losses = []
         for _ in range(steps):
-            self._window = self._steps.new_window()
+            self._repeated.window = self._repeated.replayed.new_window()
             self.run(1)
-            losses.append(self._window.metrics.compute().log_loss)
+            losses.append(self._repeated.window.metrics.compute().log_loss)
         return losses
 
     def run(self, steps: int) -> None:
         """See `serve.Side`."""
-        for _ in range(steps):
-            batch, upcoming = (self._batches[(self._steps.step + i) % len(self._batches)] for i in range(2))
-            self._steps.start(batch, self._window, upcoming)
-            self._check(ahead=self._steps.steps_ahead)
-        self._check(ahead=0)
-        jax.block_until_ready(self._steps.state)
-
-    def _check(self, *, ahead: int) -> None:
-        for checked in self._steps.checked(ahead=ahead):
-            if checked.fault:
-                raise RuntimeError(f"step {checked.step} has fault {checked.fault}, so its time means nothing")
+        self._repeated.run(steps)
 
     def matmul(self) -> None:
         """See `serve.Side`."""
