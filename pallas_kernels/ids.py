@@ -7,7 +7,10 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Float, Int32, UInt32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels.scans import bags_of_ids
 
 
 @jax.tree_util.register_dataclass
@@ -29,3 +32,18 @@ class Ids:
     logical_rows: UInt32[Any, "n words"]
     offsets: Int32[Any, " G+1"]
     weights: Float[Any, " n"] | None = None
+
+    def sort_keys(self, num_rows: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+        """What an update sorts the ids by, and their bags.
+
+        Args:
+            num_rows: Rows of the store.
+
+        Returns:
+            The row of each id, ``num_rows`` where it lies outside the store or the id behind the last bag; and each
+            id's bag.
+        """
+        rows, num_bags = self.rows, self.offsets.shape[0] - 1
+        bags = bags_of_ids(self.offsets, rows.shape[0])
+        valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
+        return jnp.where(valid, rows, num_rows), bags

@@ -88,11 +88,10 @@ class _TouchedRows(NamedTuple):
 
 def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _TouchedRows:
     """Sorts the ids by row, stably, and sums the gradients of each row in the order in which its ids were given."""
-    rows, num_ids = ids.rows, ids.rows.shape[0]
+    num_ids = ids.rows.shape[0]
     number = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(ids.offsets, num_ids)
-    valid = (rows >= 0) & (rows < num_rows) & (bags < gradients.shape[0])
-    sorted_rows, order = jax.lax.sort((jnp.where(valid, rows, num_rows), number), num_keys=1, is_stable=True)
+    keys, bags = ids.sort_keys(num_rows)
+    sorted_rows, order = jax.lax.sort((keys, number), num_keys=1, is_stable=True)
     starts = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), sorted_rows[1:] != sorted_rows[:-1]])
     first_places, upto = places_of(starts)
     runs = upto - 1

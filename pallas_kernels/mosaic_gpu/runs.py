@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, unfused
-from pallas_kernels.scans import bags_of_ids, places_of
+from pallas_kernels.scans import places_of
 from pallas_kernels.xla import RUN_BLOCK
 
 
@@ -66,11 +66,10 @@ def sort_ids(
     ids: Ids, gradients: Float[Array, "G w"], zero: Int32[Array, " 1"], *, num_rows: int
 ) -> tuple[Runs, SortedGradients]:
     """Sorts the ids by row, stably."""
-    rows, num_ids, num_bags = ids.rows, ids.rows.shape[0], gradients.shape[0]
+    num_ids, num_bags = ids.rows.shape[0], gradients.shape[0]
     number = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(ids.offsets, num_ids)
-    valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
-    sorted_rows, order = lax.sort((jnp.where(valid, rows, num_rows), number), num_keys=1, is_stable=True)
+    keys, bags = ids.sort_keys(num_rows)
+    sorted_rows, order = lax.sort((keys, number), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones(1, bool), sorted_rows[1:] != sorted_rows[:-1]])
     places, upto = places_of(first)
     run_of_place = upto - 1

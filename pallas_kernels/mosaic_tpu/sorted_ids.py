@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ids import Ids
-from pallas_kernels.scans import bags_of_ids
 
 
 class SortedIds(NamedTuple):
@@ -45,10 +44,8 @@ def sort_ids(
         more: Further fields.
         num_rows: Rows of the store.
     """
-    rows, num_ids, num_bags = ids.rows, ids.rows.shape[0], ids.offsets.shape[0] - 1
-    number = jnp.arange(num_ids, dtype=jnp.int32)
-    bags = bags_of_ids(ids.offsets, num_ids)
-    valid = (rows >= 0) & (rows < num_rows) & (bags < num_bags)
+    number = jnp.arange(ids.rows.shape[0], dtype=jnp.int32)
+    keys, bags = ids.sort_keys(num_rows)
     fields = {"bag": bags, "slot": ids.slots}
     if ids.weights is not None:
         fields["weight"] = ids.weights
@@ -56,7 +53,6 @@ def sort_ids(
         fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
     fields |= more or {}
     # By one key: SparseCores sort by no more, and their sorts take a second to compile, others half a minute.
-    sorted_rows, order, *values = jax.lax.sort(
-        (jnp.where(valid, rows, num_rows), number, *fields.values()), num_keys=1, is_stable=True
-    )
-    return SortedIds(sorted_rows, order, dict(zip(fields, values, strict=True)), jnp.sum(valid, dtype=jnp.int32))
+    sorted_rows, order, *values = jax.lax.sort((keys, number, *fields.values()), num_keys=1, is_stable=True)
+    count = jnp.sum(keys < num_rows, dtype=jnp.int32)
+    return SortedIds(sorted_rows, order, dict(zip(fields, values, strict=True)), count)
