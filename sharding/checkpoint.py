@@ -146,12 +146,12 @@ def _read_logical(
         raise InputError(f"{folder}: no table {name!r}; it holds {held}") from None
     num_rows = shards[0].table.num_rows
     wanted = _wanted_rows(slice(None) if rows is None else rows, num_rows, f"{folder}: table {name!r}")
-    arrays, context = line_arrays(layout), _cache()
-    state = [*zip(store.element_state, arrays.element_state[store.name], strict=True)]
-    state += zip(store.row_state, arrays.row_state[store.name], strict=True)
+    arrays, context = line_arrays(layout)[store.name], _cache()
+    state = [*zip(store.element_state, arrays.element_state, strict=True)]
+    state += zip(store.row_state, arrays.row_state, strict=True)
     named = {array.name: lines for array, lines in state if optimizer_state == (array.name != LOW_HALVES)}
     if not optimizer_state:
-        named = {"weights": arrays.weights[store.name], **named}
+        named = {"weights": arrays.weights, **named}
     found = {key: read_saved_rows(_open(folder, array, context), name, wanted) for key, array in named.items()}
     if LOW_HALVES in found:
         found["weights"] = joined_halves(found["weights"], found.pop(LOW_HALVES))

@@ -233,7 +233,7 @@ class ShardedTables:
         Returns:
             Vectors at the owners of the rows, for `bring_home`.
         """
-        return self._pool(state.weights, routed.groups)
+        return self._pool({name: stores.weights for name, stores in state.items()}, routed.groups)
 
     def bring_home(self, pooled: Pooled, routed: Routed, *, chunk: int = 0, chunks: int = 1) -> Embeddings:
         """The second half: brings vectors home, all or, so that one chunk computes while others travel, a chunk.

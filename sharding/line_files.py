@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
+from pallas_kernels import Stores
 from sharding.errors import InputError
 from sharding.groups import Shard
 from sharding.layout import LINE_BYTES, Layout, StoreLayout
@@ -111,36 +112,38 @@ class LineArray:
 
 def line_arrays(layout: Layout) -> TableState:
     """The arrays of a state in a layout, as `LineArray` in place of each."""
-    weights, element_state, row_state = {}, {}, {}
-    for store in layout.stores:
-        weights[store.name] = LineArray(
-            name=f"weights.{store.name}",
+    return {store.name: _arrays_of(store) for store in layout.stores}
+
+
+def _arrays_of(store: StoreLayout) -> Stores:
+    weights = LineArray(
+        name=f"weights.{store.name}",
+        store=store,
+        row_state=False,
+        dtype=jnp.dtype(store.dtype),
+        lines_per_device=store.lines_per_device,
+    )
+    element_state = tuple(
+        LineArray(
+            name=f"element_state.{store.name}.{number}",
             store=store,
             row_state=False,
-            dtype=jnp.dtype(store.dtype),
-            lines_per_device=store.lines_per_device,
+            dtype=np.dtype(array.dtype),
+            lines_per_device=store.state_lines(array.dtype),
         )
-        element_state[store.name] = tuple(
-            LineArray(
-                name=f"element_state.{store.name}.{number}",
-                store=store,
-                row_state=False,
-                dtype=np.dtype(array.dtype),
-                lines_per_device=store.state_lines(array.dtype),
-            )
-            for number, array in enumerate(store.element_state)
+        for number, array in enumerate(store.element_state)
+    )
+    row_state = tuple(
+        LineArray(
+            name=f"row_state.{store.name}.{number}",
+            store=store,
+            row_state=True,
+            dtype=np.dtype(array.dtype),
+            lines_per_device=store.scalar_lines_per_device,
         )
-        row_state[store.name] = tuple(
-            LineArray(
-                name=f"row_state.{store.name}.{number}",
-                store=store,
-                row_state=True,
-                dtype=np.dtype(array.dtype),
-                lines_per_device=store.scalar_lines_per_device,
-            )
-            for number, array in enumerate(store.row_state)
-        )
-    return TableState(weights=weights, element_state=element_state, row_state=row_state)
+        for number, array in enumerate(store.row_state)
+    )
+    return Stores(weights=weights, element_state=element_state, row_state=row_state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

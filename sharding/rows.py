@@ -47,10 +47,11 @@ def read_rows(
     """
     store, shards = shards_of(layout, table)
     given = _checked_rows(shards[0], rows)
-    weights = _joined(mesh, state.weights[store.name], shards, given)
+    arrays = state[store.name]
+    weights = _joined(mesh, arrays.weights, shards, given)
     if not store.split:
         return weights
-    return joined_halves(weights, _joined(mesh, state.element_state[store.name][-1], shards, given))
+    return joined_halves(weights, _joined(mesh, arrays.element_state[-1], shards, given))
 
 
 def read_optimizer_state(
@@ -75,13 +76,13 @@ def read_optimizer_state(
     given = _checked_rows(shards[0], rows)
     elements = {
         array.name: _joined(mesh, lines, shards, given)
-        for array, lines in zip(store.element_state, state.element_state[store.name], strict=True)
+        for array, lines in zip(store.element_state, state[store.name].element_state, strict=True)
         if array.name != LOW_HALVES
     }
     # Each column slice has its own copy of a row's numbers.
     scalars = {
         array.name: _of_shard(mesh, lines, shards[0], given, width=1, first_row=shards[0].first_scalar)[:, 0]
-        for array, lines in zip(store.row_state, state.row_state[store.name], strict=True)
+        for array, lines in zip(store.row_state, state[store.name].row_state, strict=True)
     }
     return elements | scalars
 
@@ -115,7 +116,7 @@ def write_rows(
             f"rows {first_row} to {first_row + len(values) - 1} are not all in table {table!r}, "
             f"whose rows are 0 to {spec.num_rows - 1}"
         )
-    lines, elements = state.weights[store.name], state.element_state[store.name]
+    lines, elements = state[store.name].weights, state[store.name].element_state
     for shard in shards:
         for block in _blocks(len(values), shard.width):
             count = block.stop - block.start
@@ -129,11 +130,7 @@ def write_rows(
                 padded, low = rounding.halves(jnp.asarray(padded))
                 elements = (*elements[:-1], _write_block(elements[-1], low, to, shard.row_stride, mesh))
             lines = _write_block(lines, padded, to, shard.row_stride, mesh)
-    return dataclasses.replace(
-        state,
-        weights={**state.weights, store.name: lines},
-        element_state={**state.element_state, store.name: elements},
-    )
+    return state | {store.name: dataclasses.replace(state[store.name], weights=lines, element_state=elements)}
 
 
 def joined_halves(high: Shaped[np.ndarray, "n w"], low: UInt16[np.ndarray, "n w"]) -> Float32[np.ndarray, "n w"]:

@@ -112,10 +112,7 @@ def update_local(
         )
         for group, ids, gradients in zip(place.layout.groups, routed, of_bags, strict=True)
     ]
-    stores = {
-        name: Stores(weights=weights, element_state=state.element_state[name], row_state=state.row_state[name])
-        for name, weights in state.weights.items()
-    }
+    stores = dict(state)
     statistics = _statistics_of_whole_rows(stores, routed, calls, step, place)
     for number, call in enumerate(calls):
         group = call.group
@@ -136,11 +133,7 @@ def update_local(
                 statistics=statistics.get(number),
                 implementation=place.kernels,
             )
-    return TableState(
-        weights={name: of_store.weights for name, of_store in stores.items()},
-        element_state={name: of_store.element_state for name, of_store in stores.items()},
-        row_state={name: of_store.row_state for name, of_store in stores.items()},
-    )
+    return stores
 
 
 class _UpdateCall(NamedTuple):

@@ -94,9 +94,9 @@ def test_no_two_rows_of_a_table_then_begin_alike() -> None:
 def test_optimizer_state_and_padding_then_begin_as_zeros() -> None:
     tables = tables_of(table("t", num_rows=10, dim=5, optimizer="partial_rowwise_adam"), table("u", dim=130))
     state = tables.init()
-    for leaf in jax.tree.leaves((state.element_state, state.row_state)):
+    for leaf in jax.tree.leaves([(stores.element_state, stores.row_state) for stores in state.values()]):
         assert not np.asarray(leaf).any()
-    store = np.asarray(state.weights["float32.partial_rowwise_adam"]).reshape(-1, 8)
+    store = np.asarray(state["float32.partial_rowwise_adam"].weights).reshape(-1, 8)
     assert store[:10, :5].all()
     assert not store[:10, 5:].any()
     assert not store[10:].any()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,9 +134,9 @@ def assert_holds_truth(tables: ShardedTables, state: TableState) -> None:
     for spec in TABLES:
         store, _ = tables.layout.shards(spec.name)
         named = numbers[spec.name] | as_stored(spec, rows[spec.name])
-        expected = [(arrays.weights[store.name], state.weights[store.name], named["weights"])]
+        expected = [(arrays[store.name].weights, state[store.name].weights, named["weights"])]
         for kind in ("element_state", "row_state"):
-            of_kind = getattr(arrays, kind)[store.name], getattr(state, kind)[store.name]
+            of_kind = getattr(arrays[store.name], kind), getattr(state[store.name], kind)
             names = [array.name for array in getattr(store, kind)]
             expected += [(*of, named[name]) for *of, name in zip(*of_kind, names, strict=True)]
         for array, lines, values in expected:
@@ -240,7 +240,7 @@ def test_initial_rows_on_any_plan_then_those_of_one_device(layout) -> None:
     rows = {spec.name: one.read_rows(alone, spec.name, range(spec.num_rows)) for spec in TABLES}
     state = tables.init()
     for name, array in weights_of(tables).items():
-        np.testing.assert_array_equal(np.asarray(state.weights[name]), stored(array, rows))
+        np.testing.assert_array_equal(np.asarray(state[name].weights), stored(array, rows))
 
 
 @one_mixed
@@ -255,12 +255,12 @@ def test_rows_written_then_those_and_nothing_else_change(monkeypatch, layout) ->
         state = tables.write_rows(state, spec.name, first, values)
         rows[spec.name][first : first + len(values)] = values
     for name, array in weights_of(tables).items():
-        np.testing.assert_array_equal(np.asarray(state.weights[name]), stored(array, rows))
+        np.testing.assert_array_equal(np.asarray(state[name].weights), stored(array, rows))
 
 
 def weights_of(tables: ShardedTables) -> Mapping[str, LineArray]:
     """The arrays of weights, by store."""
-    return cast(Mapping[str, LineArray], line_arrays(tables.layout).weights)
+    return {name: arrays.weights for name, arrays in line_arrays(tables.layout).items()}
 
 
 def test_files_of_replicated_tables_then_one_writer(saved) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import sharding.embedding
-from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
+from pallas_kernels import Stores
+from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, make_mesh
 from sharding.jagged import for_devices
 from sharding.layout import Layout, make_layout
 from sharding.plan import ShardingPlan, row_wise
@@ -47,11 +48,7 @@ def batch(*bags: list[int]) -> KeyedJagged:
 
 def test_rows_beyond_2_to_the_33_then_looked_up_and_updated(tables: ShardedTables) -> None:
     ids = batch([FIRST + 5, FIRST + 13, 5], [FIRST + 5], [FIRST + 63])
-    state = TableState(
-        weights={"float32.sgd": jnp.zeros((DEVICES * SMALL_STORE, 128), jnp.float32)},
-        element_state={"float32.sgd": ()},
-        row_state={"float32.sgd": ()},
-    )
+    state = {"float32.sgd": Stores(weights=jnp.zeros((DEVICES * SMALL_STORE, 128), jnp.float32))}
     routed = tables.route(ids)
     assert routed.invalid == 0
     named = {tuple(words) for words in np.asarray(routed.groups[0].owned.logical_rows).tolist()}
