@@ -179,13 +179,11 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
-    storage_rounding: rounding.Rounding = "nearest",
+    storage_rounding: rounding.Rounding,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`. Ids that name no row of the store get zeros."""
-    num_ids, num_statistics = ids.rows.shape[0], 2 if optimizer.name == "lamb" else 1
-    shape = (num_ids, max(1, width // STATISTICS_BLOCK), num_statistics)
-    if num_ids == 0:
-        return jnp.zeros(shape, jnp.float32)
+    num_ids = ids.rows.shape[0]
+    shape = (num_ids, max(1, width // STATISTICS_BLOCK), len(optimizer.statistics))
     batch = _batch(ids, gradients, slots, step, jnp.uint32(0))
     results = (_scratch(num_ids, width), jax.ShapeDtypeStruct(shape, jnp.float32))
     _, statistics = _call("row_statistics", results)(
@@ -209,8 +207,6 @@ def sparse_update(
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     num_ids = ids.rows.shape[0]
-    if num_ids == 0:
-        return stores
     arguments = (*_batch(ids, gradients, slots, step, seed), ids.logical_rows, _or_empty(statistics, (0, 0)))
     arrays, tree = jax.tree.flatten(stores)
     _, *updated = _call(

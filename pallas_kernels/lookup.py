@@ -47,6 +47,8 @@ def pooled_lookup(
     chosen = implementation_of(
         implementation, dtype=store.dtype, width=width, in_lines=store.shape[1] * store.dtype.itemsize == LINE_BYTES
     )
+    if not rows.size or offsets.size == 1:
+        return jnp.zeros((offsets.size - 1, width), jnp.float32)
     return chosen.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
 
 

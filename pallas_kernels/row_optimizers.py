@@ -59,20 +59,17 @@ class RowOptimizer(NamedTuple):
         name: Name of the rule.
         element_state: Names of the state of one number an element.
         row_state: Names of the state of one number a row.
-        summands: The elementwise quantities whose sums over the whole row `apply` needs; () if none.
+        statistics: Names of the sums over the whole row that `apply` needs.
+        summands: The elementwise quantities that they are sums of.
         apply: New values from old values, gradient, hyperparameters and those sums.
     """
 
     name: str
     element_state: tuple[str, ...]
     row_state: tuple[str, ...]
+    statistics: tuple[str, ...]
     summands: Summands
     apply: Apply
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether an update needs sums over the whole row."""
-        return self.summands is not _no_summands
 
 
 def sum_columns(x: Float[Array, "R w"]) -> Float[Array, "R blocks"]:
@@ -114,7 +111,7 @@ def sgd() -> RowOptimizer:
         del statistics
         return rows._replace(weights=rows.weights - hyper.learning_rate * _decayed(rows, gradient, hyper))
 
-    return RowOptimizer("sgd", (), (), _no_summands, apply)
+    return RowOptimizer("sgd", (), (), (), _no_summands, apply)
 
 
 def adagrad() -> RowOptimizer:
@@ -130,7 +127,7 @@ def adagrad() -> RowOptimizer:
         weights = rows.weights - hyper.learning_rate * gradient / (jnp.sqrt(moment) + hyper.eps)
         return RowValues(weights, (moment,), ())
 
-    return RowOptimizer("adagrad", ("sum_of_squares",), (), _no_summands, apply)
+    return RowOptimizer("adagrad", ("sum_of_squares",), (), (), _no_summands, apply)
 
 
 def rowwise_adagrad() -> RowOptimizer:
@@ -145,7 +142,9 @@ def rowwise_adagrad() -> RowOptimizer:
         weights = rows.weights - hyper.learning_rate * gradient / (jnp.sqrt(moment) + hyper.eps)
         return RowValues(weights, (), (moment,))
 
-    return RowOptimizer("rowwise_adagrad", (), ("sum_of_mean_squares",), _mean_square_summands, apply)
+    return RowOptimizer(
+        "rowwise_adagrad", (), ("sum_of_mean_squares",), ("squared_gradient",), _mean_square_summands, apply
+    )
 
 
 def _moved(moment: Float[Array, "R _"], new: Float[Array, "R _"], beta: Float[Array, "R 1"]) -> Float[Array, "R _"]:
@@ -172,7 +171,7 @@ def adam() -> RowOptimizer:
         moments, update = _adam_update(rows, gradient, hyper)
         return RowValues(rows.weights - hyper.learning_rate * update, moments, ())
 
-    return RowOptimizer("adam", ("first_moment", "second_moment"), (), _no_summands, apply)
+    return RowOptimizer("adam", ("first_moment", "second_moment"), (), (), _no_summands, apply)
 
 
 def _adam_update(
@@ -204,7 +203,9 @@ def partial_rowwise_adam() -> RowOptimizer:
         update = direction + hyper.weight_decay * rows.weights
         return RowValues(rows.weights - hyper.learning_rate * update, (first,), (second,))
 
-    return RowOptimizer("partial_rowwise_adam", ("first_moment",), ("second_moment",), summands, apply)
+    return RowOptimizer(
+        "partial_rowwise_adam", ("first_moment",), ("second_moment",), ("squared_gradient",), summands, apply
+    )
 
 
 def lamb() -> RowOptimizer:
@@ -224,7 +225,9 @@ def lamb() -> RowOptimizer:
         ratio = jnp.where(defined, weight_norm / jnp.where(defined, update_norm, 1.0), 1.0)
         return RowValues(rows.weights - hyper.learning_rate * ratio * update, moments, ())
 
-    return RowOptimizer("lamb", ("first_moment", "second_moment"), (), summands, apply)
+    return RowOptimizer(
+        "lamb", ("first_moment", "second_moment"), (), ("squared_weights", "squared_update"), summands, apply
+    )
 
 
 ROW_OPTIMIZERS: dict[str, RowOptimizer] = {

@@ -29,16 +29,19 @@ class TracedRule:
 
     Attributes:
         optimizer: The rule.
-        num_statistics: Statistics that it needs of a row.
         used: Numbers of the hyperparameters that it reads.
     """
 
     optimizer: RowOptimizer
-    num_statistics: int
     used: tuple[int, ...]
     _summands: jex.Jaxpr
     _apply: jex.Jaxpr
     _new_values: jax.tree_util.PyTreeDef
+
+    @property
+    def num_statistics(self) -> int:
+        """Statistics that it needs of a row."""
+        return len(self.optimizer.statistics)
 
     def scalars_of_slots(self, slots: Slots, step: Float[Array, ""]) -> Float[Array, "S h"]:
         """The hyperparameters of each slot that the rule reads, then the powers of them that it asks for."""
@@ -104,12 +107,11 @@ def trace_rule(optimizer: RowOptimizer, columns: int, *, scalar: tuple[int, ...]
         row_state=tuple(number for _ in optimizer.row_state),
     )
     hyper = RowHyperparameters(*[number for _ in RowHyperparameters._fields])
-    summands, shapes = jax.make_jaxpr(optimizer.summands, return_shape=True)(values, row, hyper)
-    statistics = tuple(number for _ in shapes)
+    summands = jax.make_jaxpr(optimizer.summands)(values, row, hyper)
+    statistics = tuple(number for _ in optimizer.statistics)
     apply, new_values = jax.make_jaxpr(optimizer.apply, return_shape=True)(values, row, hyper, statistics)
     return TracedRule(
         optimizer=optimizer,
-        num_statistics=len(statistics),
         used=_used_hyperparameters(optimizer, summands, apply),
         _summands=summands,
         _apply=apply,

@@ -48,8 +48,6 @@ def pooled_lookup(
     """See `pallas_kernels.pooled_lookup`."""
     table = store.reshape(-1, width)
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
-    if num_ids == 0:
-        return jnp.zeros((num_bags, width), jnp.float32)
 
     def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
         vectors = _get(table, rows[ids]).astype(jnp.float32)
@@ -92,7 +90,7 @@ def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _T
     number = jnp.arange(num_ids, dtype=jnp.int32)
     keys, bags = ids.sort_keys(num_rows)
     sorted_rows, order = jax.lax.sort((keys, number), num_keys=1, is_stable=True)
-    starts = jnp.concatenate([jnp.ones(min(num_ids, 1), bool), sorted_rows[1:] != sorted_rows[:-1]])
+    starts = jnp.concatenate([jnp.ones(1, bool), sorted_rows[1:] != sorted_rows[:-1]])
     first_places, upto = places_of(starts)
     runs = upto - 1
 
@@ -185,7 +183,7 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
-    storage_rounding: rounding.Rounding = "nearest",
+    storage_rounding: rounding.Rounding,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
     touched = _touched_rows(ids, gradients, stores.num_rows(width))
@@ -209,8 +207,6 @@ def sparse_update(
     statistics: Float[Array, "n k"] | None,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if ids.rows.shape[0] == 0:
-        return stores
     dtype = stores.weights.dtype
     touched = _touched_rows(ids, gradients, stores.num_rows(width))
     old, scalars = _read(stores, touched, slots, width, storage_rounding)

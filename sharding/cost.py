@@ -205,10 +205,7 @@ class Step:
 
 def statistics_of(table: TableSpec) -> int:
     """Numbers that a table's rule needs of a whole row."""
-    rule = table.rule
-    if rule is None or not rule.needs_statistics:
-        return 0
-    return 2 if rule.name == "lamb" else 1
+    return len(table.rule.statistics) if table.rule else 0
 
 
 def is_cut(shard: Shard) -> bool:

@@ -254,7 +254,7 @@ def _statistics_of_whole_rows(
     for number, call in enumerate(calls):
         group = call.group
         rule = group.table.rule
-        if rule is None or not rule.needs_statistics or not group.has_column_shards:
+        if rule is None or not rule.statistics or not group.has_column_shards:
             continue
         sums = row_statistics(
             stores[group.store],

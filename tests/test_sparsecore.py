@@ -286,6 +286,7 @@ def test_statistics_for_a_tpu_then_no_copy_of_a_table(kind: str, dtype) -> None:
             step=jnp.int32(1),
             optimizer=ROW_OPTIMIZERS["lamb"],
             width=32,
+            storage_rounding="nearest",
         )
 
     assert compiled_for(kind, statistics, update_shapes("lamb", 32, dtype)).temp_size_in_bytes < SMALL

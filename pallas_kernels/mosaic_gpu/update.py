@@ -64,8 +64,6 @@ def sparse_update(
     statistics: Float[Array, "n k"] | None,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return stores
     kernel = _Kernel.of(optimizer, stores.weights.dtype, width, storage_rounding)
     refs, num_rows = jax.tree.map(jax.new_ref, _by_row(stores, width)), stores.num_rows(width)
     operands = _operands(kernel, refs, ids, gradients, slots, step, num_rows=num_rows)
@@ -90,13 +88,11 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
-    storage_rounding: rounding.Rounding = "nearest",
+    storage_rounding: rounding.Rounding,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
     kernel = _Kernel.of(optimizer, stores.weights.dtype, width, storage_rounding)
     num_ids, blocks = ids.rows.shape[0], width // min(STATISTICS_BLOCK, width)
-    if num_ids == 0 or gradients.shape[0] == 0:
-        return jnp.zeros((num_ids, blocks, kernel.rule.num_statistics), jnp.float32)
     by_row, num_rows = _by_row(stores, width), stores.num_rows(width)
     operands = _operands(kernel, by_row, ids, gradients, slots, step, num_rows=num_rows)
     shape = (num_ids, kernel.rule.num_statistics, blocks)

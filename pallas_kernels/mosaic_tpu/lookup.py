@@ -46,8 +46,6 @@ def pooled_lookup(
     """See `pallas_kernels.pooled_lookup`."""
     del longest_bag
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
-    if num_ids == 0 or num_bags == 0:
-        return jnp.zeros((num_bags, width), jnp.float32)
     shape = row_shape(width)
     bags = min(max(8, _OUT_BYTES // (4 * shape.padded_width) // 8 * 8), round_up(num_bags, 8))
     chunk = 2 ** (max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row).bit_length() - 1)

@@ -16,7 +16,6 @@ from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
 from pallas_kernels.mosaic_tpu.lines import (
     LANES,
-    RowShape,
     interpreted,
     pad_columns,
     pad_to,
@@ -27,7 +26,7 @@ from pallas_kernels.mosaic_tpu.lines import (
 from pallas_kernels.mosaic_tpu.sorted_ids import SortedIds, sort_ids
 from pallas_kernels.mosaic_tpu.units import BUFFERS, units_of_rows, units_of_scalars
 from pallas_kernels.mosaic_tpu.update_kernel import Call, update_chunk
-from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowHyperparameters, RowOptimizer, RowValues
+from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.scans import next_marked
 from pallas_kernels.slots import Slots
 from pallas_kernels.stores import Stores
@@ -54,8 +53,6 @@ def sparse_update(
     longest_chunk: int = _LONGEST_CHUNK,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`; ``longest_chunk`` bounds the ids of one grid step, for tests."""
-    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return stores
     stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
     call = _call(stores, ids, optimizer, width, longest_chunk)._replace(
         statistics=0 if statistics is None else statistics.shape[1],
@@ -78,22 +75,20 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
-    storage_rounding: rounding.Rounding = "nearest",
+    storage_rounding: rounding.Rounding,
     longest_chunk: int = _LONGEST_CHUNK,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`; ``longest_chunk`` as above."""
     del storage_rounding
     num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
     call = _call(stores, ids, optimizer, width, longest_chunk)._replace(only_statistics=True)
-    if num_ids == 0 or gradients.shape[0] == 0:
-        return jnp.zeros((num_ids, blocks, call.num_summands), jnp.float32)
     sorted_ids = sort_ids(ids, None, num_rows=call.num_rows)
     sums = _run(call, sorted_ids, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
     # The sums of a row stand where its last id is, in the sorted order.
     is_last = jnp.append(sorted_ids.rows[:-1] != sorted_ids.rows[1:], True)
     last_of_id = jnp.zeros(num_ids, jnp.int32).at[sorted_ids.order].set(next_marked(is_last), unique_indices=True)
-    of_ids = sums[:, : blocks * call.num_summands].at[last_of_id].get(mode="promise_in_bounds")
-    return jnp.swapaxes(of_ids.reshape(num_ids, call.num_summands, blocks), 1, 2)
+    of_ids = sums[:, : blocks * len(optimizer.statistics)].at[last_of_id].get(mode="promise_in_bounds")
+    return jnp.swapaxes(of_ids.reshape(num_ids, len(optimizer.statistics), blocks), 1, 2)
 
 
 def _call(stores: Stores, ids: Ids, optimizer: RowOptimizer, width: int, longest_chunk: int) -> Call:
@@ -119,16 +114,8 @@ def _call(stores: Stores, ids: Ids, optimizer: RowOptimizer, width: int, longest
         units=tuple(units),
         num_states=num_states,
         num_scalars=num_scalars,
-        num_summands=_num_summands(optimizer, shape, num_states, num_scalars),
         weighted=ids.weights is not None,
     )
-
-
-def _num_summands(optimizer: RowOptimizer, shape: RowShape, num_states: int, num_scalars: int) -> int:
-    row, one = jnp.zeros((1, shape.width)), jnp.zeros((1, 1))
-    values = RowValues(row, (row,) * num_states, (one,) * num_scalars)
-    hyper = RowHyperparameters(one, one, one, one, one, one, jnp.float32(1))
-    return len(jax.eval_shape(optimizer.summands, values, row, hyper))
 
 
 def _in_chunks(ids: SortedIds, call: Call) -> dict[str, Int32[Array, "chunks 1 C"]]:

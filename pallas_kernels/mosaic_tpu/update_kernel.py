@@ -46,7 +46,6 @@ class Call(NamedTuple):
         units: How weights, elementwise state and row-wise state are cut; the first two alike if both are float32.
         num_states: Stores of elementwise state.
         num_scalars: Stores of row-wise state.
-        num_summands: Statistics that the rule needs.
         weighted: Whether ids have weights.
         statistics: Statistics given with the ids: all that the rule needs, or 0.
         key_words: Words of the logical row that random bits come from; 0 to round to the nearest.
@@ -61,7 +60,6 @@ class Call(NamedTuple):
     units: tuple[Units, ...]
     num_states: int
     num_scalars: int
-    num_summands: int
     weighted: bool
     statistics: int = 0
     key_words: int = 0

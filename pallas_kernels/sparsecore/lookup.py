@@ -49,8 +49,6 @@ def pooled_lookup(
     """See `pallas_kernels.pooled_lookup`."""
     del longest_bag
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
-    if num_ids == 0 or num_bags == 0:
-        return jnp.zeros((num_bags, width), jnp.float32)
     shape = row_shape(width)
     mesh = subcore_mesh()
     lanes = plsc.get_sparse_core_info().num_lanes

@@ -46,8 +46,6 @@ def sparse_update(
     statistics: Float[Array, "n k"] | None,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    if ids.rows.shape[0] == 0 or gradients.shape[0] == 0:
-        return stores
     stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
     step_word, tables = step.astype(jnp.uint32), slots.table[ids.slots]
     refs = jax.tree.map(jax.new_ref, _on_lines(stores))
@@ -76,13 +74,10 @@ def row_statistics(
     step: Int32[Array, ""],
     optimizer: RowOptimizer,
     width: int,
-    storage_rounding: rounding.Rounding = "nearest",
+    storage_rounding: rounding.Rounding,
 ) -> Float[Array, "n blocks k"]:
     """See `pallas_kernels.row_statistics`."""
     num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
-    if num_ids == 0 or gradients.shape[0] == 0:
-        num_statistics = trace_rule(optimizer, width).num_statistics
-        return jnp.zeros((num_ids, blocks, num_statistics), jnp.float32)
     call, work, (lines,) = _run(
         _on_lines(stores),
         ids,
