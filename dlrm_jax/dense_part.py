@@ -30,8 +30,9 @@ from sharding.address import Addressed
 from sharding.all_reduce import AllReduce, all_reduce_local
 from sharding.deliver import Delivered
 from sharding.embedding import Pooled
+from sharding.gather_few import gather_few
 from sharding.lookup import chunk_of
-from sharding.mesh import AXES, BY_DEVICE, NODE, REPLICATED
+from sharding.mesh import BY_DEVICE, NODE, REPLICATED
 from sharding.route import Routed
 
 
@@ -89,9 +90,8 @@ def dense_gradients(
         recommender: The model; it says how many chunks there are, and how gradients travel.
     """
     tables, chunks, mesh = recommender.tables, recommender.chunks, recommender.tables.mesh
-    total_weight = jnp.sum(batch.weight)
-
     on_devices = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    total_weight = on_devices(_total_local, in_specs=BY_DEVICE, out_specs=REPLICATED)(batch.weight)
     several_nodes = mesh.shape[NODE] > 1
 
     def arrive(source: Pooled | Embeddings, chunk: int) -> Embeddings:
@@ -134,7 +134,7 @@ def dense_gradients(
         out_specs=(BY_DEVICE, REPLICATED, BY_DEVICE),
     )(tuple(found))
     if several_nodes:
-        own, sent = jax.lax.optimization_barrier((own, sent))
+        own, sent, finite = jax.lax.optimization_barrier((own, sent, finite))
     dense, residual = on_devices(
         partial(_all_reduce_local, how=recommender.config.exchange.all_reduce),
         in_specs=BY_DEVICE,
@@ -181,8 +181,13 @@ def _add_up_local(found: tuple[_OfChunk, ...], *, num_devices: int) -> tuple[Arr
     # than the largest norm, as often as there are devices.
     good = jnp.isfinite(optax.tree.norm(own) * num_devices)
     loss = sum(part.loss[0] for part in found) + jnp.where(good, 0.0, jnp.nan)
-    finite = jnp.isfinite(jax.lax.psum(loss, AXES))
+    finite = jnp.isfinite(_total_local(loss[None]))
     return jnp.concatenate([part.logits for part in found]), finite, own
+
+
+def _total_local(x: Float[Array, " b"]) -> Float[Array, ""]:
+    """The sum over all devices."""
+    return jnp.sum(gather_few(jnp.sum(x)[None]))
 
 
 def _all_reduce_local(

@@ -285,7 +285,7 @@ class _Run:
 
     def _log_window(self, step: int, window: Window) -> None:
         """Logs the metrics of a window of steps that have all been looked at."""
-        metrics = window.metrics.compute()
+        metrics = window.compute()
         now = time.perf_counter()
         timed = metrics.num_samples * (window.steps - window.untimed) / window.steps
         self._log.metrics(step, "train", metrics, samples_per_second=timed / (now - self._since))

@@ -69,7 +69,9 @@ class BinnedMetrics:
     float32 sums lose increments. The sums are therefore compensated (Neumaier 1974), and the histogram is exact for
     weights of 1 while no bin holds more than 2^24 samples (other weights round it, by about 1e-7 of a bin at each
     addition). Before that, flush: after each log window, `merge` the state into a running total on the host, which is
-    float64, and start again from `zeros`. Every leaf is additive, so states of several devices may be summed too.
+    float64, and start again from `zeros`.
+
+    Every device adds to a part of its own, lest they exchange anything at each step; `compute` adds the parts up.
 
     Attributes:
         sums: Sums of w, w y, w loss, w correct, w p.
@@ -78,29 +80,30 @@ class BinnedMetrics:
         histogram: Weight of the positives and of the negatives in each bin.
     """
 
-    sums: Float[Any, "5"]
-    compensation: Float[Any, "5"]
-    num_samples: Int[Any, ""]
-    histogram: Float[Any, "bins 2"]
+    sums: Float[Any, "parts 5"]
+    compensation: Float[Any, "parts 5"]
+    num_samples: Int[Any, " parts"]
+    histogram: Float[Any, "parts bins 2"]
 
     @classmethod
-    def zeros(cls, num_bins: int = 32768) -> "BinnedMetrics":
+    def zeros(cls, num_bins: int = 32768, *, parts: int = 1) -> "BinnedMetrics":
         """Returns the state of no samples.
 
         Args:
             num_bins: Number of bins of the logit. The error bound of AUC falls as its inverse.
+            parts: Devices that add to it.
         """
         return cls(
-            sums=jnp.zeros(_NUM_SUMS, jnp.float32),
-            compensation=jnp.zeros(_NUM_SUMS, jnp.float32),
-            num_samples=jnp.zeros((), jnp.int32),
-            histogram=jnp.zeros((num_bins, 2), jnp.float32),
+            sums=jnp.zeros((parts, _NUM_SUMS), jnp.float32),
+            compensation=jnp.zeros((parts, _NUM_SUMS), jnp.float32),
+            num_samples=jnp.zeros(parts, jnp.int32),
+            histogram=jnp.zeros((parts, num_bins, 2), jnp.float32),
         )
 
     def update(
         self, logits: Float[Array, " B"], label: Float[Array, " B"], weight: Float[Array, " B"]
     ) -> "BinnedMetrics":
-        """Adds a batch; usable under jit.
+        """Adds a batch; usable under jit. Of several parts, each device adds to its own inside `jax.shard_map`.
 
         Args:
             logits: Logits of B samples.
@@ -115,13 +118,13 @@ class BinnedMetrics:
         loss = optax.sigmoid_binary_cross_entropy(logits, label)
         correct = jnp.where(logits > 0, label, 1 - label)
         terms = jnp.stack([jnp.ones_like(label), label, loss, correct, jax.nn.sigmoid(logits)])
-        increment = jnp.sum(terms * weight[None, :], axis=1)
+        increment = jnp.sum(terms * weight[None, :], axis=1)[None]
         total = self.sums + increment
         larger_first = jnp.abs(self.sums) >= jnp.abs(increment)
         lost = jnp.where(larger_first, (self.sums - total) + increment, (increment - total) + self.sums)
 
         masses = jnp.stack([label * weight, (1 - label) * weight], axis=1)
-        histogram = self.histogram.at[_bin_of(logits, len(self.histogram))].add(masses)
+        histogram = self.histogram.at[0, _bin_of(logits, self.histogram.shape[1])].add(masses)
         return BinnedMetrics(
             sums=total,
             compensation=self.compensation + lost,
@@ -149,10 +152,10 @@ class BinnedMetrics:
     def compute(self) -> Metrics:
         """Computes the metrics on the host; it waits for the device."""
         state = jax.device_get(self)
-        sums = np.asarray(state.sums, np.float64) + np.asarray(state.compensation, np.float64)
-        histogram = np.asarray(state.histogram, np.float64)
+        sums = np.sum(state.sums, axis=0, dtype=np.float64) + np.sum(state.compensation, axis=0, dtype=np.float64)
+        histogram = np.sum(state.histogram, axis=0, dtype=np.float64)
         auc, bound = _auc(histogram[:, 0], histogram[:, 1])
-        return _metrics(num_samples=int(state.num_samples), auc=auc, auc_error_bound=bound, sums=sums)
+        return _metrics(num_samples=int(np.sum(state.num_samples)), auc=auc, auc_error_bound=bound, sums=sums)
 
 
 class ExactMetrics:

@@ -71,8 +71,8 @@ def make_pipelined_step(recommender: Recommender, optimizer: optax.GradientTrans
         A `PipelinedStep`, under `jax.jit`.
     """
     abstract = abstract_train_state(recommender, optimizer)
-    replicated = sharding_on(recommender.tables.mesh, REPLICATED)
-    shardings = (shardings_of(abstract), replicated, replicated, routed_shardings(recommender))
+    by_device, replicated = (sharding_on(recommender.tables.mesh, spec) for spec in (BY_DEVICE, REPLICATED))
+    shardings = (shardings_of(abstract), by_device, replicated, routed_shardings(recommender))
     step = partial(pipelined_step, recommender=recommender, optimizer=optimizer)
     return jit_step(step, recommender, shardings)
 

@@ -8,21 +8,22 @@ and does those steps again, in order, with the batches that it has kept; what a 
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.metrics import BinnedMetrics
+from dlrm_jax.metrics import BinnedMetrics, Metrics
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import OVERFLOW, TrainState
 from dlrm_jax.train_step import StepReport
 from sharding.capacities import Capacities
-from sharding.mesh import REPLICATED, sharding_on
+from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 
 # Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a
 # step when it is started, not when it runs, and are no faster with a second step waiting.
@@ -34,15 +35,26 @@ class Window:
     """The metrics of the steps between two lines of the log.
 
     Attributes:
-        metrics: Sums over its steps, on the devices.
+        metrics: Sums over its steps, each device's own.
         steps: Number of its steps.
         untimed: Those of them that do not count for the speed.
     """
 
-    def __init__(self, metrics: BinnedMetrics):
+    def __init__(self, metrics: BinnedMetrics, to_all: Callable[[BinnedMetrics], BinnedMetrics]):
+        """Begins without steps.
+
+        Args:
+            metrics: Of no samples.
+            to_all: Gives every process what all devices have.
+        """
         self.metrics = metrics
         self.steps = 0
         self.untimed = 0
+        self._to_all = to_all
+
+    def compute(self) -> Metrics:
+        """Computes the metrics; it waits for the steps. All processes call it together."""
+        return self._to_all(self.metrics).compute()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,11 +127,13 @@ class ReplayedSteps:
         self.steps_ahead = _STEPS_AHEAD_ON_HOSTS if on_hosts else _STEPS_AHEAD
         replicated = sharding_on(mesh, REPLICATED)
         self._no_fault = jax.jit(lambda: jnp.int32(0), out_shardings=replicated)
-        self._no_metrics = jax.jit(BinnedMetrics.zeros, out_shardings=replicated)
+        no_metrics = partial(BinnedMetrics.zeros, parts=mesh.devices.size)
+        self._no_metrics = jax.jit(no_metrics, out_shardings=sharding_on(mesh, BY_DEVICE))
+        self._to_all = jax.jit(lambda metrics: metrics, out_shardings=replicated)
 
     def new_window(self) -> Window:
         """A window without steps."""
-        return Window(self._no_metrics())
+        return Window(self._no_metrics(), self._to_all)
 
     def start(self, batch: Batch, window: Window, upcoming: Batch | None = None) -> None:
         """Starts the next step.

@@ -1,6 +1,7 @@
 """The training step, compiled ahead of time for devices that this machine need not have."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
 from dlrm_jax.train_step import make_train_step
 from sharding.compiler_options import compiler_options, options_to_look_at
 from sharding.cost_settings import CostSettings
-from sharding.mesh import REPLICATED, sharding_on
+from sharding.mesh import BY_DEVICE, sharding_on
 from sharding.plan import ShardingPlan
 from sharding.program import parse_program
 from sharding.scheduling import can_schedule, scheduling_options
@@ -62,12 +63,11 @@ def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh
     """
     recommender = Recommender(config, card, mesh=mesh, plan=plan)
     optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-    replicated = sharding_on(mesh, REPLICATED)
+    devices, by_device = mesh.devices.size, sharding_on(mesh, BY_DEVICE)
     metrics = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(BinnedMetrics.zeros),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_device),
+        jax.eval_shape(partial(BinnedMetrics.zeros, parts=devices)),
     )
-    devices = mesh.devices.size
     samples = config.data.batch_size // devices
     columns = recommender.card.sparse
     capacities = recommender.tables.expected_capacities(

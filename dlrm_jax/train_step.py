@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from dlrm_jax.data.batch import Batch
@@ -25,7 +26,7 @@ from sharding.address import Addressed
 from sharding.capacities import Capacities
 from sharding.compiler_options import CompilerOptions, compiler_options
 from sharding.embedding import Pooled
-from sharding.mesh import REPLICATED, sharding_on
+from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 from sharding.route import Routed
 
 
@@ -104,7 +105,7 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
     abstract = abstract_train_state(recommender, optimizer)
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
     # The state leaves a step as it came, so that all steps are one program.
-    shardings = (shardings_of(abstract), replicated, replicated)
+    shardings = (shardings_of(abstract), sharding_on(recommender.tables.mesh, BY_DEVICE), replicated)
     step = partial(train_step, recommender=recommender, optimizer=optimizer)
     return jit_step(step, recommender, shardings)
 
@@ -210,8 +211,6 @@ def learn(
             addressed=addressed,
             recommender=recommender,
         )
-        updates, dense_optimizer = optimizer.update(found.dense, state.dense_optimizer, state.dense_params)
-        dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
 
     ahead, stale = None, state.stale
     if found.delivered is not None:
@@ -238,6 +237,13 @@ def learn(
             learning_rate_scale=make_schedule(recommender.config.schedule)(state.step),
             enabled=good,
         )
+    with jax.named_scope("dense"):
+        gradients = found.dense
+        if tables.num_devices > 1:
+            # They are added up beside the update of the tables, which waits for nothing of them.
+            gradients, _ = jax.lax.optimization_barrier((gradients, _first_numbers(new_tables, tables.mesh)))
+        updates, dense_optimizer = optimizer.update(gradients, state.dense_optimizer, state.dense_params)
+        dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
     new_state = TrainState(
         step=state.step + good.astype(jnp.int32),
         # A select would copy a table; the dense part is small.
@@ -250,7 +256,11 @@ def learn(
     )
     stopped = jnp.zeros((), bool) if stop is None else jnp.any(stop)
     report = StepReport(fault=fault, needs=needs, stop=stopped)
-    return new_state, metrics.update(found.logits, batch.label, jnp.where(good, batch.weight, 0.0)), report, ahead
+    update_metrics = jax.shard_map(
+        BinnedMetrics.update, mesh=tables.mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False
+    )
+    metrics = update_metrics(metrics, found.logits, batch.label, jnp.where(good, batch.weight, 0.0))
+    return new_state, metrics, report, ahead
 
 
 def make_predict_step(recommender: Recommender) -> Any:
@@ -279,6 +289,18 @@ def make_predict_step(recommender: Recommender) -> Any:
 
     replicated = sharding_on(recommender.tables.mesh, REPLICATED)
     return jax.jit(predict_step, static_argnames="capacities", out_shardings=replicated)
+
+
+def _first_numbers(tables: TableState, mesh: Mesh) -> list[Array]:
+    """A number of each store on each device: what can wait for an update without taking part in it."""
+    first = jax.shard_map(
+        lambda stores: [store.weights[:1, :1] for store in stores.values()],
+        mesh=mesh,
+        in_specs=BY_DEVICE,
+        out_specs=BY_DEVICE,
+        check_vma=False,
+    )
+    return first(tables)
 
 
 def _select[Tree](choose_new: Array, new: Tree, old: Tree) -> Tree:

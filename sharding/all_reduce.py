@@ -11,6 +11,7 @@ roundings as steps. Source: Seide et al. 2014, "1-bit stochastic gradient descen
 Letters: W = N * C devices, N nodes, C chips of a node, P numbers of the tree, S of them to each device.
 """
 
+import itertools
 from typing import Literal, get_args
 
 import jax
@@ -20,6 +21,10 @@ from jaxtyping import Array, Float
 
 from sharding.codec import decode, encode
 from sharding.mesh import AXES, CHIP, NODE
+
+# Numbers of an array that is added up by itself, and of a row of those that are not.
+_LARGE = 2**16
+_LANES = 128
 
 AllReduce = Literal["float32", "bfloat16", "bfloat16_feedback"]
 
@@ -47,7 +52,7 @@ def all_reduce_local[Tree](
             f"all_reduce {how!r} with{'out' if residual is None else ''} a residual: only feedback has one"
         )
     if how == "float32":
-        return jax.lax.psum(gradients, AXES), residual
+        return _sum(gradients), residual
     flat, unravel = ravel_pytree(gradients)
     owed = flat if residual is None else flat + residual[0]
     chips, nodes = jax.lax.axis_size(CHIP), jax.lax.axis_size(NODE)
@@ -65,6 +70,19 @@ def all_reduce_local[Tree](
     lost_inside = lost_inside.at[jax.lax.axis_index(NODE)].add(lost_here)
     lost = lost.at[jax.lax.axis_index(CHIP)].add(lost_inside.reshape(-1))
     return unravel(sums), lost.reshape(-1)[None, : flat.size]
+
+
+def _sum[Tree](gradients: Tree) -> Tree:
+    """Adds each number up, small arrays side by side in one: TPUs do not add them beside arithmetic by themselves."""
+    if jax.lax.axis_size(AXES) == 1:
+        return gradients
+    leaves, tree = jax.tree.flatten(gradients)
+    large = [leaf.size >= _LARGE for leaf in leaves]
+    flat, apart = ravel_pytree([leaf for leaf, is_large in zip(leaves, large, strict=True) if not is_large])
+    joined = jnp.pad(flat, (0, -flat.size % _LANES)).reshape(-1, _LANES)
+    *sums, joined = jax.lax.psum([*itertools.compress(leaves, large), joined], AXES)
+    of_large, of_small = iter(sums), iter(apart(joined.reshape(-1)[: flat.size]))
+    return jax.tree.unflatten(tree, [next(of_large if is_large else of_small) for is_large in large])
 
 
 def _add(parts: Float[Array, "M S"], axis: str) -> tuple[Float[Array, " S"], Float[Array, "M S"]]:

@@ -18,10 +18,11 @@ from pallas_kernels import Ids
 from sharding.address import HomeIds
 from sharding.deliver import Delivered, DeliveredGroup
 from sharding.errors import InputError
+from sharding.gather_few import gather_few
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged, check_arrays
 from sharding.layout import Layout
-from sharding.mesh import AXES, device_number
+from sharding.mesh import device_number
 from sharding.owned import canonical
 from sharding.tables import FeatureSpec
 from sharding.trip import Trip
@@ -124,7 +125,7 @@ def accept_local(
     found = jnp.concatenate([delivered.invalid, delivered.count, *(group.needs for group in delivered.groups)])
     if layout.num_devices == 1:
         return groups, found[0], found[1:]
-    of_all = jax.lax.all_gather(found, AXES)
+    of_all = gather_few(found)
     return groups, jnp.sum(of_all[:, 0], dtype=jnp.int32), jnp.max(of_all[:, 1:], axis=0)
 
 

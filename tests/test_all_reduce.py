@@ -11,8 +11,9 @@ from sharding.all_reduce import AllReduce, all_reduce_local
 from sharding.mesh import BY_DEVICE, make_mesh
 
 DEVICES = 8
-SHAPES = {"bias": (5,), "kernel": (7, 3)}
-SIZE = 26
+# Of which the second is added up by itself.
+SHAPES = {"bias": (5,), "kernel": (256, 256), "thin": (7, 3)}
+SIZE = 5 + 256 * 256 + 21
 
 
 def gradients_of(seed: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlrm_jax.metrics import BinnedMetrics, ExactMetrics
+from sharding.mesh import BY_DEVICE, make_mesh
 
 CAPACITY = 32
 NUM_BINS = 64
@@ -182,8 +183,20 @@ def test_binned_metrics_when_many_small_batches_are_added_then_the_sums_lose_not
             0, 1000, lambda _, s: s.update(jnp.asarray(logits), jnp.asarray(label), jnp.ones(2)), state
         )
     )(state)
-    total_weight = float(state.sums[0]) + float(state.compensation[0])
+    total_weight = float(state.sums[0, 0]) + float(state.compensation[0, 0])
     assert total_weight == 2.0**25 + 2000
+
+
+def test_binned_metrics_when_every_device_adds_its_own_then_they_equal_those_of_one():
+    batch = click_samples(4096)
+    mesh = make_mesh(2, 4)
+    of_devices = jax.jit(
+        jax.shard_map(BinnedMetrics.update, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)
+    )
+    found = of_devices(BinnedMetrics.zeros(NUM_BINS, parts=8), *batch)
+    assert found.num_samples.tolist() == [512] * 8
+    expected = update(BinnedMetrics.zeros(NUM_BINS), *batch).compute()
+    np.testing.assert_allclose(dataclasses.astuple(found.compute()), dataclasses.astuple(expected), rtol=1e-6)
 
 
 def test_binned_metrics_when_windows_are_merged_then_the_total_is_float64_and_equals_one_window():

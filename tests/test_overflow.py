@@ -126,7 +126,7 @@ def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_thos
     assert {entry.fault for entry in checked} == {0}
     tiny.assert_identical(steps.state, expected.state)
     tiny.assert_identical(metrics, expected_metrics)
-    assert int(metrics["first"].num_samples) == 6 * tiny.BATCH_SIZE
+    assert metrics["first"].num_samples.sum() == 6 * tiny.BATCH_SIZE
     # Room grew, and for all that came at once.
     assert steps.capacities.ids == 512
     assert (steps.capacities.as_needs() >= tight(recommender).as_needs()).all()

@@ -69,7 +69,7 @@ class Ours:
         for _ in range(steps):
             self._repeated.window = self._repeated.replayed.new_window()
             self.run(1)
-            losses.append(self._repeated.window.metrics.compute().log_loss)
+            losses.append(self._repeated.window.compute().log_loss)
         return losses
 
     def run(self, steps: int) -> None:
