@@ -70,6 +70,7 @@ def _ours(module: ModuleType, case: Case) -> Callable[[int], Times]:
             width=case.width,
             storage_rounding="nearest",
             statistics=None,
+            enabled=jnp.bool(True),
         ),
         donate_argnums=0,
     )

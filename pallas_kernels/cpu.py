@@ -14,6 +14,7 @@ dimension, P pairs.
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -204,9 +205,11 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
+    enabled: Bool[Array, ""],
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     num_ids = ids.rows.shape[0]
+    ids = dataclasses.replace(ids, rows=jnp.where(enabled, ids.rows, -1))
     arguments = (*_batch(ids, gradients, slots, step, seed), ids.logical_rows, _or_empty(statistics, (0, 0)))
     arrays, tree = jax.tree.flatten(stores)
     _, *updated = _call(

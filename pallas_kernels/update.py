@@ -29,6 +29,7 @@ def sparse_update(
     width: int,
     storage_rounding: Rounding = "nearest",
     statistics: Float[Array, "n k"] | None = None,
+    enabled: ArrayLike = True,
     implementation: Implementation | None = None,
 ) -> Stores:
     """Updates every row that an id of the batch names, once, by the sum of the gradients of all its occurrences.
@@ -51,6 +52,7 @@ def sparse_update(
             weight, and the update is that of float32 (Split-SGD-BF16, Kalamkar et al. 2020); see `rounding.joined`.
         statistics: For column shards: the rule's sums over the whole row, for each id, from `row_statistics` of all
             shards. None where the store holds whole rows.
+        enabled: False: nothing changes, without a copy. It may be known late: the ids are sorted without it.
         implementation: Which one to use; None picks by platform and shape.
 
     Returns:
@@ -74,6 +76,7 @@ def sparse_update(
         width=width,
         storage_rounding=storage_rounding,
         statistics=statistics,
+        enabled=jnp.asarray(enabled, jnp.bool),
     )
 
 

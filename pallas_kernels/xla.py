@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -205,10 +205,12 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
+    enabled: Bool[Array, ""],
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     dtype = stores.weights.dtype
     touched = _touched_rows(ids, gradients, stores.num_rows(width))
+    touched = touched._replace(rows=jnp.where(enabled, touched.rows, stores.num_rows(width)))
     old, scalars = _read(stores, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     if statistics is None:

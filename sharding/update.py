@@ -26,7 +26,6 @@ from sharding.groups import Group
 from sharding.lookup import chunk_of
 from sharding.owned import of_device
 from sharding.place import Place, divided
-from sharding.records import NO_ROW
 from sharding.route import HomeIds, RoutedGroup
 from sharding.state import TableState
 from sharding.trip import Trip, to_owners, to_senders
@@ -95,7 +94,7 @@ def update_local(
         sent: For each chunk, gradients of the vectors of each group, from `send_back_local`.
         step: Number of this update, from 1.
         learning_rate_scale: Multiplies every learning rate.
-        enabled: False: no id names a row.
+        enabled: False: nothing changes.
         place: Layout and mesh.
         seed: Seed of stochastic rounding.
 
@@ -106,7 +105,7 @@ def update_local(
     calls = [
         _UpdateCall(
             group=group,
-            ids=_ids(ids.owned, group, enabled),
+            ids=_ids(ids.owned, group),
             gradients=gradients,
             slots=_slots(group, place.device, learning_rate_scale),
         )
@@ -131,6 +130,7 @@ def update_local(
                 width=group.width,
                 storage_rounding=group.table.rounding,
                 statistics=statistics.get(number),
+                enabled=enabled,
                 implementation=place.kernels,
             )
     return stores
@@ -145,12 +145,11 @@ class _UpdateCall(NamedTuple):
     slots: Slots
 
 
-def _ids(owned: Ids, group: Group, enabled: Bool[Array, ""]) -> Ids:
+def _ids(owned: Ids, group: Group) -> Ids:
     """The ids of a group with the bags that gradients have come for: of rows that travel by id each is its own."""
-    rows = jnp.where(enabled, owned.rows, NO_ROW)
     if group.family != "rows_by_id":
-        return dataclasses.replace(owned, rows=rows)
-    return dataclasses.replace(owned, rows=rows, offsets=jnp.arange(rows.shape[0] + 1, dtype=jnp.int32))
+        return owned
+    return dataclasses.replace(owned, offsets=jnp.arange(owned.rows.shape[0] + 1, dtype=jnp.int32))
 
 
 def _slots(group: Group, device: Int32[Array, ""], learning_rate_scale: Float[Array, ""]) -> Slots:

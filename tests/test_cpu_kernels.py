@@ -64,6 +64,7 @@ def update(module: ModuleType, rule: str, stores: Stores, width: int, storage_ro
         width=width,
         storage_rounding=storage_rounding,
         statistics=None,
+        enabled=jnp.bool(True),
     )
     return jax.jit(call)(stores, *batch(width), slots=slots(width), step=jnp.int32(3), seed=jnp.uint32(11))
 

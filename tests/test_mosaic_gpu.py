@@ -105,6 +105,7 @@ def compiled_update(rule: str, width: int, dtype, storage_rounding: rounding.Rou
             width=width,
             storage_rounding=storage_rounding,
             statistics=None,
+            enabled=jnp.bool(True),
         )
 
     gradients, slots = some(jnp.float32, NUM_BAGS_COMPILED, width), jax.eval_shape(lambda: slots_of(width))
@@ -155,7 +156,7 @@ def check_bits(
     def run(implementation, *arguments):
         statistics = blocks = None
         if as_shard:
-            blocks = implementation.row_statistics(*arguments, **common)
+            blocks = implementation.row_statistics(*arguments, storage_rounding=storage_rounding, **common)
             statistics = 2 * blocks.sum(axis=1)
         new = implementation.sparse_update(
             *arguments,
@@ -163,6 +164,7 @@ def check_bits(
             storage_rounding=storage_rounding,
             statistics=statistics,
             **common,
+            enabled=jnp.bool(True),
         )
         return new, None if blocks is None else jnp.where(jnp.asarray(valid)[:, None, None], blocks, 0)
 

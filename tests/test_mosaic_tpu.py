@@ -61,6 +61,7 @@ def both_updates(
         "step": jnp.int32(3),
         "seed": jnp.uint32(9),
         "statistics": None,
+        "enabled": jnp.bool(True),
     }
     here = functools.partial(mosaic_tpu.sparse_update, **options, longest_chunk=longest_chunk)
     there = functools.partial(xla.sparse_update, **options)

@@ -124,6 +124,16 @@ def test_an_update_when_no_id_names_a_row_then_every_bit_stays(implementation: s
 
 
 @each_implementation
+@pytest.mark.parametrize(("rule", "num_ids"), [("lamb", NUM_IDS), ("rowwise_adagrad", 2 * RUN_BLOCK)])
+def test_an_update_that_is_not_enabled_then_every_bit_stays(implementation: str, rule: str, num_ids: int) -> None:
+    tables = fresh_stores(rule, table_of(16))
+    ids = dataclasses.replace(a_batch(), rows=np.minimum(np.arange(num_ids), NUM_ROWS - 1).astype(np.int32))
+    after = update(implementation, rule, tables, ids, np.full((NUM_BAGS, 16), np.nan, np.float32), enabled=False)
+    for was, now in zip(bits_of(tables), bits_of(after), strict=True):
+        np.testing.assert_array_equal(now, was)
+
+
+@each_implementation
 def test_an_update_of_no_ids_then_every_bit_stays(implementation: str) -> None:
     tables = fresh_stores("lamb", table_of(16))
     none = Batch(rows=np.zeros(0, np.int32), offsets=np.zeros(NUM_BAGS + 1, np.int32), weights=np.zeros(0, np.float32))

@@ -79,6 +79,7 @@ def both_updates(
         "step": jnp.int32(3),
         "seed": jnp.uint32(9),
         "statistics": None,
+        "enabled": jnp.bool(True),
     }
     here = functools.partial(sparsecore.sparse_update, **options)
     there = functools.partial(xla.sparse_update, **options)
@@ -112,7 +113,7 @@ CUTS = tuple(units_of_rows(row_shape(16), jnp.dtype(dtype), 1) for dtype in (jnp
 def five_shares(ids: Ids, gradients: jax.Array, slots: Slots) -> Work:
     """Ids shared out for rows with weights in bfloat16, elementwise and row-wise state."""
     options = {"num_rows": NUM_ROWS, "cuts": CUTS, "has_scalars": True, "chunk": CHUNK, "shares": SHARES}
-    return share_out(ids, gradients, None, slots, **options)[0]
+    return share_out(ids, gradients, None, slots, None, jnp.bool(True), **options)[0]
 
 
 @settings(deadline=None, max_examples=20)

@@ -96,6 +96,7 @@ def compiled_update(
             width=width,
             storage_rounding=storage_rounding,
             statistics=None,
+            enabled=jnp.bool(True),
         )
 
     shapes = update_shapes(rule, width, dtype, split=storage_rounding == "split", weighted=weighted)

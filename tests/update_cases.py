@@ -93,6 +93,7 @@ def update(
     slots: Slots | None = None,
     storage_rounding: str = "nearest",
     statistics: jax.Array | None = None,
+    enabled: bool = True,
     **changes: np.ndarray,
 ) -> Stores:
     """One update; `changes` are fields of the ids."""
@@ -108,6 +109,7 @@ def update(
             step=jnp.int32(step),
             seed=jnp.uint32(seed),
             statistics=statistics,
+            enabled=jnp.bool(enabled),
         )
 
 

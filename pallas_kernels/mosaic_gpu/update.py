@@ -62,12 +62,14 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
+    enabled: Bool[Array, ""],
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     kernel = _Kernel.of(optimizer, stores.weights.dtype, width, storage_rounding)
     refs, num_rows = jax.tree.map(jax.new_ref, _by_row(stores, width)), stores.num_rows(width)
     operands = _operands(kernel, refs, ids, gradients, slots, step, num_rows=num_rows)
-    first_ids = operands.runs.first_ids
+    runs = operands.runs._replace(count=jnp.where(enabled, operands.runs.count, 0))
+    operands, first_ids = operands._replace(runs=runs), runs.first_ids
     if statistics is not None:
         operands = operands._replace(statistics=statistics[first_ids])
     if kernel.is_stochastic:

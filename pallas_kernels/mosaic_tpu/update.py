@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -50,6 +50,7 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
+    enabled: Bool[Array, ""],
     longest_chunk: int = _LONGEST_CHUNK,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`; ``longest_chunk`` bounds the ids of one grid step, for tests."""
@@ -60,6 +61,9 @@ def sparse_update(
     )
     words = {f"word {word}": ids.logical_rows[:, word] for word in range(call.key_words)}
     sorted_ids = sort_ids(ids, statistics, words, num_rows=call.num_rows)
+    sorted_ids = sorted_ids._replace(
+        rows=jnp.where(enabled, sorted_ids.rows, call.num_rows), count=jnp.where(enabled, sorted_ids.count, 0)
+    )
     step_key = rounding.fold(rounding.mix(seed), step.astype(jnp.uint32))
     written = _run(call, sorted_ids, gradients, stores, slots, step, rounding.fold(step_key, slots.table))
     new = jax.tree.unflatten(jax.tree.structure(stores), written)

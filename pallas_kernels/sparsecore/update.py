@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu_sc as plsc
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -44,6 +44,7 @@ def sparse_update(
     width: int,
     storage_rounding: rounding.Rounding,
     statistics: Float[Array, "n k"] | None,
+    enabled: Bool[Array, ""],
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
@@ -55,6 +56,7 @@ def sparse_update(
         gradients,
         statistics,
         rounding.row_key(seed, step_word, tables, ids.logical_rows) if stochastic else None,
+        enabled,
         slots=slots,
         step=step,
         optimizer=optimizer,
@@ -84,6 +86,7 @@ def row_statistics(
         gradients,
         None,
         None,
+        jnp.bool(True),
         slots=slots,
         step=step,
         optimizer=optimizer,
@@ -117,6 +120,7 @@ def _run(
     gradients: Float[Array, "G w"],
     statistics: Float[Array, "n k"] | None,
     keys: UInt32[Array, " n"] | None,
+    enabled: Bool[Array, ""],
     *,
     slots: Slots,
     step: Int32[Array, ""],
@@ -147,6 +151,7 @@ def _run(
         statistics,
         slots,
         keys,
+        enabled,
         num_rows=num_rows,
         cuts=[cut.units for cut in cuts],
         has_scalars=bool(stores.row_state),

@@ -72,7 +72,8 @@ def share_out(
     gradients: Float[Array, "G w"],
     statistics: Float[Array, "n k"] | None,
     slots: Slots,
-    keys: UInt32[Array, " n"] | None = None,
+    keys: UInt32[Array, " n"] | None,
+    enabled: Bool[Array, ""],
     *,
     num_rows: int,
     cuts: Sequence[Units],
@@ -88,6 +89,7 @@ def share_out(
         statistics: As there.
         slots: As there.
         keys: For stochastic rounding, `rounding.row_key` of each id's row.
+        enabled: False: shares of nothing.
         num_rows: Rows of the store.
         cuts: How stores are cut, the largest units last.
         has_scalars: Whether rows have state of one number.
@@ -138,9 +140,10 @@ def share_out(
     size = round_up(num_ids, chunk)
     in_chunks = [pad_to(_bits(x), size).reshape(-1, 1, chunk) for x in words.values()]
     place_in_first = row & ((1 << cuts[0].shift) - 1)
+    shared_out = jnp.where(enabled, count, 0)
     work = Work(
         words=jnp.concatenate(in_chunks, axis=1).reshape(-1),
-        bounds=_bounds(begins_share, [words[f"rank {k}"] for k in range(len(cuts))], count, shares),
+        bounds=_bounds(begins_share, [words[f"rank {k}"] for k in range(len(cuts))], shared_out, shares),
         units=units,
         sources=sources,
         unit_of_id=(_of_ids(order, words["rank 0"][item_of_place]), _of_ids(order, place_in_first[item_of_place])),
