@@ -64,7 +64,7 @@ def _routed_ahead(recommender: Recommender, batches: list[Batch], capacities: Ca
     """The step of training: routes the next batch beside this one."""
     optimizer = make_dense_optimizer(recommender.config.dense_optimizer, recommender.config.schedule)
     step, first = make_pipelined_step(recommender, optimizer), make_prologue(recommender)
-    state, metrics = init_train_state(recommender, optimizer), BinnedMetrics.zeros()
+    state, metrics = init_train_state(recommender, optimizer), _no_metrics(recommender)
     routed, _ = first(state, batches[-_UNTIMED % len(batches)].ids, capacities=capacities)
     held: list[Any] = [state, metrics, routed]
 
@@ -79,13 +79,17 @@ def _routed_ahead(recommender: Recommender, batches: list[Batch], capacities: Ca
 def _nothing_ahead(recommender: Recommender, batches: list[Batch], capacities: Capacities) -> Callable[[int], None]:
     optimizer = make_dense_optimizer(recommender.config.dense_optimizer, recommender.config.schedule)
     step = make_train_step(recommender, optimizer)
-    held: list[Any] = [init_train_state(recommender, optimizer), BinnedMetrics.zeros()]
+    held: list[Any] = [init_train_state(recommender, optimizer), _no_metrics(recommender)]
 
     def run(number: int) -> None:
         *held[:], report = step(*held, batches[number % len(batches)], capacities=capacities)
         _check(report)
 
     return run
+
+
+def _no_metrics(recommender: Recommender) -> BinnedMetrics:
+    return BinnedMetrics.zeros(parts=recommender.tables.num_devices)
 
 
 def _check(report: StepReport) -> None:

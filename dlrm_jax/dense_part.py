@@ -107,8 +107,12 @@ def dense_gradients(
         source, embeddings = jax.lax.optimization_barrier((source, embeddings))
     delivered = None
     if addressed is not None:
+        leaving = addressed
+        if several_nodes:
+            # Vectors go first; meanwhile ids are addressed.
+            leaving, embeddings = jax.lax.optimization_barrier((leaving, embeddings))
         with jax.named_scope("route_ahead"):
-            delivered = tables.deliver(addressed)
+            delivered = tables.deliver(leaving)
     for chunk in range(chunks):
         following = arrive(source, chunk + 1) if chunk + 1 < chunks else embeddings
         of_chunk, d_embeddings = on_devices(
