@@ -152,8 +152,8 @@ def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
         ("h200:16x8", 0.85),
         ("zionex:16x8", 0.9),
         # Their compiler takes no figures of others.
-        ("v6e:2x4", 0.55),
-        ("v5p:2x4", 0.55),
+        ("v6e:2x4", 0.65),
+        ("v5p:2x4", 0.6),
         ("tpu7x:2x4", 0.35),
     ],
 )
