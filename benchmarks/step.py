@@ -38,7 +38,7 @@ from dlrm_jax.train_step import StepReport, make_train_step
 from scripts.command_line import configure_jax
 from sharding import Embeddings
 from sharding.capacities import Capacities
-from sharding.mesh import make_mesh
+from sharding.mesh import BY_DEVICE, make_mesh, sharding_on
 
 # Steps before those that are timed: they compile.
 _UNTIMED = 2
@@ -89,7 +89,8 @@ def _nothing_ahead(recommender: Recommender, batches: list[Batch], capacities: C
 
 
 def _no_metrics(recommender: Recommender) -> BinnedMetrics:
-    return BinnedMetrics.zeros(parts=recommender.tables.num_devices)
+    tables = recommender.tables
+    return jax.device_put(BinnedMetrics.zeros(parts=tables.num_devices), sharding_on(tables.mesh, BY_DEVICE))
 
 
 def _check(report: StepReport) -> None:
