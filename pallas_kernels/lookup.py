@@ -47,9 +47,19 @@ def pooled_lookup(
     chosen = implementation_of(
         implementation, dtype=store.dtype, width=width, in_lines=store.shape[1] * store.dtype.itemsize == LINE_BYTES
     )
-    if not rows.size or offsets.size == 1:
+    if is_empty(rows, offsets):
         return jnp.zeros((offsets.size - 1, width), jnp.float32)
     return chosen.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
+
+
+def is_empty(rows: Array, offsets: Array) -> bool:
+    """Whether there are no ids or no bags.
+
+    Args:
+        rows: Row of each id.
+        offsets: Bags.
+    """
+    return not rows.size or offsets.size == 1
 
 
 def check_ids(rows: Array, offsets: Array, weights: Array | None) -> None:

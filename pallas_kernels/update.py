@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int32
 
 from pallas_kernels.ids import Ids
 from pallas_kernels.implementations import Implementation, implementation_of
-from pallas_kernels.lookup import check_ids, check_store
+from pallas_kernels.lookup import check_ids, check_store, is_empty
 from pallas_kernels.rounding import Rounding
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
@@ -63,7 +63,7 @@ def sparse_update(
             implementation that does not exist or cannot serve.
     """
     kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
-    if _is_empty(ids):
+    if is_empty(ids.rows, ids.offsets):
         return stores
     return kernels.sparse_update(
         stores,
@@ -102,7 +102,7 @@ def row_statistics(
         For each id its row's partial sums: one for each block of 16 columns and each of the rule's k statistics.
     """
     kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
-    if _is_empty(ids):
+    if is_empty(ids.rows, ids.offsets):
         blocks = max(1, width // STATISTICS_BLOCK)
         return jnp.zeros((ids.rows.size, blocks, len(optimizer.statistics)), jnp.float32)
     return kernels.row_statistics(
@@ -134,10 +134,6 @@ def _checked(
     return implementation_of(
         implementation, dtype=stores.weights.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
     )
-
-
-def _is_empty(ids: Ids) -> bool:
-    return not ids.rows.size or ids.offsets.size == 1
 
 
 def _number_of(step: ArrayLike) -> Int32[Array, ""]:

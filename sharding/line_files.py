@@ -116,34 +116,22 @@ def line_arrays(layout: Layout) -> TableState:
 
 
 def _arrays_of(store: StoreLayout) -> Stores:
-    weights = LineArray(
-        name=f"weights.{store.name}",
-        store=store,
-        row_state=False,
-        dtype=jnp.dtype(store.dtype),
-        lines_per_device=store.lines_per_device,
-    )
-    element_state = tuple(
-        LineArray(
-            name=f"element_state.{store.name}.{number}",
-            store=store,
-            row_state=False,
-            dtype=np.dtype(array.dtype),
-            lines_per_device=store.state_lines(array.dtype),
+    def array(name: str, dtype: str, lines_per_device: int, *, row_state: bool = False) -> LineArray:
+        return LineArray(
+            name=name, store=store, row_state=row_state, dtype=jnp.dtype(dtype), lines_per_device=lines_per_device
         )
-        for number, array in enumerate(store.element_state)
+
+    return Stores(
+        weights=array(f"weights.{store.name}", store.dtype, store.lines_per_device),
+        element_state=tuple(
+            array(f"element_state.{store.name}.{number}", state.dtype, store.state_lines(state.dtype))
+            for number, state in enumerate(store.element_state)
+        ),
+        row_state=tuple(
+            array(f"row_state.{store.name}.{number}", state.dtype, store.scalar_lines_per_device, row_state=True)
+            for number, state in enumerate(store.row_state)
+        ),
     )
-    row_state = tuple(
-        LineArray(
-            name=f"row_state.{store.name}.{number}",
-            store=store,
-            row_state=True,
-            dtype=np.dtype(array.dtype),
-            lines_per_device=store.scalar_lines_per_device,
-        )
-        for number, array in enumerate(store.row_state)
-    )
-    return Stores(weights=weights, element_state=element_state, row_state=row_state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

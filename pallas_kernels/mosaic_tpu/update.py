@@ -97,9 +97,7 @@ def row_statistics(
 
 def _call(stores: Stores, ids: Ids, optimizer: RowOptimizer, width: int, longest_chunk: int) -> Call:
     shape = row_shape(width)
-    chunk = min(
-        longest_chunk, max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row), round_up(max(1, ids.rows.shape[0]), 32)
-    )
+    chunk = min(longest_chunk, max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row), round_up(ids.rows.shape[0], 32))
     strip = max(8, _SEGMENTS_OF_STRIP // shape.segments_per_row // 8 * 8)
     num_states, num_scalars, dtype = len(stores.element_state), len(stores.row_state), stores.weights.dtype
     if dtype == jnp.float32:
