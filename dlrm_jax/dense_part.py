@@ -31,6 +31,7 @@ from sharding.all_reduce import AllReduce, all_reduce_local
 from sharding.deliver import Delivered
 from sharding.embedding import Pooled
 from sharding.gather_few import gather_few
+from sharding.in_order import in_order
 from sharding.lookup import chunk_of
 from sharding.mesh import BY_DEVICE, NODE, REPLICATED
 from sharding.route import Routed
@@ -104,13 +105,13 @@ def dense_gradients(
     sent: list[Pooled] = []
     embeddings = arrive(source, 0)
     if chunks > 1:
-        source, embeddings = jax.lax.optimization_barrier((source, embeddings))
+        source, embeddings = in_order((source, embeddings), mesh)
     delivered = None
     if addressed is not None:
         leaving = addressed
         if several_nodes:
             # Vectors go first; meanwhile ids are addressed.
-            leaving, embeddings = jax.lax.optimization_barrier((leaving, embeddings))
+            leaving, embeddings = in_order((leaving, embeddings), mesh)
         with jax.named_scope("route_ahead"):
             delivered = tables.deliver(leaving)
     for chunk in range(chunks):
@@ -122,14 +123,14 @@ def dense_gradients(
         )(dense_params, batch.dense, batch.label, batch.weight, total_weight, embeddings)
         found.append(of_chunk)
         if chunk + 1 < chunks:
-            dense_params, source, d_embeddings, sent, delivered = jax.lax.optimization_barrier(
-                (dense_params, source, d_embeddings, sent, delivered)
+            dense_params, source, d_embeddings, sent, delivered = in_order(
+                (dense_params, source, d_embeddings, sent, delivered), mesh
             )
         elif several_nodes and chunks == 1:
             # Between nodes exchanges are under way nearly all the time, and their order counts: what the gradients of
             # vectors would have to wait for goes first, what waits for nothing goes last, beside the update. Inside a
             # node they are short, and XLA hides more of them if it is free.
-            d_embeddings, delivered = jax.lax.optimization_barrier((d_embeddings, delivered))
+            d_embeddings, delivered = in_order((d_embeddings, delivered), mesh)
         sent.append(tables.send_back(routed, d_embeddings, chunk=chunk, chunks=chunks))
         embeddings = following
     logits, finite, own = on_devices(
@@ -138,7 +139,7 @@ def dense_gradients(
         out_specs=(BY_DEVICE, REPLICATED, BY_DEVICE),
     )(tuple(found))
     if several_nodes:
-        own, sent, finite = jax.lax.optimization_barrier((own, sent, finite))
+        own, sent, finite = in_order((own, sent, finite), mesh)
     dense, residual = on_devices(
         partial(_all_reduce_local, how=recommender.config.exchange.all_reduce),
         in_specs=BY_DEVICE,

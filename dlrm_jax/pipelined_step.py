@@ -25,6 +25,7 @@ from dlrm_jax.train_state import TrainState, abstract_stale, abstract_train_stat
 from dlrm_jax.train_step import StepReport, jit_step, learn
 from sharding import Embeddings, KeyedJagged
 from sharding.capacities import Capacities
+from sharding.in_order import in_order
 from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 from sharding.route import Routed
 
@@ -113,7 +114,7 @@ def pipelined_step(
             source = tables.pool(state.tables, routed)
         if tables.num_devices > 1:
             # While the first vectors travel there is nothing else to do yet.
-            next_ids, source = jax.lax.optimization_barrier((next_ids, source))
+            next_ids, source = in_order((next_ids, source), tables.mesh)
     with jax.named_scope("route_ahead"):
         addressed = tables.address(next_ids, capacities)
     new_state, metrics, report, next_routed = learn(

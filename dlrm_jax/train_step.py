@@ -26,6 +26,7 @@ from sharding.address import Addressed
 from sharding.capacities import Capacities
 from sharding.compiler_options import CompilerOptions, compiler_options
 from sharding.embedding import Pooled
+from sharding.in_order import in_order
 from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 from sharding.route import Routed
 
@@ -241,7 +242,7 @@ def learn(
         gradients = found.dense
         if tables.num_devices > 1:
             # They are added up beside the update of the tables, which waits for nothing of them.
-            gradients, _ = jax.lax.optimization_barrier((gradients, _first_numbers(new_tables, tables.mesh)))
+            gradients, _ = in_order((gradients, _first_numbers(new_tables, tables.mesh)), tables.mesh)
         updates, dense_optimizer = optimizer.update(gradients, state.dense_optimizer, state.dense_params)
         dense_params = jax.tree.map(jnp.add, state.dense_params, updates)
     new_state = TrainState(

@@ -210,7 +210,8 @@ def sparse_update(
     """See `pallas_kernels.sparse_update`."""
     num_ids = ids.rows.shape[0]
     ids = dataclasses.replace(ids, rows=jnp.where(enabled, ids.rows, -1))
-    arguments = (*_batch(ids, gradients, slots, step, seed), ids.logical_rows, _or_empty(statistics, (0, 0)))
+    logical_rows = jnp.zeros((0, 1), jnp.uint32) if ids.logical_rows is None else ids.logical_rows
+    arguments = (*_batch(ids, gradients, slots, step, seed), logical_rows, _or_empty(statistics, (0, 0)))
     arrays, tree = jax.tree.flatten(stores)
     _, *updated = _call(
         "sparse_update",

@@ -21,17 +21,23 @@ class Ids:
     Attributes:
         rows: Row that each id names, of the store seen as ``[-1, width]``. A row outside the store is ignored.
         slots: Slot of each id, see `Slots`. Equal rows have equal slots.
-        logical_rows: Row of the table that each id names, as one or two 32-bit words, low word first: with the step
-            and the seed it determines the random bits of rounding.
         offsets: Bags, as in `pooled_lookup`.
         weights: One weight for each id, or None for 1.
+        logical_rows: Row of the table that each id names, as one or two 32-bit words, low word first: with the step
+            and the seed it determines the random bits of rounding. None where no bits are drawn.
     """
 
     rows: Int32[Any, " n"]
     slots: Int32[Any, " n"]
-    logical_rows: UInt32[Any, "n words"]
     offsets: Int32[Any, " G+1"]
     weights: Float[Any, " n"] | None = None
+    logical_rows: UInt32[Any, "n words"] | None = None
+
+    def given_logical_rows(self) -> UInt32[Array, "n words"]:
+        """The logical rows; ValueError where there are none."""
+        if self.logical_rows is None:
+            raise ValueError("stochastic rounding needs the logical row of each id, but the ids have none")
+        return self.logical_rows
 
     def sort_keys(self, num_rows: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
         """What an update sorts the ids by, and their bags.

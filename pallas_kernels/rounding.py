@@ -10,11 +10,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32, UInt16, UInt32
 
 # How float32 becomes a 16-bit weight: the nearest; one of the two neighbours, by chance; or its high half, a bfloat16,
 # with the low half kept beside it.
 Rounding = Literal["nearest", "stochastic", "split"]
+
+
+def draws_bits(storage_rounding: Rounding, dtype: DTypeLike) -> bool:
+    """Whether an update of weights of that storage dtype takes random bits."""
+    return storage_rounding == "stochastic" and jnp.dtype(dtype) != jnp.float32
+
 
 # The golden ratio in 32 bits, and the two multipliers of `lowbias32` (C. Wellons, "Hash Function Prospector", 2018:
 # exact bias 0.17 of the best 32-bit mixers with two multiplications).

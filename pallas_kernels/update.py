@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int32
 from pallas_kernels.ids import Ids
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import check_ids, check_store, is_empty
-from pallas_kernels.rounding import Rounding
+from pallas_kernels.rounding import Rounding, draws_bits
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
 from pallas_kernels.stores import Stores
@@ -63,6 +63,8 @@ def sparse_update(
             implementation that does not exist or cannot serve.
     """
     kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
+    if draws_bits(storage_rounding, stores.weights.dtype):
+        ids.given_logical_rows()
     if is_empty(ids.rows, ids.offsets):
         return stores
     return kernels.sparse_update(

@@ -224,9 +224,9 @@ def sparse_update(
     if storage_rounding == "split":
         new_weights, low = rounding.halves(new_weights)
         new_state = (*new_state, low)
-    elif storage_rounding == "stochastic" and dtype != jnp.float32:
+    elif rounding.draws_bits(storage_rounding, dtype):
         keys = rounding.row_key(
-            seed, step.astype(jnp.uint32), slots.table[touched.slots], ids.logical_rows[touched.first_ids]
+            seed, step.astype(jnp.uint32), slots.table[touched.slots], ids.given_logical_rows()[touched.first_ids]
         )
         columns = slots.first_column[touched.slots][:, None] + jnp.arange(width, dtype=jnp.uint32)[None]
         bits = rounding.column_bits(keys[:, None], columns)

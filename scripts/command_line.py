@@ -216,11 +216,11 @@ def configure_jax(mesh: MeshConfig | None = None) -> None:
     # Orbax warns of each option that is not its default.
     logging.getLogger("absl").setLevel(logging.ERROR)
     has_accelerator = any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS)
+    devices = 1 if mesh is None else -(-mesh.num_devices // num_processes())
     if not has_accelerator:
-        keep_freed_memory()
+        keep_freed_memory(devices=devices)
     if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not has_accelerator:
         jax.config.update("jax_platforms", "cpu")
-    devices = 1 if mesh is None else -(-mesh.num_devices // num_processes())
     if devices > 1 and jax.config.jax_platforms == "cpu":
         jax.config.update("jax_num_cpu_devices", devices)
         if process_id() == 0:

@@ -169,7 +169,7 @@ def _leaving(records: Records, group: Group, samples: int) -> AddressedGroup:
     """A group whose ids travel."""
     asked = _distinct(records, group.num_devices) if group.family == "rows_by_id" else None
     home = None
-    if asked is not None or group.has_column_shards:
+    if asked is not None or group.adds_statistics:
         home = HomeIds(
             bags=bags_at_home(records, group, samples),
             offsets=bag_offsets_at_home(records, group),

@@ -280,9 +280,7 @@ def cost_of_layout(layout: Layout, features: Sequence[FeatureSpec], step: Step) 
         padded += rates @ quantities.max(axis=1)
         alone += rates @ quantities
     if layout.num_devices > 1:
-        latency = step.latency_seconds(
-            [(group.family, group.has_column_shards and statistics_of(group.table) > 0) for group in layout.groups]
-        )
+        latency = step.latency_seconds([(group.family, group.adds_statistics) for group in layout.groups])
         padded[STAGES.index("latency")] += latency
         alone[STAGES.index("latency")] += latency
     mean_ids = sum(step.loads[feature.name].pooling_factor for feature in features)

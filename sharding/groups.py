@@ -139,9 +139,11 @@ class Group:
         return any(lookup.feature.pooling == "none" for lookup in self.lookups)
 
     @property
-    def has_column_shards(self) -> bool:
-        """Whether a row of a table is cut, so that its statistics are sums over devices."""
-        return any(lookup.shard.num_columns < lookup.shard.table.dim for lookup in self.lookups)
+    def adds_statistics(self) -> bool:
+        """Whether its update needs sums over whole rows, of which devices have only some columns."""
+        rule = self.table.rule
+        cut = any(lookup.shard.num_columns < lookup.shard.table.dim for lookup in self.lookups)
+        return cut and rule is not None and bool(rule.statistics)
 
     @cached_property
     def slices_of_lookups(self) -> Int32[np.ndarray, "lookups slices"]:

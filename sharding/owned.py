@@ -28,7 +28,7 @@ def own(
     device: Int32[Array, ""],
     wide: bool,
 ) -> Ids:
-    """Completes ids that are in canonical order.
+    """Completes ids that are in canonical order: with their slots and, where an update draws bits, logical rows.
 
     Args:
         rows: Row of each in the device's part of the store; NO_ROW for padding and invalid ids.
@@ -40,6 +40,8 @@ def own(
         wide: Whether a row of a table takes two words.
     """
     slots = of_device(group.of_vectors("slot", 0), device).at[vectors].get(mode="clip")
+    if not group.table.draws_bits:
+        return Ids(rows=rows, slots=slots, offsets=offsets, weights=weights)
 
     def of_slots(attribute: str) -> Int32[Array, " N"]:
         values = group.of_slots(attribute, np.int32)

@@ -35,7 +35,7 @@ class RoutedGroup:
 
     Attributes:
         owned: The ids whose rows this device updates. It looks the same up, but where `requested` or `local` is given.
-        trip: How they travelled; None where they did not.
+        trip: How they travelled; None where nothing else travels beside them.
         home: The same ids at home; None where nobody needs them there.
         requested: Family "rows_by_id": the rows that others ask this device for.
         request: Family "rows_by_id": how those travelled, with the place in its buffers of each record's row.
@@ -145,8 +145,9 @@ def _accept(delivered: DeliveredGroup, group: Group, samples: int, device: Int32
     owned, places = canonical(
         rows, bags, weights, senders, present, group=group, samples=samples, device=device, wide=wide
     )
-    trip = delivered.trip
-    if trip is not None:
+    trip = None
+    if delivered.trip is not None and delivered.home is not None:
+        trip = delivered.trip
         kept = places.at[trip.arrived].get(mode="fill", fill_value=trip.total)
         trip = dataclasses.replace(trip, arrived=kept)
     return RoutedGroup(

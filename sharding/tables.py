@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from pallas_kernels.rounding import Rounding
+from pallas_kernels.rounding import Rounding, draws_bits
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
 from sharding.errors import InputError
 
@@ -100,6 +100,11 @@ class TableSpec:
     def rule(self) -> RowOptimizer | None:
         """The update rule; None for a frozen table."""
         return None if self.frozen else ROW_OPTIMIZERS[self.optimizer]
+
+    @property
+    def draws_bits(self) -> bool:
+        """Whether updates take random bits."""
+        return not self.frozen and draws_bits(self.rounding, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

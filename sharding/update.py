@@ -253,7 +253,7 @@ def _statistics_of_whole_rows(
     for number, call in enumerate(calls):
         group = call.group
         rule = group.table.rule
-        if rule is None or not rule.statistics or not group.has_column_shards:
+        if rule is None or not group.adds_statistics:
             continue
         sums = row_statistics(
             stores[group.store],

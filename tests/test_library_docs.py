@@ -96,12 +96,13 @@ def test_library_page_when_its_program_runs_then_losses_and_rows_are_those_of_pl
     assert_close(names["params"]["weight"], params["weight"])
 
 
-def test_library_page_when_batches_differ_in_ids_then_its_step_is_compiled_only_where_room_grows(library):
+def test_library_page_when_batches_differ_in_ids_then_its_step_is_compiled_once(library):
     names, _, traced = library
     ids = [sum(map(len, bags["viewed"])) for bags, _ in names["batches"]]
     assert len(set(ids)) == len(ids)
+    # Room has grown, but for ids at home only: where they arrive, which is all that a step sees, there was enough.
     assert names["capacities"].ids == 64
-    assert traced == 2
+    assert traced == 1
 
 
 def test_library_page_when_tables_are_restored_on_another_mesh_then_rows_are_the_same_bits(library):

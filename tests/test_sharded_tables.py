@@ -212,7 +212,7 @@ def test_routing_of_features_in_their_own_order_then_the_same_as_in_any_other() 
     one, other = (r.groups[0].owned for r in routed)
     num_ids = int(one.offsets[-1])
     np.testing.assert_array_equal(one.offsets, other.offsets)
-    for field in ("rows", "weights", "slots", "logical_rows"):
+    for field in ("rows", "weights", "slots"):
         np.testing.assert_array_equal(getattr(one, field)[:num_ids], getattr(other, field)[:num_ids])
 
 

@@ -255,12 +255,7 @@ def test_an_update_when_the_call_is_wrong_then_an_error_says_how(
 ) -> None:
     call = {
         "stores": Stores(weights=jnp.zeros((8, 128)), element_state=(jnp.zeros((8, 128)),)),
-        "ids": Ids(
-            rows=jnp.zeros(1, jnp.int32),
-            slots=jnp.zeros(1, jnp.int32),
-            logical_rows=jnp.zeros((1, 1), jnp.uint32),
-            offsets=jnp.array([0, 1], jnp.int32),
-        ),
+        "ids": Ids(rows=jnp.zeros(1, jnp.int32), slots=jnp.zeros(1, jnp.int32), offsets=jnp.array([0, 1], jnp.int32)),
         "gradients": jnp.zeros((1, 16)),
         "slots": slots_of(16),
         "step": jnp.int32(1),
@@ -272,3 +267,19 @@ def test_an_update_when_the_call_is_wrong_then_an_error_says_how(
     call |= change if of == "call" else {of: dataclasses.replace(call[of], **change)}
     with pytest.raises(ValueError, match=message):
         operation(**call)
+
+
+def test_an_update_that_draws_bits_when_ids_have_no_logical_rows_then_an_error_says_so() -> None:
+    one = jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match="stochastic rounding needs the logical row of each id"):
+        sparse_update(
+            Stores(weights=jnp.zeros((8, 128), jnp.bfloat16)),
+            Ids(rows=one, slots=one, offsets=jnp.array([0, 1], jnp.int32)),
+            jnp.zeros((1, 16)),
+            slots=slots_of(16),
+            step=1,
+            seed=0,
+            optimizer=ROW_OPTIMIZERS["sgd"],
+            width=16,
+            storage_rounding="stochastic",
+        )

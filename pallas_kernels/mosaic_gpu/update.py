@@ -74,7 +74,7 @@ def sparse_update(
         operands = operands._replace(statistics=statistics[first_ids])
     if kernel.is_stochastic:
         tables = slots.table[operands.runs.slots]
-        keys = rounding.row_key(seed, step.astype(jnp.uint32), tables, ids.logical_rows[first_ids])
+        keys = rounding.row_key(seed, step.astype(jnp.uint32), tables, ids.given_logical_rows()[first_ids])
         operands = operands._replace(keys=keys)
     kernel.run(operands, (), name=f"sparse_update_{optimizer.name}")
     new = jax.tree.map(jax.freeze, operands.stores)
@@ -206,7 +206,7 @@ class _Kernel:
 
     @property
     def is_stochastic(self) -> bool:
-        return self.storage_rounding == "stochastic" and self.dtype != jnp.float32
+        return rounding.draws_bits(self.storage_rounding, self.dtype)
 
     @property
     def is_split(self) -> bool:

@@ -54,12 +54,13 @@ def sparse_update(
     longest_chunk: int = _LONGEST_CHUNK,
 ) -> Stores:
     """See `pallas_kernels.sparse_update`; ``longest_chunk`` bounds the ids of one grid step, for tests."""
-    stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
+    draws = rounding.draws_bits(storage_rounding, stores.weights.dtype)
+    words_of_id = list(ids.given_logical_rows().T) if draws else []
     call = _call(stores, ids, optimizer, width, longest_chunk)._replace(
         statistics=0 if statistics is None else statistics.shape[1],
-        key_words=ids.logical_rows.shape[1] if stochastic else 0,
+        key_words=len(words_of_id),
     )
-    words = {f"word {word}": ids.logical_rows[:, word] for word in range(call.key_words)}
+    words = {f"word {number}": word for number, word in enumerate(words_of_id)}
     sorted_ids = sort_ids(ids, statistics, words, num_rows=call.num_rows)
     sorted_ids = sorted_ids._replace(
         rows=jnp.where(enabled, sorted_ids.rows, call.num_rows), count=jnp.where(enabled, sorted_ids.count, 0)

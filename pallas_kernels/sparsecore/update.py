@@ -47,7 +47,7 @@ def sparse_update(
     enabled: Bool[Array, ""],
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
-    stochastic = storage_rounding == "stochastic" and stores.weights.dtype != jnp.float32
+    stochastic = rounding.draws_bits(storage_rounding, stores.weights.dtype)
     step_word, tables = step.astype(jnp.uint32), slots.table[ids.slots]
     refs = jax.tree.map(jax.new_ref, _on_lines(stores))
     _run(
@@ -55,7 +55,7 @@ def sparse_update(
         ids,
         gradients,
         statistics,
-        rounding.row_key(seed, step_word, tables, ids.logical_rows) if stochastic else None,
+        rounding.row_key(seed, step_word, tables, ids.given_logical_rows()) if stochastic else None,
         enabled,
         slots=slots,
         step=step,
