@@ -25,6 +25,19 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax" / WOR
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# Linux lets a process have 65,530 mappings of memory, and XLA's compiler for CPUs dies where it gets no more. A program
+# takes dozens.
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 40_000
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped_before_there_are_too_many() -> Iterator[None]:
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder beside the project; tests that need it skip where it is absent."""
