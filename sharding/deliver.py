@@ -4,7 +4,7 @@ Letters: W devices, b samples of one device, N ids of an owner.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import Ids
 from sharding.address import Addressed, AddressedGroup, ByOwner, HomeIds
 from sharding.capacities import Capacities
+from sharding.gather_few import gather_few
 from sharding.layout import Layout
-from sharding.mesh import AXES
+from sharding.mesh import AXES, BY_DEVICE, REPLICATED
 from sharding.records import NO_ROW
 from sharding.trip import Trip, exchange, make_trip, to_owners
 
@@ -54,16 +55,22 @@ class Delivered:
     Attributes:
         groups: The ids of each group of the layout.
         divisors: As of `Addressed`.
-        invalid: As of `Addressed`.
-        count: As of `Addressed`.
+        invalid: Number of invalid ids, over all devices.
+        needs: The room that ids needed, the most of any device, in the order of `Capacities.as_needs`.
         capacities: As of `Addressed`.
     """
 
     groups: tuple[DeliveredGroup, ...]
     divisors: Float[Any, "b means"]
-    invalid: Int32[Any, " W"]
-    count: Int32[Any, " W"]
+    invalid: Int32[Any, ""]
+    needs: Int32[Any, " needs"]
     capacities: Capacities = dataclasses.field(metadata={"static": True})
+
+
+def delivered_specs(capacities: Capacities) -> Delivered:
+    """Which part of it a device has, given the room on the way."""
+    by_device, everywhere = cast(Any, BY_DEVICE), cast(Any, REPLICATED)
+    return Delivered(groups=by_device, divisors=by_device, invalid=everywhere, needs=everywhere, capacities=capacities)
 
 
 def deliver_local(addressed: Addressed, *, layout: Layout) -> Delivered:
@@ -80,11 +87,16 @@ def deliver_local(addressed: Addressed, *, layout: Layout) -> Delivered:
     }
     travelling = {number: group for number, group in enumerate(addressed.groups) if number not in groups}
     groups |= _travel(travelling, addressed.capacities)
+    of_layout = tuple(groups[number] for number in range(len(addressed.groups)))
+    # Here, not where the ids are accepted: a step may accept them while a long exchange is under way, behind which even
+    # a few numbers would wait.
+    found = jnp.concatenate([addressed.invalid, addressed.count, *(group.needs for group in of_layout)])
+    of_all = gather_few(found) if layout.num_devices > 1 else found[None]
     return Delivered(
-        groups=tuple(groups[number] for number in range(len(addressed.groups))),
+        groups=of_layout,
         divisors=addressed.divisors,
-        invalid=addressed.invalid,
-        count=addressed.count,
+        invalid=jnp.sum(of_all[:, 0], dtype=jnp.int32),
+        needs=jnp.max(of_all[:, 1:], axis=0),
         capacities=addressed.capacities,
     )
 

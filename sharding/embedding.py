@@ -20,7 +20,7 @@ from sharding.address import Addressed, address_local
 from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.codec import Codec
-from sharding.deliver import Delivered, deliver_local
+from sharding.deliver import Delivered, deliver_local, delivered_specs
 from sharding.errors import InputError
 from sharding.jagged import KeyedJagged, for_devices
 from sharding.layout import Layout, make_layout
@@ -202,14 +202,16 @@ class ShardedTables:
     def deliver(self, addressed: Addressed) -> Delivered:
         """The second part of `route`, for use inside `jax.jit`: ids travel to the owners of their rows."""
         local = partial(deliver_local, layout=self.layout)
-        return self._spread(local, (BY_DEVICE,), BY_DEVICE)(addressed)
+        return self._spread(local, (BY_DEVICE,), delivered_specs(addressed.capacities))(addressed)
 
     def accept(self, delivered: Delivered) -> Routed:
         """The third part of `route`, for use inside `jax.jit`: puts the ids that have arrived in order."""
-        local = partial(accept_local, layout=self.layout)
-        groups, invalid, needs = self._spread(local, (BY_DEVICE,), (BY_DEVICE, REPLICATED, REPLICATED))(delivered)
+        local, specs = partial(accept_local, layout=self.layout), delivered_specs(delivered.capacities)
+        groups, needs = self._spread(local, (specs,), BY_DEVICE)(delivered), delivered.needs
         overflow = jnp.any(needs > jnp.asarray(delivered.capacities.as_needs()))
-        return Routed(groups=groups, divisors=delivered.divisors, invalid=invalid, needs=needs, overflow=overflow)
+        return Routed(
+            groups=groups, divisors=delivered.divisors, invalid=delivered.invalid, needs=needs, overflow=overflow
+        )
 
     def lookup(self, state: TableState, routed: Routed) -> Embeddings:
         """Looks ids up and pools their rows.

@@ -18,7 +18,6 @@ from pallas_kernels import Ids
 from sharding.address import HomeIds
 from sharding.deliver import Delivered, DeliveredGroup
 from sharding.errors import InputError
-from sharding.gather_few import gather_few
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged, check_arrays
 from sharding.layout import Layout
@@ -104,9 +103,7 @@ def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layou
         )
 
 
-def accept_local(
-    delivered: Delivered, *, layout: Layout
-) -> tuple[tuple[RoutedGroup, ...], Int32[Array, ""], Int32[Array, " needs"]]:
+def accept_local(delivered: Delivered, *, layout: Layout) -> tuple[RoutedGroup, ...]:
     """Puts the ids that have arrived in canonical order.
 
     Args:
@@ -114,19 +111,14 @@ def accept_local(
         layout: The layout.
 
     Returns:
-        The ids of each group; how many ids were invalid, and what room was needed, over all devices.
+        The ids of each group.
     """
     samples, wide = delivered.divisors.shape[0], layout.wide
     device = device_number() if layout.num_devices > 1 else jnp.int32(0)
-    groups = tuple(
+    return tuple(
         _accept(of_group, group, samples, device, wide)
         for of_group, group in zip(delivered.groups, layout.groups, strict=True)
     )
-    found = jnp.concatenate([delivered.invalid, delivered.count, *(group.needs for group in delivered.groups)])
-    if layout.num_devices == 1:
-        return groups, found[0], found[1:]
-    of_all = gather_few(found)
-    return groups, jnp.sum(of_all[:, 0], dtype=jnp.int32), jnp.max(of_all[:, 1:], axis=0)
 
 
 def _accept(delivered: DeliveredGroup, group: Group, samples: int, device: Int32[Array, ""], wide: bool) -> RoutedGroup:

@@ -129,3 +129,15 @@ def test_vectors_when_they_travel_as_codes_then_the_program_sends_unsigned_integ
     assert words * {"u8": 1, "u16": 2}[word] == code_bytes(codec, DIM)
     found = collectives(placement, backward=backward, codec=codec, word=word)
     assert found == [(kind, axes, vectors * words) for kind, axes, vectors in ways[backward]]
+
+
+def test_ids_that_have_arrived_when_put_in_order_then_nothing_travels() -> None:
+    plan = ShardingPlan(nodes=NODES, chips=CHIPS, placements=(row_wise(TABLE, returns="rows"),))
+    tables = ShardedTables([TABLE], [FeatureSpec(name="f", table="t")], plan=plan, mesh=make_mesh(NODES, CHIPS))
+    ids = tables.to_devices(KeyedJagged.from_bags({"f": [[1, 2]] * NODES * CHIPS * SAMPLES}))
+    delivering = jax.jit(lambda ids: tables.deliver(tables.address(ids)))
+    accepting = jax.jit(tables.accept).lower(delivering(ids)).compile().as_text()
+    assert re.search(KINDS, delivering.lower(ids).compile().as_text() or "")
+    # A short exchange there would wait behind a long one that is under way.
+    assert accepting
+    assert not re.search(KINDS, accepting)
