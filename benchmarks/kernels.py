@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.record import record
+from dlrm_jax.host_memory import keep_freed_memory
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, pooled_lookup, sparse_update
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import LINE_BYTES
@@ -82,15 +83,20 @@ def _ids(case: Case, num_rows: int, num_ids: int, seed: int) -> _Batch:
     return _Batch(rows.astype(np.int32), offsets.astype(np.int32), len(np.unique(rows)))
 
 
-def _seconds(sides: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each side, in turns, after two runs to warm up."""
+def _seconds(sides: dict[str, Callable[[int], None]], repetitions: int, warm_s: float) -> dict[str, float]:
+    """Median seconds of each side, in turns, after two runs to warm up and as many more as take so long."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(-2, repetitions):
+    for run in sides.values():
+        run(0)
+        started = time.perf_counter()
+        run(1)
+        while time.perf_counter() - started < warm_s:
+            run(2)
+    for number in range(repetitions):
         for name, run in sides.items():
             started = time.perf_counter()
             run(number % _BATCHES)
-            if number >= 0:
-                times[name].append(time.perf_counter() - started)
+            times[name].append(time.perf_counter() - started)
     return {name: statistics.median(of_side) for name, of_side in times.items()}
 
 
@@ -110,7 +116,7 @@ def copy_bandwidth(num_bytes: int, repetitions: int) -> float:
         del number
         held[0] = negate(held[0]).block_until_ready()
 
-    return 2 * num_bytes / _seconds({"copy": run}, repetitions)["copy"]
+    return 2 * num_bytes / _seconds({"copy": run}, repetitions, warm_s=0.0)["copy"]
 
 
 def _slots(dim: int) -> Slots:
@@ -214,7 +220,9 @@ class _Torch:
         self._wait()
 
 
-def _measure(case: Case, table_bytes: int, num_ids: int, repetitions: int, torch: bool) -> Iterator[dict[str, Any]]:
+def _measure(
+    case: Case, table_bytes: int, num_ids: int, repetitions: int, warm_s: float, torch: bool
+) -> Iterator[dict[str, Any]]:
     num_lines = table_bytes // LINE_BYTES
     row_bytes = case.width * jnp.dtype(case.dtype).itemsize
     num_rows = num_lines * LINE_BYTES // row_bytes
@@ -234,7 +242,7 @@ def _measure(case: Case, table_bytes: int, num_ids: int, repetitions: int, torch
         sides: dict[str, Any] = {side: _Ours(case, num_lines, ids, side) for side in names}
         if torch and case.dtype == "float32":
             sides["torch"] = _Torch(case, num_rows, ids)
-        seconds = _seconds({side: getattr(of, operation) for side, of in sides.items()}, repetitions)
+        seconds = _seconds({side: getattr(of, operation) for side, of in sides.items()}, repetitions, warm_s)
         yield {
             **dataclasses.asdict(case),
             "case": case.name,
@@ -265,6 +273,7 @@ def main(
     table_gb: float = 1.0,
     num_ids: int = 2**20,
     repetitions: int = 15,
+    warm_s: float = 6.0,
     torch: bool = False,
     only: str = "",
     out: Path = Path("benchmarks/results/kernels.json"),
@@ -275,10 +284,12 @@ def main(
         table_gb: Size of the table; far more than the last-level cache, on an H200 8 at least.
         num_ids: Ids of a call.
         repetitions: Timed runs of each side, in turns.
+        warm_s: Seconds of each side before: on hosts a table moves to pages of 2 MB while it is first used.
         torch: Whether to run torch's EmbeddingBag too.
         only: Cases whose name has this in it.
         out: Where to write the figures; a picture goes beside it.
     """
+    keep_freed_memory()
     table_bytes = int(table_gb * 2**30)
     copy = copy_bandwidth(table_bytes // 4, repetitions)
     print(f"copy: {copy / 1e9:.1f} GB/s")
@@ -286,7 +297,7 @@ def main(
     for case in _cases():
         if only not in case.name:
             continue
-        for result in _measure(case, table_bytes, num_ids, repetitions, torch):
+        for result in _measure(case, table_bytes, num_ids, repetitions, warm_s, torch):
             result["share_of_copy"] = result["bytes_per_second"] / copy
             results.append(result)
             faster = ", ".join(f"{times:.2f}x {side}" for side, times in result["times_faster_than"].items())
@@ -295,7 +306,7 @@ def main(
             )
     record(
         out,
-        f"benchmarks/kernels.py --table_gb {table_gb} --num_ids {num_ids} --repetitions {repetitions}"
+        f"benchmarks/kernels.py --table_gb {table_gb} --num_ids {num_ids} --repetitions {repetitions} --warm_s {warm_s}"
         + " --torch" * torch,
         {"copy_bytes_per_second": copy, "results": results},
     )
@@ -310,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--table_gb", type=float, default=1.0, help="size of the table (default 1)")
     parser.add_argument("--num_ids", type=int, default=2**20, help="ids of a call (default 2**20)")
     parser.add_argument("--repetitions", type=int, default=15, help="timed runs of each side, in turns (default 15)")
+    parser.add_argument("--warm_s", type=float, default=6.0, help="seconds of each side before those (default 6)")
     parser.add_argument("--torch", action="store_true", help="run torch's EmbeddingBag too")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"), help="where figures go")
