@@ -28,17 +28,16 @@ from configs.stated import KAGGLE_ROWS, criteo_card
 from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, EmbeddingConfig, MeshConfig, TableConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
-from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.pipelined_step import make_pipelined_step, make_prologue
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import card_of, open_split
 from dlrm_jax.train_state import init_train_state, make_dense_optimizer
-from dlrm_jax.train_step import StepReport, make_train_step
+from dlrm_jax.train_step import StepReport, make_no_metrics, make_train_step
 from scripts.command_line import configure_jax
 from sharding import Embeddings
 from sharding.capacities import Capacities
-from sharding.mesh import BY_DEVICE, make_mesh, sharding_on
+from sharding.mesh import make_mesh
 
 # Steps before those that are timed: they compile.
 _UNTIMED = 2
@@ -64,7 +63,7 @@ def _routed_ahead(recommender: Recommender, batches: list[Batch], capacities: Ca
     """The step of training: routes the next batch beside this one."""
     optimizer = make_dense_optimizer(recommender.config.dense_optimizer, recommender.config.schedule)
     step, first = make_pipelined_step(recommender, optimizer), make_prologue(recommender)
-    state, metrics = init_train_state(recommender, optimizer), _no_metrics(recommender)
+    state, metrics = init_train_state(recommender, optimizer), make_no_metrics(recommender.tables.mesh)()
     routed, _ = first(state, batches[-_UNTIMED % len(batches)].ids, capacities=capacities)
     held: list[Any] = [state, metrics, routed]
 
@@ -79,18 +78,13 @@ def _routed_ahead(recommender: Recommender, batches: list[Batch], capacities: Ca
 def _nothing_ahead(recommender: Recommender, batches: list[Batch], capacities: Capacities) -> Callable[[int], None]:
     optimizer = make_dense_optimizer(recommender.config.dense_optimizer, recommender.config.schedule)
     step = make_train_step(recommender, optimizer)
-    held: list[Any] = [init_train_state(recommender, optimizer), _no_metrics(recommender)]
+    held: list[Any] = [init_train_state(recommender, optimizer), make_no_metrics(recommender.tables.mesh)()]
 
     def run(number: int) -> None:
         *held[:], report = step(*held, batches[number % len(batches)], capacities=capacities)
         _check(report)
 
     return run
-
-
-def _no_metrics(recommender: Recommender) -> BinnedMetrics:
-    tables = recommender.tables
-    return jax.device_put(BinnedMetrics.zeros(parts=tables.num_devices), sharding_on(tables.mesh, BY_DEVICE))
 
 
 def _check(report: StepReport) -> None:

@@ -10,6 +10,7 @@ from dlrm_jax.planning import planning_input
 from sharding.chunks import best_chunks
 from sharding.errors import InputError
 from sharding.measure import topology_of
+from sharding.mesh import is_of_hosts
 from sharding.plan import ShardingPlan, one_device_plan
 from sharding.topology import preset_of
 
@@ -62,10 +63,9 @@ def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: M
                 f"{config.data.batch_size} over {mesh.devices.size} devices): use a divisor, or leave it out"
             )
         return given
-    device = mesh.devices.flat[0]
-    if mesh.devices.size == 1 or device.platform == "cpu":
+    if mesh.devices.size == 1 or is_of_hosts(mesh):
         return 1
-    topology = preset_of(device.device_kind, *mesh.devices.shape)
+    topology = preset_of(mesh.devices.flat[0].device_kind, *mesh.devices.shape)
     if topology is None:
         return math.gcd(_CHUNKS_OF_UNKNOWN, samples)
     known = planning_input(config, card, mesh.devices.size)

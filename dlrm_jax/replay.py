@@ -9,7 +9,6 @@ and does those steps again, in order, with the batches that it has kept; what a 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.train_state import OVERFLOW, TrainState
-from dlrm_jax.train_step import StepReport
+from dlrm_jax.train_step import StepReport, make_no_metrics
 from sharding.capacities import Capacities
-from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
+from sharding.mesh import REPLICATED, is_of_hosts, sharding_on
 
 # Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a
 # step when it is started, not when it runs, and are no faster with a second step waiting.
@@ -121,14 +120,12 @@ class ReplayedSteps:
         self._pipeline = pipeline
         self._stop = stop
         self._unchecked: deque[_Unchecked] = deque()
-        # Made where the step leaves them, so that the step is compiled once.
+        # Made where the step leaves it, so that the step is compiled once.
         mesh: Mesh = recommender.tables.mesh
-        on_hosts = mesh.devices.flat[0].platform == "cpu"
-        self.steps_ahead = _STEPS_AHEAD_ON_HOSTS if on_hosts else _STEPS_AHEAD
+        self.steps_ahead = _STEPS_AHEAD_ON_HOSTS if is_of_hosts(mesh) else _STEPS_AHEAD
         replicated = sharding_on(mesh, REPLICATED)
         self._no_fault = jax.jit(lambda: jnp.int32(0), out_shardings=replicated)
-        no_metrics = partial(BinnedMetrics.zeros, parts=mesh.devices.size)
-        self._no_metrics = jax.jit(no_metrics, out_shardings=sharding_on(mesh, BY_DEVICE))
+        self._no_metrics = make_no_metrics(mesh)
         self._to_all = jax.jit(lambda metrics: metrics, out_shardings=replicated)
 
     def new_window(self) -> Window:

@@ -1,7 +1,6 @@
 """The training step, compiled ahead of time for devices that this machine need not have."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,14 +9,12 @@ from jax.sharding import Mesh
 from dlrm_jax.config import Config, OrderBy
 from dlrm_jax.data.assemble import IdCapacity
 from dlrm_jax.data.card import DatasetCard
-from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.pipelined_step import abstract_routed, make_pipelined_step
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
-from dlrm_jax.train_step import make_train_step
+from dlrm_jax.train_step import make_no_metrics, make_train_step
 from sharding.compiler_options import compiler_options, options_to_look_at
 from sharding.cost_settings import CostSettings
-from sharding.mesh import BY_DEVICE, sharding_on
 from sharding.plan import ShardingPlan
 from sharding.program import parse_program
 from sharding.scheduling import can_schedule, scheduling_options
@@ -63,11 +60,7 @@ def lower_train_step(config: Config, card: DatasetCard, plan: ShardingPlan, mesh
     """
     recommender = Recommender(config, card, mesh=mesh, plan=plan)
     optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-    devices, by_device = mesh.devices.size, sharding_on(mesh, BY_DEVICE)
-    metrics = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_device),
-        jax.eval_shape(partial(BinnedMetrics.zeros, parts=devices)),
-    )
+    devices, metrics = mesh.devices.size, jax.eval_shape(make_no_metrics(mesh))
     samples = config.data.batch_size // devices
     columns = recommender.card.sparse
     capacities = recommender.tables.expected_capacities(

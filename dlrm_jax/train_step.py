@@ -4,6 +4,7 @@ Letters: B samples, W devices.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -109,6 +110,16 @@ def make_train_step(recommender: Recommender, optimizer: optax.GradientTransform
     shardings = (shardings_of(abstract), sharding_on(recommender.tables.mesh, BY_DEVICE), replicated)
     step = partial(train_step, recommender=recommender, optimizer=optimizer)
     return jit_step(step, recommender, shardings)
+
+
+def make_no_metrics(mesh: Mesh) -> Callable[[], BinnedMetrics]:
+    """Compiles the metrics of no samples, made where a step leaves them, so that all steps are one program.
+
+    Args:
+        mesh: The mesh of the model.
+    """
+    zeros = partial(BinnedMetrics.zeros, parts=mesh.devices.size)
+    return jax.jit(zeros, out_shardings=sharding_on(mesh, BY_DEVICE))
 
 
 def jit_step(step: Any, recommender: Recommender, shardings: Any) -> Any:

@@ -30,7 +30,7 @@ class DeliveredGroup:
         needs: Room that the ids needed: the most from one sender to one owner, all that came here, and the most rows
             that were asked of one owner.
         received: Ids that came from each device; None where every device has sent all of its own.
-        trip: How they travelled.
+        trip: How they travelled; None where nothing else will travel beside them.
         requested: Family "rows_by_id": the rows that others ask this device for.
         request: Family "rows_by_id": how those travelled, with the place in its buffers of each record's row.
         home: As of `AddressedGroup`.
@@ -148,7 +148,7 @@ def _travel(groups: dict[int, AddressedGroup], capacities: Capacities) -> dict[i
                 ]
             ),
             received=received[number],
-            trip=trips[number],
+            trip=None if groups[number].home is None else trips[number],
             requested=requested.get(number),
             request=requests.get(number),
             home=groups[number].home,

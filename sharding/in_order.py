@@ -3,6 +3,8 @@
 import jax
 from jax.sharding import Mesh
 
+from sharding.mesh import is_of_hosts
+
 
 def in_order[T](values: T, mesh: Mesh) -> T:
     """Values that are the same, but whoever uses one of them waits until all are there: an optimization barrier.
@@ -14,4 +16,4 @@ def in_order[T](values: T, mesh: Mesh) -> T:
         values: A tree of arrays.
         mesh: The mesh of the program.
     """
-    return values if mesh.devices.flat[0].platform == "cpu" else jax.lax.optimization_barrier(values)
+    return values if is_of_hosts(mesh) else jax.lax.optimization_barrier(values)

@@ -85,6 +85,11 @@ def check_mesh(mesh: Mesh) -> None:
         raise InputError(f"the mesh has axes {mesh.axis_names}, but tables need {AXES}: make it with make_mesh")
 
 
+def is_of_hosts(mesh: Mesh) -> bool:
+    """Whether its devices are parts of hosts, whose exchanges are work of the same cores."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def sharding_on(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """The sharding that a spec means on a mesh."""
     return NamedSharding(mesh, spec)

@@ -137,9 +137,8 @@ def _accept(delivered: DeliveredGroup, group: Group, samples: int, device: Int32
     owned, places = canonical(
         rows, bags, weights, senders, present, group=group, samples=samples, device=device, wide=wide
     )
-    trip = None
-    if delivered.trip is not None and delivered.home is not None:
-        trip = delivered.trip
+    trip = delivered.trip
+    if trip is not None:
         kept = places.at[trip.arrived].get(mode="fill", fill_value=trip.total)
         trip = dataclasses.replace(trip, arrived=kept)
     return RoutedGroup(

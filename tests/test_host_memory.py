@@ -6,6 +6,17 @@ from pathlib import Path
 
 import pytest
 
+
+def told_by(script: str, *arguments: str) -> list[str]:
+    """What a process of its own prints, after whether its allocator took the options."""
+    command = [sys.executable, "-c", script, *arguments]
+    kept, *told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    if kept == "False":
+        # The options are glibc's: nothing is kept elsewhere, and no test could say otherwise.
+        pytest.skip("the C library is not glibc")
+    return told
+
+
 MEASURE = """
 import resource
 from dlrm_jax.host_memory import keep_freed_memory
@@ -22,10 +33,7 @@ print(kept, again, [page_faults() for _ in range(2)][1])
 
 
 def test_freed_memory_when_kept_then_the_next_allocation_faults_no_page() -> None:
-    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    kept, before, after = result.stdout.split()
-    if kept == "False":
-        pytest.skip("the C library is not glibc")
+    before, after = told_by(MEASURE)
     # 64 MB are 16,384 pages of 4 KB, or 1,024 of 64 KB.
     assert int(before) > 500
     assert int(after) < 50
@@ -61,9 +69,6 @@ def test_threads_then_share_one_arena_where_there_is_one_device_and_have_their_o
     devices: int, tmp_path: Path
 ) -> None:
     told = tmp_path / "arenas.xml"
-    command = [sys.executable, "-c", ARENAS, str(devices), str(told)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    if result.stdout.strip() == "False":
-        pytest.skip("the C library is not glibc")
+    told_by(ARENAS, str(devices), str(told))
     arenas = told.read_text().count("<heap nr=")
     assert arenas == 1 if devices == 1 else arenas > 1
