@@ -26,5 +26,15 @@ class Stores:
     row_state: tuple[Float[Any, "scalar_lines line"], ...] = ()
 
     def num_rows(self, width: int) -> int:
-        """Rows of that width that an int32 can name, the largest int32 left out: that is nobody's row."""
-        return min(self.weights.size // width, jnp.iinfo(jnp.int32).max)
+        """As `named_rows` of the weights."""
+        return named_rows(self.weights, width)
+
+
+def named_rows(weights: Float[Any, "lines line"], width: int) -> int:
+    """Rows of a line store that an int32 can name, the largest int32 left out: that is nobody's row.
+
+    Args:
+        weights: The line store. A large one, seen in narrow rows, has more.
+        width: Width of a row, in elements.
+    """
+    return min(weights.size // width, jnp.iinfo(jnp.int32).max)

@@ -31,6 +31,17 @@ def unable(**call: object) -> None:
     del call
 
 
+def _by_row(array: Array, width: int) -> Float[Array, "R w"]:
+    """A store as rows. Raises ValueError if an index of XLA's, of 32 bits, cannot name them all."""
+    rows, most = array.size // width, jnp.iinfo(jnp.int32).max
+    if rows > most:
+        raise ValueError(
+            f"a store of {rows} rows of width {width} is too large for implementation 'xla', whose indices name {most}: "
+            "use another, or spread its rows over more devices"
+        )
+    return array.reshape(-1, width)
+
+
 def _get(table: Float[Array, "R w"], rows: Int32[Array, " n"]) -> Float[Array, "n w"]:
     """Rows of a table; zeros for a row outside it, be it negative or beyond the end."""
     return table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
@@ -46,7 +57,7 @@ def pooled_lookup(
     longest_bag: int | None,
 ) -> Float[Array, "G w"]:
     """See `pallas_kernels.pooled_lookup`."""
-    table = store.reshape(-1, width)
+    table = _by_row(store, width)
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
 
     def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
@@ -148,7 +159,7 @@ def _read(
     scalars = jnp.where(touched.rows < stores.num_rows(width), scalars, jnp.iinfo(jnp.int32).max)
 
     def rows_of(array: Array) -> Array:
-        return _get(array.reshape(-1, width), touched.rows)
+        return _get(_by_row(array, width), touched.rows)
 
     element_state = stores.element_state
     if storage_rounding == "split":
@@ -159,7 +170,7 @@ def _read(
     values = RowValues(
         weights=weights,
         element_state=tuple(rows_of(state) for state in element_state),
-        row_state=tuple(_get(state.reshape(-1, 1), scalars) for state in stores.row_state),
+        row_state=tuple(_get(_by_row(state, 1), scalars) for state in stores.row_state),
     )
     return values, scalars
 
@@ -238,7 +249,7 @@ def sparse_update(
     )
 
     def write(array: Array, places: Int32[Array, " n"], values: Array) -> Array:
-        flat = array.reshape(-1, values.shape[1])
+        flat = _by_row(array, values.shape[1])
         values = values.astype(array.dtype)
         written = flat.at[places].set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)
         return written.reshape(array.shape)

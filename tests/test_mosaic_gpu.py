@@ -18,6 +18,7 @@ from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Batch, lines_of, table_of
 from update_cases import a_batch, fresh_stores, gradients_of, ids_of, slots_of
 
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, mosaic_gpu, rounding, xla
+from pallas_kernels.mosaic_gpu.rows import run_kernel
 from pallas_kernels.target import interpreting
 from pallas_kernels.traced_rules import trace_rule
 from sharding.aot import target_mesh
@@ -258,6 +259,15 @@ def test_what_no_kernel_can_do_then_the_reason() -> None:
     assert reason() is None
     assert "1024 columns" in str(reason(width=1024))
     assert reason(width=1024, optimizer=None) is None
+
+
+def test_lookup_of_a_million_bags_then_its_long_axis_is_the_one_that_cuda_lets_be_long() -> None:
+    """CUDA's y and z have at most 65,535 blocks; Pallas makes the last axis CUDA's x. Checked where it is launched."""
+    look_up = functools.partial(mosaic_gpu.pooled_lookup, weights=None, width=1024, longest_bag=None)
+    store, rows, offsets = some(jnp.float32, 2**20, 128), some(jnp.int32, 2**25), some(jnp.int32, 2**20 + 1)
+    assert jax.eval_shape(look_up, store, rows, offsets).shape == (2**20, 1024)
+    with pytest.raises(AssertionError, match="65536"):
+        run_kernel(lambda *_: None, (), (), grid={"program": 65_536, "columns": 2}, name="too_long", barriers=False)
 
 
 def test_lookup_when_interpreted_then_adds_in_the_order_of_ids() -> None:

@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic_gpu.rows import FULL_GRID, columns_of_program, opaque_zero, row_layout, run_kernel, unfused
+from pallas_kernels.stores import named_rows
 
 # Ids of one program, on average: enough that starting it costs little, few enough that long bags even out.
 _IDS_OF_PROGRAM = 64
@@ -46,6 +47,7 @@ def pooled_lookup(
     bags_of_program = _bags_of_program(num_ids, num_bags)
     body = functools.partial(
         _pool,
+        num_rows=named_rows(store, width),
         bags_of_program=bags_of_program,
         # Weights take registers too.
         ids_in_flight=8 if columns * store.dtype.itemsize >= 512 or weights is not None else 16,
@@ -54,7 +56,7 @@ def pooled_lookup(
         body,
         (table, rows, offsets, weights, opaque_zero(rows)),
         jax.ShapeDtypeStruct((num_bags, width), jnp.float32),
-        grid={"program": -(-num_bags // bags_of_program), "columns": width // columns},
+        grid={"columns": width // columns, "program": -(-num_bags // bags_of_program)},
         name="pooled_lookup",
         barriers=False,  # A program never reads what it writes.
     )
@@ -65,12 +67,11 @@ def _bags_of_program(num_ids: int, num_bags: int) -> int:
     return max(1, min(_IDS_OF_PROGRAM * num_bags // num_ids, num_bags // FULL_GRID))
 
 
-def _pool(operands: tuple, pooled: Any, *, bags_of_program: int, ids_in_flight: int) -> None:
+def _pool(operands: tuple, pooled: Any, *, num_rows: int, bags_of_program: int, ids_in_flight: int) -> None:
     """Body of the kernel; the arguments are references to arrays in global memory."""
     table, rows, offsets, weights, zero = operands
-    num_rows, width = table.shape
     num_ids, num_bags = rows.shape[0], pooled.shape[0]
-    columns = columns_of_program(width)
+    columns = columns_of_program(table.shape[1])
     layout = row_layout(columns)
     here = pl.ds(lax.axis_index("columns") * columns, columns)
     nothing = plgpu.layout_cast(jnp.zeros(columns, jnp.float32), layout)

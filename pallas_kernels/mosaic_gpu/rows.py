@@ -20,6 +20,7 @@ from pallas_kernels.target import current_target
 LANES, _LANES_OF_WARP, _WARPS = 128, 32, 4
 # Programs of a launch, where there is work for as many: about what 132 processors of an H100 hold at once.
 FULL_GRID = 2048
+_LONGEST_OTHER_AXIS = 65_535
 # Columns of a row that one program holds: four numbers a lane.
 MAX_COLUMNS = 512
 
@@ -105,7 +106,8 @@ def run_kernel(
         body: The kernel, called with a tree of references to the operands, then references to outputs and scratch.
         operands: A tree of arrays, or of references to arrays that the kernel changes in place.
         out_type: Types of the outputs.
-        grid: Programs along each named axis.
+        grid: Programs along each named axis. The last may be long; all others together are CUDA's y and z, of at most
+            65,535 each.
         name: Name of the kernel.
         barriers: Whether a program's warps wait for each other around each store: needed where it reads what it
             writes.
@@ -114,6 +116,8 @@ def run_kernel(
     Returns:
         The outputs.
     """
+    # Where CUDA refuses a launch, the process aborts.
+    assert max(tuple(grid.values())[:-1], default=1) <= _LONGEST_OTHER_AXIS, grid
     leaves, tree = jax.tree.flatten(operands)
 
     def kernel(*refs: Any) -> None:

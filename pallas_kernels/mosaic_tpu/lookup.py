@@ -25,6 +25,7 @@ from pallas_kernels.mosaic_tpu.lines import (
     whole_pairs,
     words_of,
 )
+from pallas_kernels.stores import named_rows
 
 # Lines in flight: half of twice as many.
 _SEGMENTS_OF_CHUNK = 256
@@ -56,7 +57,7 @@ def pooled_lookup(
     streams = [rows] if weights is None else [rows, weights]
     num_chunks = -(-num_ids // chunk)
     kernel = functools.partial(
-        _kernel, shape=shape, bags=bags, chunk=chunk, num_rows=store.size // width, weighted=weights is not None
+        _kernel, shape=shape, bags=bags, chunk=chunk, num_rows=named_rows(store, width), weighted=weights is not None
     )
     scalars = pl.BlockSpec((1, 1, bags), lambda step: (step, 0, 0), memory_space=pltpu.SMEM)
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)

@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_tpu.lines import (
     words_of,
 )
 from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh, this_subcore
+from pallas_kernels.stores import named_rows
 from pallas_kernels.target import current_target
 
 # An indirect copy takes at most so many indices; twice as many lines fit into a subcore's memory.
@@ -69,7 +70,7 @@ def pooled_lookup(
         chunk=chunk,
         bags=bags,
         blocks=blocks,
-        num_rows=store.size // width,
+        num_rows=named_rows(store, width),
         weighted=weights is not None,
         one_by_one=current_target().interpreted,
     )
