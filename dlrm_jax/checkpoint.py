@@ -8,7 +8,7 @@ steps in ``checkpoints``; a folder of tables without one is rubbish that the nex
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from sharding.mesh import REPLICATED, sharding_on
 # Checkpoints on their way out, since one that is half deleted must not look complete.
 _DELETED = "deleted"
 _RESIDUAL = "residual"
+# Leaves whose first axis is as long as the mesh has it: parts of devices; the samples of a batch that they divide.
+_OF_THE_MESH = (_RESIDUAL, "stale.")
 # What orbax writes beside the numbers: names, shapes, shardings.
 _ROOM_FOR_METADATA = 2**17
 
@@ -45,6 +47,19 @@ class Progress:
     best_score: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class _BestStep(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of the best evaluation, which orbax's own policy forgets from one run to the next."""
+
+    step: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: checkpoint_managers.PreservationContext
+    ) -> Sequence[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpointer:
@@ -69,14 +84,12 @@ class Checkpointer:
         path = workdir.resolve() / "checkpoints"
         if read_only and not path.is_dir():
             raise InputError(f"{workdir}: has no checkpoint; train with scripts/train.py first")
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
-        )
+        self._best = _BestStep()
         self._manager = ocp.CheckpointManager(
             path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [checkpoint_managers.LatestN(keep), best]
+                    [checkpoint_managers.LatestN(keep), self._best]
                 ),
                 enable_async_checkpointing=False,
                 todelete_subdir=None if read_only else _DELETED,
@@ -119,14 +132,13 @@ class Checkpointer:
         leaves = _dense_leaves(state)
         if jax.process_index() == 0:
             check_room(self._workdir, sum(leaf.nbytes for leaf in leaves.values()) * 9 // 8 + _ROOM_FOR_METADATA)
+        self._best.step = progress.best_step
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 dense=ocp.args.StandardSave(leaves),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
-            # Only a new best carries a score, so the highest score is the best step's.
-            metrics={"score": progress.best_score} if progress.best_step == step else None,
         )
         self._manager.wait_until_finished()
         self._remove_uncommitted()
@@ -161,8 +173,9 @@ class Checkpointer:
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps()}")
         leaves, shapes, residual = _dense_leaves(abstract), self._saved_shapes(step), abstract.residual
-        if residual is not None and _RESIDUAL in shapes:
-            leaves[_RESIDUAL] = self._as_saved(residual, shapes[_RESIDUAL])
+        for name, leaf in leaves.items():
+            if name in shapes and name.startswith(_OF_THE_MESH):
+                leaves[name] = self._as_saved(leaf, shapes[name])
         self._check_model(step, shapes, leaves)
         saved = self._restore(step, dense=ocp.args.StandardRestore(leaves))
         if residual is not None:
@@ -181,13 +194,13 @@ class Checkpointer:
             tree = self._manager.item_metadata(step).dense.tree
             return {name: (leaf.dtype, *leaf.shape) for name, leaf in tree.items()}
 
-    def _as_saved(self, residual: jax.ShapeDtypeStruct, saved: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
-        """The residual as a mesh of another number of devices has saved it; every device gets all of that."""
-        devices = saved[1]
-        if devices == residual.shape[0]:
-            return residual
+    def _as_saved(self, leaf: jax.ShapeDtypeStruct, saved: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+        """A leaf as a mesh of another number of devices has saved it; every device gets all of that."""
+        length = saved[1]
+        if length == leaf.shape[0]:
+            return leaf
         replicated = sharding_on(self._sharded_tables.mesh, REPLICATED)
-        return jax.ShapeDtypeStruct((devices, *residual.shape[1:]), residual.dtype, sharding=replicated)
+        return jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype, sharding=replicated)
 
     def _check_model(
         self, step: int, saved: dict[str, tuple[Any, ...]], leaves: dict[str, jax.ShapeDtypeStruct]

@@ -182,7 +182,8 @@ class TrainConfig:
     best_by: BestBy = "ne"
     """What makes an evaluation better: lower NE or higher AUC."""
     log_every: int = 100
-    """Steps between lines of metrics.jsonl and TensorBoard; the metrics are those of the steps since the last."""
+    """Steps between lines of metrics.jsonl and TensorBoard; the metrics are those of the steps since the last line, or
+    since the checkpoint that the run went on from."""
     checkpoint_every: int | None = 1000
     """Steps between checkpoints. None: only where evaluation finds the best so far, and at the end."""
     keep_checkpoints: int = 2

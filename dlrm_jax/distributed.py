@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ import jax
 from jax._src.distributed import global_state
 
 from dlrm_jax.save_errors import SaveError
+from dlrm_jax.workdir import Workdir
 from sharding.errors import InputError
 
 # A process that is silent for so long has died, and the others end.
@@ -31,6 +33,10 @@ HEARTBEAT_SECONDS = 20
 PATIENCE_SECONDS = 300
 _PACKAGES = ("dlrm_jax", "sharding", "pallas_kernels")
 _LOST_PEER = ("gloo", "nccl", "coordination service", "heartbeat", "connection reset", "connection closed")
+# A file system may take so long to show a new file to other machines.
+_SECONDS_TO_SHOW = 30.0
+# What a shell says of a command that Ctrl-C ended.
+_INTERRUPTED = 130
 _exchanges = itertools.count()
 
 
@@ -184,6 +190,27 @@ def check_same(facts: Mapping[str, Any]) -> None:
             )
 
 
+def check_shared(workdir: Workdir) -> None:
+    """Makes sure that all processes of a job see one folder, once process 0 has claimed it. All call it together.
+
+    Args:
+        workdir: The folder, as this process sees it.
+
+    Raises:
+        AgreedError: A process does not see it, or sees other checkpoints there.
+    """
+    with together():
+        until = time.monotonic() + _SECONDS_TO_SHOW
+        while not workdir.is_claimed():
+            if time.monotonic() > until:
+                raise InputError(
+                    f"{workdir.path}: process 0 has begun a run there that process {process_id()} does not see: give "
+                    "all processes one --workdir on a file system that they share"
+                )
+            time.sleep(0.2)
+    check_same({f"the checkpoints in {workdir.path}, which all processes must share,": workdir.checkpoint_steps()})
+
+
 def _brief(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -211,6 +238,11 @@ def ending_together(*agreed: type[Exception]) -> Iterator[None]:
         yield
     except (AgreedError, *agreed):
         raise
+    except KeyboardInterrupt:
+        if num_processes() == 1:
+            raise
+        print(f"process {process_id()}: interrupted", file=sys.stderr, flush=True)
+        os._exit(_INTERRUPTED)
     except Exception as error:
         if num_processes() == 1:
             raise

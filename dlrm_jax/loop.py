@@ -7,6 +7,7 @@ logged again. So a run that is killed and started again ends with the same bits.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Literal
@@ -19,7 +20,7 @@ from dlrm_jax.config import Config
 from dlrm_jax.config_notes import without_effect
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.folder_lock import exclusive
-from dlrm_jax.distributed import check_same, code_version, gather, num_processes, process_id, together
+from dlrm_jax.distributed import check_same, check_shared, code_version, gather, num_processes, process_id, together
 from dlrm_jax.evaluate import DivergedError, evaluate
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.pipeline import Pipeline
@@ -108,6 +109,7 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
         with together():
             if writes:
                 workdir.claim(config, recommender.card)
+        check_shared(workdir)
         with (
             saving(workdir),
             Checkpointer(workdir.path, recommender.tables, keep=config.train.keep_checkpoints) as checkpointer,
@@ -144,6 +146,7 @@ class _Run:
         steps = self._settings.epochs * source.steps_per_epoch
         self._last_step = steps if self._settings.max_steps is None else min(steps, self._settings.max_steps)
         self._evaluations: dict[int, Metrics] = {}
+        self._noted = False
 
     def run(self) -> Result:
         state, progress, step = self._start()
@@ -309,10 +312,23 @@ class _Run:
         self._evaluations[step] = metrics
         # All processes have the same predictions, but hosts of different kinds may add them up differently.
         score = float(gather(repr(metrics.auc if self._settings.best_by == "auc" else -metrics.ne))[0])
+        if math.isnan(score):
+            self._note_undefined(split)
+            return progress, False
         if progress.best_score is None or score > progress.best_score:
             return Progress(best_score=score, best_step=step), True
         since_best = progress.evaluations_since_best + 1
         return dataclasses.replace(progress, evaluations_since_best=since_best), False
+
+    def _note_undefined(self, split: str) -> None:
+        if not self._noted:
+            name = self._settings.best_by
+            self._console.print(
+                f"note: {name} of {split!r} is undefined, since all its labels are equal: no evaluation is the best",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._noted = True
 
     def _gave_up(self, progress: Progress) -> bool:
         patience = self._settings.early_stop

@@ -45,6 +45,8 @@ class Metrics:
     calibration: float
 
 
+# Up to so many a float32 counts.
+EXACT_SAMPLES = 2**24
 # What the accumulators sum, in this order: weight w, positive weight w y, loss, correct weight, predicted probability.
 _NUM_SUMS = 5
 
@@ -67,9 +69,8 @@ class BinnedMetrics:
     which `compute` reports. It is about 1.4e-4 for 32768 bins and logits with a standard deviation of 1.
 
     float32 sums lose increments. The sums are therefore compensated (Neumaier 1974), and the histogram is exact for
-    weights of 1 while no bin holds more than 2^24 samples (other weights round it, by about 1e-7 of a bin at each
-    addition). Before that, flush: after each log window, `merge` the state into a running total on the host, which is
-    float64, and start again from `zeros`.
+    weights of 1 while no bin holds more than `EXACT_SAMPLES` (other weights round it, by about 1e-7 of a bin at each
+    addition). Before that, start again from `zeros`, and `merge` the states on the host, which is float64.
 
     Every device adds to a part of its own, lest they exchange anything at each step; `compute` adds the parts up.
 

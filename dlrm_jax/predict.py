@@ -158,8 +158,13 @@ def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "lates
             raise InputError(
                 f"checkpoint is {checkpoint!r}, but must be 'best', 'latest' or the step of one; there are {steps}"
             ) from None
-    best = checkpointer.progress(steps[-1]).best_step
-    return best if checkpoint == "best" and best in steps else steps[-1]
+    best = checkpointer.progress(steps[-1]).best_step if checkpoint == "best" else None
+    if best is not None and best not in steps:
+        raise InputError(
+            f"{path}: the best evaluation was that of step {best}, whose checkpoint is gone; give 'latest' or the step "
+            f"of another; there are {steps}"
+        )
+    return steps[-1] if best is None else best
 
 
 def _to_table(samples: Mapping[str, Sequence[Any]] | Any) -> pa.Table:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dlrm_jax.data.batch import Batch
-from dlrm_jax.metrics import BinnedMetrics, Metrics
+from dlrm_jax.metrics import EXACT_SAMPLES, BinnedMetrics, Metrics
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.stop_signal import StopSignal
@@ -34,26 +34,47 @@ class Window:
     """The metrics of the steps between two lines of the log.
 
     Attributes:
-        metrics: Sums over its steps, each device's own.
+        metrics: Sums over its latest steps, each device's own.
         steps: Number of its steps.
         untimed: Those of them that do not count for the speed.
     """
 
-    def __init__(self, metrics: BinnedMetrics, to_all: Callable[[BinnedMetrics], BinnedMetrics]):
+    def __init__(
+        self, no_metrics: Callable[[], BinnedMetrics], to_all: Callable[[BinnedMetrics], BinnedMetrics], room: int
+    ):
         """Begins without steps.
 
         Args:
-            metrics: Of no samples.
+            no_metrics: Makes the metrics of no samples.
             to_all: Gives every process what all devices have.
+            room: Steps that the metrics on the devices add up exactly.
         """
-        self.metrics = metrics
+        self.metrics = no_metrics()
         self.steps = 0
         self.untimed = 0
+        self._no_metrics = no_metrics
         self._to_all = to_all
+        self._room = self._left = room
+        self._full: list[BinnedMetrics] = []
+
+    def add(self, metrics: BinnedMetrics) -> None:
+        """Takes the metrics that a step has added to; sets them aside where they have no room for another.
+
+        Args:
+            metrics: As they are after it.
+        """
+        self.metrics = metrics
+        self._left -= 1
+        if not self._left:
+            self._full.append(metrics)
+            self.metrics, self._left = self._no_metrics(), self._room
 
     def compute(self) -> Metrics:
         """Computes the metrics; it waits for the steps. All processes call it together."""
-        return self._to_all(self.metrics).compute()
+        total = self._to_all(self.metrics)
+        for part in self._full:
+            total = total.merge(self._to_all(part))
+        return total.compute()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -130,7 +151,9 @@ class ReplayedSteps:
 
     def new_window(self) -> Window:
         """A window without steps."""
-        return Window(self._no_metrics(), self._to_all)
+        tables = self._recommender.tables
+        samples = self._recommender.config.data.batch_size // tables.num_devices
+        return Window(self._no_metrics, self._to_all, max(1, EXACT_SAMPLES // samples))
 
     def start(self, batch: Batch, window: Window, upcoming: Batch | None = None) -> None:
         """Starts the next step.
@@ -180,7 +203,8 @@ class ReplayedSteps:
     def _run(self, batch: Batch, upcoming: Batch | None, window: Window) -> StepReport:
         # Whatever else moved between host and devices would keep the host waiting.
         with jax.transfer_guard("disallow"):
-            self.state, window.metrics, report = self._pipeline.step(
+            self.state, metrics, report = self._pipeline.step(
                 self.state, window.metrics, batch, upcoming, stop=self._stop.flag, capacities=self.capacities
             )
+        window.add(metrics)
         return report

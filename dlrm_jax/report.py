@@ -20,6 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.workdir import Workdir
+from sharding.whole_file import write_whole
 
 # TensorBoard shows a run so long after it happens, at most.
 _SECONDS_BETWEEN_FLUSHES = 30
@@ -47,7 +48,7 @@ class RunLog:
         self._board = None
         if writes:
             kept = [line for line in read_log(workdir) if line["step"] <= first_step]
-            _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self._file, "".join(json.dumps(line) + "\n" for line in kept))
             self._board = _Board(workdir.path / "tensorboard", first_step=first_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -194,7 +195,7 @@ def write_result(workdir: Workdir, result: dict[str, Any]) -> None:
         workdir: Folder of the run.
         result: The result as a dictionary; an undefined figure becomes null.
     """
-    _replace(workdir.path / "result.json", json.dumps(_without_nan(result), indent=1) + "\n")
+    write_whole(workdir.path / "result.json", json.dumps(_without_nan(result), indent=1) + "\n")
 
 
 def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
@@ -207,13 +208,6 @@ def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in figures.items()
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file in one step, so that a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def draw_curves(workdir: Workdir, attainable: dict[str, float]) -> Path:

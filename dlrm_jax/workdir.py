@@ -18,8 +18,11 @@ from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.data.folder_lock import LOCK_FILE
 from dlrm_jax.data.write_errors import naming_folder
 from sharding.errors import InputError
+from sharding.whole_file import write_whole
 
 _CONFIG_FILE = "config.json"
+# What a run may leave that was killed before it had a config.
+_BEGINNINGS = (_CONFIG_FILE + ".partial", LOCK_FILE)
 
 
 class Workdir:
@@ -55,12 +58,11 @@ class Workdir:
             InputError: The folder belongs to another experiment or dataset, is no run's, or cannot be written.
         """
         path = self.path / _CONFIG_FILE
-        partial = path.with_suffix(".partial")
         identity = {"config": _plain(config.identity()), "card": _plain(_card_identity(card))}
         if path.is_file():
             if self.checkpoint_steps():
                 self._compare(path, identity, _plain(flatten(dataclasses.asdict(config))))
-        elif self.path.is_dir() and any(file not in (partial, self.path / LOCK_FILE) for file in self.path.iterdir()):
+        elif self.path.is_dir() and any(file.name not in _BEGINNINGS for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty, and not the folder of a run; choose another --workdir")
         body = {
             **identity,
@@ -69,8 +71,11 @@ class Workdir:
         }
         with naming_folder(self.path, instead="another --workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(body, indent=1) + "\n")
-            partial.replace(path)
+            write_whole(path, json.dumps(body, indent=1) + "\n")
+
+    def is_claimed(self) -> bool:
+        """Whether it is the folder of a run."""
+        return (self.path / _CONFIG_FILE).is_file()
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -36,8 +36,8 @@ def _by_row(array: Array, width: int) -> Float[Array, "R w"]:
     rows, most = array.size // width, jnp.iinfo(jnp.int32).max
     if rows > most:
         raise ValueError(
-            f"a store of {rows} rows of width {width} is too large for implementation 'xla', whose indices name {most}: "
-            "use another, or spread its rows over more devices"
+            f"a store of {rows} rows of width {width} is too large for implementation 'xla', whose indices name {most} "
+            "rows: use another, or spread the store over more devices"
         )
     return array.reshape(-1, width)
 

@@ -11,6 +11,7 @@ from sharding.errors import InputError
 from sharding.groups import Shard
 from sharding.layout import FROZEN, Layout, StoreLayout
 from sharding.tables import TableSpec
+from sharding.whole_file import write_whole
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -56,9 +57,7 @@ def manifest_of(layout: Layout) -> dict[str, Any]:
 
 def write_manifest(layout: Layout, folder: Path) -> None:
     """Writes the manifest of a folder, which declares it complete."""
-    unfinished = folder / (MANIFEST + ".partial")
-    unfinished.write_text(json.dumps(manifest_of(layout), indent=1) + "\n")
-    unfinished.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest_of(layout), indent=1) + "\n")
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Layout:

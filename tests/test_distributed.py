@@ -14,7 +14,7 @@ import tiny
 
 from dlrm_jax import distributed
 from dlrm_jax.config import make_specs
-from dlrm_jax.distributed import AgreedError, Processes, check_same, join, together
+from dlrm_jax.distributed import AgreedError, Processes, check_same, check_shared, join, together
 from dlrm_jax.report import read_log
 from dlrm_jax.workdir import Workdir
 from scripts.command_line import parse_config, take_processes
@@ -181,6 +181,33 @@ def test_block_when_another_process_fails_in_it_then_this_one_fails_too(monkeypa
         raise InputError("mine")
     with together():
         pass
+
+
+def test_process_when_it_is_interrupted_then_it_does_not_wait_for_the_others(monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    with pytest.raises(KeyboardInterrupt), distributed.ending_together():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    with distributed.ending_together():
+        raise KeyboardInterrupt
+    assert ended == [130]
+
+
+def test_workdir_when_processes_do_not_share_it_then_every_process_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "_SECONDS_TO_SHOW", 0.5)
+    with pytest.raises(AgreedError, match="process 0 does not see: give all processes one --workdir on a file system"):
+        check_shared(Workdir(tmp_path))
+    (tmp_path / "config.json").touch()
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    check_shared(Workdir(tmp_path))
+
+    def gather(text):
+        return [text, text and json.dumps({name: [] for name in json.loads(text)})]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    with pytest.raises(AgreedError, match=r"the checkpoints in .*, is \[7\] for process 0, but \[\] for process 1"):
+        check_shared(Workdir(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,19 @@ def test_process_without_samples_yields_padding(tmp_path):
     assert len(batch.label) == 2
 
 
+def test_window_of_padding_when_ids_are_wide_then_its_batches_have_the_shapes_of_others(tmp_path):
+    sparse = tuple(dataclasses.replace(c, num_rows=2**33) if c.name == "ad" else c for c in CARD.sparse)
+    write_dataset(tmp_path, make_table(1), card=dataclasses.replace(CARD, sparse=sparse))
+    halves = [
+        next(Loader(tmp_path, "train", batch_size=4, virtual_shards=4, shards=shards).batches(0))
+        for shards in (range(2), range(2, 4))
+    ]
+    assert sorted(half.weight.sum() for half in halves) == [0, 1]
+    assert {(half.ids.values.dtype.name, half.ids.values.shape) for half in halves} == {
+        ("uint32", (halves[0].ids.capacity, 2))
+    }
+
+
 def test_capacity_is_exact_when_all_features_have_one_id(dataset):
     loader = Loader(dataset, "train", features=("user", "ad"), batch_size=64)
     assert loader.capacity == 128

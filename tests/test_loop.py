@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_keep_checkpoints_when_it_is_3_then_the_best_and_the_latest_3_are_there(
     )
     tiny.train_quietly(config)
     assert kill9.committed(tmp_path / "run") == {2, 4, 5, 6}
+
+
+def test_best_checkpoint_when_the_run_is_resumed_and_saves_more_then_it_is_still_kept(data, tmp_path):
+    config = frozen(
+        tiny.config(data, tmp_path / "run", eval_every=2, max_steps=4, checkpoint_every=1, keep_checkpoints=1)
+    )
+    tiny.train_quietly(config)
+    assert kill9.committed(tmp_path / "run") == {2, 4}
+    assert tiny.train_quietly(tiny.with_train(config, max_steps=7)).best_step == 2
+    assert kill9.committed(tmp_path / "run") == {2, 7}
+    assert Predictor(config.workdir).step == 2
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    with pytest.raises(InputError, match=r"the best .* of step 2, whose checkpoint is gone; .* there are \[7\]$"):
+        Predictor(config.workdir)
+    assert Predictor(config.workdir, checkpoint="latest").step == 7
 
 
 def test_loss_when_it_is_not_finite_then_training_ends_naming_the_step_and_the_checkpoint_is_intact(data, tmp_path):
@@ -199,10 +215,17 @@ def test_settings_when_they_have_no_effect_then_training_says_so_first(data, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_split_when_all_its_labels_are_equal_then_undefined_metrics_are_null(tmp_path):
+def test_split_when_all_its_labels_are_equal_then_undefined_metrics_are_null_and_no_evaluation_is_best(tmp_path):
     data = tiny.write_dataset(tmp_path / "data", change=lambda table: table.with_columns(label=pl.lit(0.0)))
-    config = tiny.config(data, tmp_path / "run", eval_split="train", max_steps=2, log_every=1)
-    tiny.train_quietly(config)
+    config = tiny.config(
+        data, tmp_path / "run", eval_split="train", eval_every=1, early_stop=1, max_steps=3, log_every=1
+    )
+    printed = io.StringIO()
+    with jax.numpy_dtype_promotion("standard"):
+        result = loop.train(config, console=Console(file=printed, width=200))
+    assert (result.ended, result.step, result.best_step) == ("all steps", 3, None)
+    assert printed.getvalue().count("note: ne of 'train' is undefined") == 1
+    assert Predictor(config.workdir).step == 3
     assert {line["ne"] for line in read_log(Workdir(config.workdir))} == {None}
     assert json.loads(Path(config.workdir, "result.json").read_text())["last"]["auc"] is None
 
@@ -247,6 +270,10 @@ def test_random_batches_when_read_from_any_step_then_they_are_a_function_of_seed
     assert not np.array_equal(first[0].label, first[1].label)
     assert not np.array_equal(first[0].label, batches(0, 2)[0].label)
     assert not np.array_equal(first[0].label, batches(1, 1)[0].label)
+    tests = [
+        next(RandomBatches(tiny.card(), "test", features=["user"], batch_size=100, seed=s).batches(0)) for s in (0, 1)
+    ]
+    assert not np.array_equal(tests[0].label, tests[1].label)
     assert first[0].ids.features == ("tags", "user")
     assert first[0].ids.lengths.tolist() == [[3] * 100, [1] * 100]
     assert first[0].ids.values[:300].max() < tiny.TAGS

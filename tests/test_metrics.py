@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlrm_jax.metrics import BinnedMetrics, ExactMetrics
+from dlrm_jax.replay import Window
 from sharding.mesh import BY_DEVICE, make_mesh
 
 CAPACITY = 32
@@ -208,3 +209,15 @@ def test_binned_metrics_when_windows_are_merged_then_the_total_is_float64_and_eq
     found, expected = total.compute(), update(BinnedMetrics.zeros(NUM_BINS), logits, label, weight).compute()
     np.testing.assert_allclose(dataclasses.astuple(found), dataclasses.astuple(expected), rtol=1e-6)
     assert found.auc == expected.auc
+
+
+def test_window_when_its_metrics_are_full_then_it_goes_on_with_new_ones_and_computes_all():
+    logits, label, weight = click_samples(4096)
+    window = Window(lambda: BinnedMetrics.zeros(NUM_BINS), lambda metrics: metrics, 2)
+    for part in np.split(np.arange(4096), 8)[:7]:
+        window.add(update(window.metrics, logits[part], label[part], weight[part]))
+        assert np.sum(window.metrics.num_samples) <= 512
+    found = window.compute()
+    expected = update(BinnedMetrics.zeros(NUM_BINS), logits[:3584], label[:3584], weight[:3584]).compute()
+    np.testing.assert_allclose(dataclasses.astuple(found), dataclasses.astuple(expected), rtol=1e-6)
+    assert (found.num_samples, found.auc) == (3584, expected.auc)

@@ -86,6 +86,13 @@ def test_predictor_when_its_devices_do_not_divide_the_batches_of_the_training_th
     assert odd.evaluate("test").log_loss == pytest.approx(predictor.evaluate("test").log_loss, rel=1e-5)
 
 
+def test_predictor_when_its_devices_do_not_divide_the_batches_of_a_stale_run_then_it_evaluates_all_the_same(tmp_path):
+    data = tiny.write_dataset(tmp_path / "data")
+    tiny.train_quietly(tiny.config(data, tmp_path / "run", max_steps=2, pipeline="stale"))
+    one, odd = (Predictor(tmp_path / "run", mesh=MeshConfig(chips=chips)) for chips in (1, 3))
+    assert odd.evaluate("test").log_loss == pytest.approx(one.evaluate("test").log_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [

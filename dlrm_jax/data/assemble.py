@@ -17,7 +17,7 @@ from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.data.order import PADDING, Window
 from dlrm_jax.data.row_groups import Bags, RowGroup
-from sharding.jagged import KeyedJagged, words_of_ids
+from sharding.jagged import MAX_NARROW_ROWS, KeyedJagged, words_of_ids
 
 # Room for bags beyond their mean, so that ordinary batches do not differ in capacity.
 _SPARE_ROOM = 1.25
@@ -80,13 +80,17 @@ class IdCapacity:
 
 def padding_row(card: DatasetCard) -> RowGroup:
     """Returns the one row that fills up a batch: weight 0, label 0, dense features 0, empty bags."""
-    no_ids, no_weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    no_weights = np.zeros(0, np.float32)
     return RowGroup(
         dense=np.zeros((1, len(card.dense)), np.float32),
         label=np.zeros(1, np.float32),
         weight=np.zeros(1, np.float32),
         sparse=tuple(
-            Bags(values=no_ids, offsets=np.zeros(2, np.int64), weights=None if column.weights is None else no_weights)
+            Bags(
+                values=np.zeros(0, np.int32 if column.num_rows <= MAX_NARROW_ROWS else np.int64),
+                offsets=np.zeros(2, np.int64),
+                weights=None if column.weights is None else no_weights,
+            )
             for column in card.sparse
         ),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import InputError
+from sharding.whole_file import write_whole
 
 CARD_FILE = "card.json"
 FORMAT = "dlrm_jax.dataset"
@@ -127,9 +128,7 @@ class DatasetCard:
 def write_card(card: DatasetCard, directory: str | os.PathLike[str]) -> None:
     """Writes the card into a dataset's folder, replacing an older one in one step."""
     body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(card)}
-    partial = Path(directory, CARD_FILE + ".partial")
-    partial.write_text(json.dumps(body, indent=1) + "\n")
-    partial.replace(Path(directory, CARD_FILE))
+    write_whole(Path(directory, CARD_FILE), json.dumps(body, indent=1) + "\n")
 
 
 def read_card(directory: str | os.PathLike[str]) -> DatasetCard:

@@ -74,7 +74,8 @@ class RandomBatches:
             Batches as numpy arrays.
         """
         for step in range(first_step, self.steps_per_epoch):
-            random = np.random.Generator(np.random.Philox(key=[self._seed, (epoch << 32) + step]))
+            key = np.array([self._seed, (epoch << 32) + step], np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             dtype = np.int64 if self._wide else np.int32
             ids = [
                 random.integers(column.num_rows, size=self._batch_size * size, dtype=dtype)

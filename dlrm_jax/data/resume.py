@@ -13,6 +13,7 @@ from dlrm_jax.data.folder_lock import LOCK_FILE, exclusive
 from dlrm_jax.data.rejects import REJECTS_FILE
 from dlrm_jax.data.write_errors import naming_folder
 from sharding.errors import InputError
+from sharding.whole_file import write_whole
 
 WORK_FOLDER = ".prepare"
 _BEGUN_FILE = "begun.json"
@@ -77,9 +78,7 @@ def _begin(folder: Path, source: dict[str, Any]) -> DatasetCard | None:
         return None
     if any(path.name not in (LOCK_FILE, *_PARTIAL_FILES) for path in folder.iterdir()):
         raise InputError(f"{folder}: not empty, and not a dataset that was begun here; give a new folder with --out")
-    partial = Path(folder, _BEGUN_FILE + ".partial")
-    partial.write_text(json.dumps(source))
-    partial.replace(begun)
+    write_whole(begun, json.dumps(source))
     return None
 
 
