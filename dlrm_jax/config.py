@@ -289,8 +289,8 @@ class Config:
         """The settings that a run cannot change when it is resumed, by dotted name.
 
         Folder names, devices, plan and kernels, what is read ahead, and everything of `train` but what scores are
-        compared by and whether embeddings are stale may change; the dataset itself is compared by its card, not by
-        where it lies.
+        compared by and whether embeddings are stale may change; the dataset itself is compared by its card and the row
+        groups of its training files, not by where it lies.
         """
         free = {"workdir", "stated", "data.path", "data.prefetch", "data.threads", "data.eval_batch_size"}
         free |= {"mesh.nodes", "mesh.chips", "plan", "kernels"}

@@ -1,9 +1,9 @@
 """What a config says in vain: settings that contradict nothing, and have no effect beside the others."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from dlrm_jax.config import Config, DenseOptimizerConfig, TableConfig
+from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, TableConfig, TrainConfig
 from dlrm_jax.model import ModelConfig
 
 _MOMENTS = {"beta1", "beta2"}
@@ -18,6 +18,11 @@ _UNREAD_DENSE = {
 _UNREAD_ROWS = {"sgd": _MOMENTS | {"eps"}, "adagrad": _MOMENTS, "rowwise_adagrad": _MOMENTS}
 _NOT_CROSS = {"cross_layers", "cross_rank"}
 _UNREAD_MODEL = {"dot": _NOT_CROSS, "cat": _NOT_CROSS}
+# Not data.eval_batch_size, which scripts/eval.py reads, too.
+_OF_EVALUATION = {"eval_every", "early_stop", "best_by"}
+_OF_LOADER = {"shuffle_window", "prefetch", "threads"}
+
+Settings = DataConfig | DenseOptimizerConfig | ModelConfig | TableConfig | TrainConfig
 
 
 def without_effect(config: Config) -> Iterator[str]:
@@ -29,9 +34,11 @@ def without_effect(config: Config) -> Iterator[str]:
     Yields:
         Lines that name the setting, and why.
     """
-    train, tables = config.train, config.embedding.tables
-    if train.early_stop is not None and train.eval_split is None:
-        yield f"train.early_stop {train.early_stop} has no effect: train.eval_split is None, so nothing is evaluated"
+    data, train, tables = config.data, config.train, config.embedding.tables
+    if data.path is None and config.stated is not None:
+        yield from _in_vain("data", data, _OF_LOADER, "data.path is None, so batches are random")
+    if train.eval_split is None:
+        yield from _in_vain("train", train, _OF_EVALUATION, "train.eval_split is None, so nothing is evaluated")
     yield from _unread("dense_optimizer", config.dense_optimizer, "name", _UNREAD_DENSE)
     yield from _unread("model", config.model, "interaction", _UNREAD_MODEL)
     for where, table in {
@@ -43,15 +50,15 @@ def without_effect(config: Config) -> Iterator[str]:
             yield f"{where}.rounding stochastic has no effect: float32 tables are not rounded"
 
 
-def _unread(
-    where: str,
-    settings: DenseOptimizerConfig | ModelConfig | TableConfig,
-    choice: str,
-    unread: Mapping[str, set[str]],
-) -> Iterator[str]:
+def _unread(where: str, settings: Settings, choice: str, unread: Mapping[str, set[str]]) -> Iterator[str]:
     """Of settings that a choice among rules leaves unread, those that are not their defaults."""
     chosen = getattr(settings, choice)
+    yield from _in_vain(where, settings, unread.get(chosen, ()), f"{where}.{choice} is {chosen}")
+
+
+def _in_vain(where: str, settings: Settings, unread: Collection[str], reason: str) -> Iterator[str]:
+    """Of settings that nothing reads, those that are not their defaults."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in unread.get(chosen, ()) and value != field.default:
-            yield f"{where}.{field.name} {value} has no effect: {where}.{choice} is {chosen}"
+        if field.name in unread and value != field.default:
+            yield f"{where}.{field.name} {value} has no effect: {reason}"

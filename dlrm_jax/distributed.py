@@ -168,11 +168,12 @@ def together() -> Iterator[None]:
         raise AgreedError(f"process {failed[0]} cannot go on: {messages[failed[0]]}")
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
+def check_same(facts: Mapping[str, Any], *, fix: str = "start all with the same command and version") -> None:
     """Makes sure that all processes were started alike.
 
     Args:
         facts: What must be equal, by name; values that JSON can hold.
+        fix: What to do where a fact differs.
 
     Raises:
         AgreedError: A fact differs; every process raises, and the message says which, and whose.
@@ -186,7 +187,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
             more = f" (and {len(others) - 1} other processes)" if len(others) > 1 else ""
             raise AgreedError(
                 f"processes differ: {name} is {_brief(values[0])} for process 0, but {_brief(values[others[0]])} for "
-                f"process {others[0]}{more}: start all with the same command and version"
+                f"process {others[0]}{more}: {fix}"
             )
 
 

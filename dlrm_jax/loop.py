@@ -106,9 +106,14 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
             source = open_split(recommender, "train", training=True)
             judged = None if split is None else open_split(recommender, split, training=False)
         check_same({"the plan": recommender.tables.plan.to_json()})
+        sources = {"train": source} if judged is None else {"train": source, str(split): judged}
+        check_same(
+            {f"the digest of row groups of {name}": opened.row_groups_digest for name, opened in sources.items()},
+            fix="give all the same files of the dataset, since the order of samples follows their row groups",
+        )
         with together():
             if writes:
-                workdir.claim(config, recommender.card)
+                workdir.claim(config, recommender.card, row_groups=source.row_groups_digest)
         check_shared(workdir)
         with (
             saving(workdir),

@@ -134,7 +134,7 @@ class Predictor:
             The metrics of all its samples.
 
         Raises:
-            InputError: The split cannot be read.
+            InputError: The split cannot be read, or its samples mean something else than those of the training.
         """
         source = open_split(self.recommender, split, training=False, path=path)
         return evaluate(self._predictions, self.state.dense_params, self.state.tables, source)

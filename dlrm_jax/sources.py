@@ -10,6 +10,7 @@ import jax
 from dlrm_jax.config import BatchSize, Config, DataConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import DatasetCard, read_card
+from dlrm_jax.data.card_identity import check_model_inputs
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.recommender import Recommender
 from sharding import InputError
@@ -20,6 +21,11 @@ class Source(Protocol):
 
     num_samples: int
     steps_per_epoch: int
+
+    @property
+    def row_groups_digest(self) -> str | None:
+        """Digest of the files' row groups, which the order of samples depends on; None where there are no files."""
+        ...
 
     @property
     def capacity(self) -> int:
@@ -83,7 +89,7 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
         The batches.
 
     Raises:
-        InputError: The split cannot be used.
+        InputError: The split cannot be used, or its samples mean something else than those of the model's card.
     """
     config = recommender.config
     data = config.data
@@ -105,7 +111,7 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
     # The step and its benchmarks run where grain is not installed.
     from dlrm_jax.data.loader import Loader
 
-    return Loader(
+    loader = Loader(
         path,
         split,
         features=recommender.features,
@@ -118,6 +124,8 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
         prefetch=data.prefetch,
         threads=data.threads,
     )
+    check_model_inputs(loader.card, recommender.card, path)
+    return loader
 
 
 def _part_of(recommender: Recommender) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Workdir: the folder of one run, and what it remembers of the experiment that it belongs to.
 
-config.json     the experiment and the dataset card: what may not change when the run is resumed
+config.json     the experiment, the dataset card and a digest of the training files' row groups: what may not change
+                when the run is resumed
 checkpoints/    dense state, by step (orbax);  tables/ the tables of the same steps (sharding/checkpoint.py)
 metrics.jsonl   one line for each log window and evaluation;  tensorboard/ the same
 curves.png      the picture at the end;  result.json the result
@@ -15,6 +16,7 @@ import msgspec
 
 from dlrm_jax.config import Config, flatten
 from dlrm_jax.data.card import DatasetCard
+from dlrm_jax.data.card_identity import card_identity
 from dlrm_jax.data.folder_lock import LOCK_FILE
 from dlrm_jax.data.write_errors import naming_folder
 from sharding.errors import InputError
@@ -45,29 +47,30 @@ class Workdir:
         """Where metrics are logged."""
         return self.path / "metrics.jsonl"
 
-    def claim(self, config: Config, card: DatasetCard) -> None:
+    def claim(self, config: Config, card: DatasetCard, *, row_groups: str | None = None) -> None:
         """Makes this the folder of an experiment, or makes sure that it already is.
 
         As long as a run has no checkpoint, there is nothing that another could spoil, and the folder is the other's.
 
         Args:
             config: The experiment.
-            card: Its dataset.
+            card: Its dataset, with the sparse features in use, in the model's order.
+            row_groups: Digest of the training split's row groups; None where there are no files.
 
         Raises:
             InputError: The folder belongs to another experiment or dataset, is no run's, or cannot be written.
         """
         path = self.path / _CONFIG_FILE
-        identity = {"config": _plain(config.identity()), "card": _plain(_card_identity(card))}
         if path.is_file():
             if self.checkpoint_steps():
-                self._compare(path, identity, _plain(flatten(dataclasses.asdict(config))))
+                self._compare(path, config, card, row_groups)
         elif self.path.is_dir() and any(file.name not in _BEGINNINGS for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty, and not the folder of a run; choose another --workdir")
         body = {
-            **identity,
-            "experiment": _plain(dataclasses.asdict(config)),
-            "dataset": _plain(dataclasses.asdict(card)),
+            "config": config.identity(),
+            "experiment": dataclasses.asdict(config),
+            "dataset": dataclasses.asdict(card),
+            "row_groups": row_groups,
         }
         with naming_folder(self.path, instead="another --workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -96,27 +99,32 @@ class Workdir:
                 f"{path}: not there, so {self.path} is not the folder of a run; train one with scripts/train.py"
             )
         body = self._decode(path)
-        try:
-            return msgspec.convert(body["experiment"], Config), msgspec.convert(body["dataset"], DatasetCard)
-        except (KeyError, msgspec.ValidationError) as error:
-            raise InputError(f"{path}: written by another version ({error}); train again in a new --workdir") from error
+        return _part(body, "experiment", Config, path), _part(body, "dataset", DatasetCard, path)
 
-    def _compare(self, path: Path, identity: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _compare(self, path: Path, config: Config, card: DatasetCard, row_groups: str | None) -> None:
         saved = self._decode(path)
+        settings = _plain(flatten(dataclasses.asdict(config)))
+        trained = _plain(card_identity(_part(saved, "dataset", DatasetCard, path)))
         # What is no part of an identity may be a setting all the same, such as a pipeline that is not stale.
-        known = {"config": (flatten(saved.get("experiment", {})), settings), "card": ({}, {})}
-        for part, what in (("config", ""), ("card", "dataset ")):
-            was, now = saved.get(part, {}), identity[part]
+        for what, was, now, known in (
+            ("", saved.get("config", {}), _plain(config.identity()), (flatten(saved.get("experiment", {})), settings)),
+            ("dataset ", trained, _plain(card_identity(card)), ({}, {})),
+        ):
             for field in sorted(set(was) | set(now)):
                 if was.get(field) != now.get(field):
-                    before, after = (
-                        _brief(values, field)
-                        for values in ({**more, **values} for more, values in zip(known[part], (was, now), strict=True))
-                    )
+                    before, after = _brief({**known[0], **was}, field), _brief({**known[1], **now}, field)
                     raise InputError(
                         f"{self.path}: holds a run with {what}{field} = {before}, but now it is {after}: choose "
                         "another --workdir, or restore the setting"
                     )
+        # Earlier versions did not note them.
+        known_row_groups = saved.get("row_groups")
+        if None not in (known_row_groups, row_groups) and known_row_groups != row_groups:
+            raise InputError(
+                f"{self.path}: holds a run whose training files have row groups of digest {known_row_groups}, but now "
+                f"it is {row_groups}, which puts samples in another order: restore the files with their names and row "
+                "groups, or choose another --workdir"
+            )
 
     def _decode(self, path: Path) -> dict[str, Any]:
         try:
@@ -125,14 +133,12 @@ class Workdir:
             raise InputError(f"{path}: cannot be read ({error}); choose another --workdir") from error
 
 
-def _card_identity(card: DatasetCard) -> dict[str, Any]:
-    """What of a card must not change: everything that says what the samples are."""
-    fields = dataclasses.asdict(card)
-    del fields["source"], fields["attainable"]
-    identity = {name: fields.pop(name) for name in ("name", "label", "sample_weight")}
-    for kind in ("dense", "sparse"):
-        identity |= {f"{kind}.{column['name']}": column for column in fields[kind]}
-    return identity | {f"splits.{name}": summary for name, summary in fields["splits"].items()}
+def _part[Part](body: dict[str, Any], name: str, kind: type[Part], path: Path) -> Part:
+    """A part of a decoded config file."""
+    try:
+        return msgspec.convert(body[name], kind)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise InputError(f"{path}: written by another version ({error}); train again in a new --workdir") from error
 
 
 def _plain(value: Any) -> Any:

@@ -43,7 +43,7 @@ def make_columns() -> dict[str, list]:
 
 
 def to_table(columns: dict[str, list]) -> pa.Table:
-    lists = {"user": pa.int64(), "tags": pa.list_(pa.int64()), "tag_weights": pa.list_(pa.float32())}
+    lists = {"user": pa.int64(), "tags": pa.list_(pa.int64()), "tag_weights": pa.list_(pa.float64())}
     return pa.table({name: pa.array(values, lists.get(name)) for name, values in columns.items()})
 
 
@@ -84,6 +84,13 @@ def test_check_when_all_is_well_reports_what_is_there(tmp_path):
         ("label", 20, None, "row 20: 'label' is null"),
         ("weight", 39, -1.0, "row 39: 'weight' is -1.0, but sample weights are finite and at least 0"),
         ("weight", 39, float("inf"), "row 39: 'weight' is inf"),
+        (
+            "weight",
+            39,
+            1e39,
+            "row 39: 'weight' is 1e+39, but sample weights are finite and at least 0, also as float32",
+        ),
+        ("weight", 39, 1e-50, "row 39: 'weight' is 1e-50, but weights other than 0 are at least 1.4e-45"),
         ("price", 17, float("nan"), "row 17: 'price' is nan, but dense features are finite float32 numbers"),
         ("price", 17, 1e39, "row 17: 'price' is 1e+39"),
         ("price", 17, None, "row 17: 'price' is null"),
@@ -98,6 +105,8 @@ def test_check_when_all_is_well_reports_what_is_there(tmp_path):
         ("tag_weights", 33, None, "row 33: 'tag_weights' has 0 weights, but 'tags' has 1 ids"),
         ("tag_weights", 33, [float("inf")], "row 33: 'tag_weights' holds inf"),
         ("tag_weights", 33, [None], "row 33: 'tag_weights' holds None"),
+        ("tag_weights", 33, [1e39], "row 33: 'tag_weights' holds 1e+39, but weights are finite float32 numbers"),
+        ("tag_weights", 33, [-1e-50], "row 33: 'tag_weights' holds -1e-50, but weights other than 0 are at least"),
     ],
 )
 def test_check_when_a_value_is_wrong_names_file_row_column_value_and_limit(tmp_path, name, row, value, message):
@@ -105,6 +114,38 @@ def test_check_when_a_value_is_wrong_names_file_row_column_value_and_limit(tmp_p
     with pytest.raises(InputError, match=re.escape(f"train/part-0.parquet, {message}")) as raised:
         check_dataset(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (
+            DenseColumn(name="price", mean=0.5, std=1e-10),
+            ("part-0.parquet, row 17: 'price' is 1e+30, but", "as (x - 0.5) / 1e-10: repair"),
+        ),
+        (
+            DenseColumn(name="price", mean=1e39),
+            ("part-0.parquet, row 0: 'price' is 0.5, but", "as (x - 1e+39) / 1.0: "),
+        ),
+        (
+            DenseColumn(name="price", std=1e-50),
+            ("part-0.parquet, row 0: 'price' is 0.5, but", "as (x - 0.0) / 1e-50: "),
+        ),
+    ],
+)
+def test_check_when_a_dense_feature_overflows_as_it_is_normalised_then_the_error_names_mean_and_std(
+    tmp_path, column, message
+):
+    make_dataset(tmp_path, dataclasses.replace(CARD, dense=(column,)), **with_change("price", 17, 1e30))
+    with pytest.raises(InputError, match="dense features are finite float32 numbers") as raised:
+        check_dataset(tmp_path)
+    assert all(part in str(raised.value) for part in message)
+
+
+def test_weights_when_float32_just_holds_them_then_they_are_accepted():
+    changed = {"weight": [0.0, 1.4e-45, 3e38, 1.0] * 10, "price": [-3e38, 3e38] * 20}
+    changed["tag_weights"] = [[-1.4e-45] * len(bag) if bag else bag for bag in make_columns()["tags"]]
+    validate_row_group(to_table(make_columns() | changed), CARD, "f.parquet", 0)
 
 
 def test_row_group_when_it_does_not_begin_the_file_counts_rows_of_the_file():

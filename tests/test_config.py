@@ -21,7 +21,7 @@ from dlrm_jax.config import (
     make_specs,
 )
 from dlrm_jax.config_notes import without_effect
-from dlrm_jax.data.card import SparseColumn
+from dlrm_jax.data.card import DenseColumn, SparseColumn
 from dlrm_jax.kernel_choice import check_kernels
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.recommender import Recommender
@@ -219,7 +219,27 @@ def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
     ("settings", "lines"),
     [
         ({}, []),
-        ({"train": TrainConfig(early_stop=2, eval_split=None)}, ["train.early_stop 2 has no effect: train.eval_split"]),
+        (
+            {"train": TrainConfig(eval_every=9, early_stop=2, best_by="auc", eval_split=None)},
+            [
+                "train.eval_every 9 has no effect: train.eval_split is None, so nothing is evaluated",
+                "train.early_stop 2 has no effect: train.eval_split is None",
+                "train.best_by auc has no effect: train.eval_split is None",
+            ],
+        ),
+        ({"train": TrainConfig(eval_every=9, early_stop=2, best_by="auc")}, []),
+        # scripts/eval.py reads eval_batch_size all the same.
+        ({"train": TrainConfig(eval_split=None), "data": DataConfig(eval_batch_size=64)}, []),
+        (
+            {"data": DataConfig(shuffle_window=64, prefetch=3, threads=1), "stated": CARD},
+            [
+                "data.shuffle_window 64 has no effect: data.path is None, so batches are random",
+                "data.prefetch 3 has no effect: data.path is None",
+                "data.threads 1 has no effect: data.path is None",
+            ],
+        ),
+        ({"data": DataConfig(shuffle_window=64, prefetch=3, threads=1)}, []),  # whose dataset is still to be named
+        ({"data": DataConfig(path="data", threads=1), "stated": CARD}, []),
         (
             {"dense_optimizer": DenseOptimizerConfig(name="adagrad", momentum=0.9, beta1=0.5)},
             ["dense_optimizer.momentum 0.9 has no effect", "dense_optimizer.beta1 0.5 has no effect"],
@@ -288,13 +308,48 @@ def test_workdir_when_the_experiment_is_another_then_it_refuses_naming_the_field
     [
         ({"name": "other"}, 'dataset name = "tiny", but now it is "other"'),
         ({"splits": {"train": tiny.card().splits["train"]}}, "dataset splits.test ="),
-        ({"sparse": (SparseColumn(name="user", num_rows=41), *CARD.sparse[1:])}, "dataset sparse.user ="),
+        (
+            {"sparse": (SparseColumn(name="user", num_rows=41), *CARD.sparse[1:])},
+            "dataset sparse.user.num_rows = 40, but now it is 41",
+        ),
+        ({"dense": CARD.dense[::-1]}, 'dataset dense[0] = "age", but now it is "price"'),
+        (
+            {"dense": (DenseColumn(name="age", std=2.0), CARD.dense[1])},
+            "dataset dense.age.std = 1.0, but now it is 2.0",
+        ),
+        ({"sparse": CARD.sparse[::-1]}, 'dataset sparse[0] = "user", but now it is "tags"'),
+        (
+            {"sparse": (*CARD.sparse[:2], dataclasses.replace(CARD.sparse[2], max_pooling_factor=31))},
+            "dataset sparse.tags.max_pooling_factor = 30",
+        ),
     ],
 )
 def test_workdir_when_the_dataset_is_another_then_it_refuses_naming_the_field(claimed, changes, message):
     with pytest.raises(InputError, match="holds a run with dataset") as error:
         Workdir(claimed.workdir).claim(claimed, tiny.card(**changes))
     assert message in str(error.value)
+
+
+def test_workdir_when_the_row_groups_are_others_then_it_refuses_naming_both(tmp_path):
+    config = tiny.config(tmp_path / "data", tmp_path / "run")
+    workdir = Workdir(config.workdir)
+    workdir.claim(config, CARD, row_groups="old")
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    workdir.claim(config, CARD, row_groups="old")
+    with pytest.raises(InputError, match=r"row groups of digest old, but now it is new, .* restore the files"):
+        workdir.claim(config, CARD, row_groups="new")
+
+
+def test_workdir_when_its_run_is_of_an_earlier_version_then_its_row_groups_are_unknown_and_its_card_is_known(claimed):
+    path = Path(claimed.workdir, "config.json")
+    body = json.loads(path.read_text())
+    del body["row_groups"]
+    path.write_text(json.dumps(body | {"card": {"name": "tiny"}}))
+    with pytest.raises(InputError, match=r"dataset dense\[0\]"):
+        Workdir(claimed.workdir).claim(claimed, tiny.card(dense=CARD.dense[::-1]), row_groups="any")
+    Workdir(claimed.workdir).claim(claimed, CARD, row_groups="any")
+    with pytest.raises(InputError, match="digest any, but now it is other"):
+        Workdir(claimed.workdir).claim(claimed, CARD, row_groups="other")
 
 
 def test_workdir_when_only_what_may_change_has_changed_then_it_remembers_the_new_settings(claimed, tmp_path):
@@ -307,14 +362,14 @@ def test_workdir_when_only_what_may_change_has_changed_then_it_remembers_the_new
 def test_workdir_when_its_run_has_no_checkpoint_yet_then_another_may_have_it(tmp_path):
     config = tiny.config(tmp_path / "data", tmp_path / "run")
     Workdir(config.workdir).claim(config, CARD)
-    (tmp_path / "run" / "config.partial").write_text("{")  # of a kill
+    (tmp_path / "run" / "config.json.partial").write_text("{")  # of a kill
     other = replaced(config, "seed", 5)
     Workdir(config.workdir).claim(other, CARD)
     assert Workdir(config.workdir).read() == (other, CARD)
 
 
 def test_workdir_when_a_kill_left_only_the_beginning_of_its_config_then_it_is_taken(tmp_path):
-    (tmp_path / "config.partial").write_text("{")
+    (tmp_path / "config.json.partial").write_text("{")
     Workdir(tmp_path).claim(tiny.config(None, tmp_path), CARD)
 
 

@@ -168,6 +168,8 @@ def test_facts_when_processes_differ_then_the_error_names_the_fact_and_the_proce
     monkeypatch.setattr(distributed, "gather", gather)
     with pytest.raises(AgreedError, match=r'the code is "a" for process 0, but "b" for process 1 \(and 1 other proc'):
         check_same({"seed": 0, "the code": "a"})
+    with pytest.raises(AgreedError, match=r"process 1 .*: copy the files again$"):
+        check_same({"seed": 0, "the code": "a"}, fix="copy the files again")
     monkeypatch.setattr(distributed, "gather", lambda text: [text] * 4)
     check_same({"seed": 0, "the code": "a"})
 

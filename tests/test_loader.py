@@ -156,6 +156,23 @@ def test_arrays_have_the_dtypes_of_a_batch(dataset):
     assert [array.dtype for array in arrays if array is not None] == [np.float32] * 4 + [np.int32] * 2
 
 
+def test_digest_when_files_or_their_row_groups_differ_then_it_does_and_content_does_not_count(tmp_path):
+    rows = make_table(100)
+    for name, table, sizes in (
+        ("same", rows, {}),
+        ("content", rows.set_column(0, "label", pa.array(np.ones(100, np.float32))), {}),
+        ("groups", rows, {"rows_per_group": 11}),
+        ("files", rows, {"rows_per_file": 40}),
+    ):
+        write_dataset(tmp_path / name, table, **sizes)
+    write_dataset(tmp_path / "names", rows)
+    last = sorted((tmp_path / "names" / "train").iterdir())[-1]
+    last.rename(last.with_name("part-00009.parquet"))
+    digest = {path.name: Loader(path, "train", batch_size=64).row_groups_digest for path in tmp_path.iterdir()}
+    assert digest["same"] == digest["content"]
+    assert len({digest[name] for name in ("same", "groups", "files", "names")}) == 4
+
+
 def test_labels_and_other_columns_of_other_numeric_types_are_narrowed(tmp_path):
     table = make_table(60)
     columns = {"label": pa.int8(), "price": pa.float64(), "ad": pa.uint16(), "tags": pa.large_list(pa.int32())}

@@ -207,7 +207,7 @@ def test_trace_when_a_run_is_short_then_its_last_steps_are_traced(monkeypatch, t
 
 
 def test_settings_when_they_have_no_effect_then_training_says_so_first(data, tmp_path):
-    config = tiny.config(data, tmp_path / "run", early_stop=2, eval_split=None)
+    config = tiny.config(data, tmp_path / "run", eval_every=None, early_stop=2, eval_split=None)
     printed = io.StringIO()
     with pytest.raises(InputError, match="is none for cpu"):
         loop.train(dataclasses.replace(config, kernels="mosaic_gpu"), console=Console(file=printed))

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from dlrm_jax.config import MeshConfig
+from dlrm_jax.data.card import DenseColumn, write_card
 from dlrm_jax.metrics import ExactMetrics
 from dlrm_jax.predict import Predictor
 from scripts import eval as eval_script
@@ -79,6 +80,17 @@ def test_probabilities_when_the_checkpoint_is_restored_on_a_mesh_then_they_are_t
     # Sums of the dense part may be cut differently for another batch size.
     for count in (1, 100):
         np.testing.assert_allclose(spread.predict(ROWS[:count]), predictor.predict(ROWS[:count]), rtol=1e-5)
+
+
+def test_evaluation_when_the_dataset_was_prepared_otherwise_since_then_it_is_refused_and_other_samples_are_not(
+    predictor, tmp_path
+):
+    again = tiny.write_dataset(tmp_path / "again", change=lambda table: table.with_columns(age=0.0))
+    assert predictor.evaluate("test", path=str(again)) == predictor.evaluate("test")
+    assert predictor.evaluate("train", path=str(again)) != predictor.evaluate("train")
+    write_card(tiny.card(dense=(DenseColumn(name="age", mean=1.0), tiny.card().dense[1])), again)
+    with pytest.raises(InputError, match=r"card.json: dense.age.mean is 1.0, but the model was trained with 0.0: give"):
+        predictor.evaluate("test", path=str(again))
 
 
 def test_predictor_when_its_devices_do_not_divide_the_batches_of_the_training_then_it_evaluates_all_the_same(predictor):

@@ -4,15 +4,17 @@ import signal
 from pathlib import Path
 
 import kill9
+import polars as pl
 import pytest
 import tiny
 
-from dlrm_jax import checkpoint
+from dlrm_jax import checkpoint, loop
 from dlrm_jax.checkpoint import Checkpointer
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.report import RunLog, read_log
 from dlrm_jax.sources import card_of, open_split
 from dlrm_jax.workdir import Workdir
+from sharding import InputError
 
 
 class Killed(BaseException):
@@ -144,6 +146,20 @@ def test_run_when_it_is_given_more_epochs_then_it_goes_on_to_what_a_longer_run_r
     result = tiny.train_quietly(tiny.with_train(config, epochs=2))
     assert result.step == 2 * tiny.STEPS_PER_EPOCH
     tiny.assert_identical(tiny.restore(config), tiny.restore(straight[0]))
+
+
+def test_run_when_its_files_have_other_row_groups_then_it_does_not_resume(tmp_path, monkeypatch):
+    data = tiny.write_dataset(tmp_path / "data")
+    config = tiny.config(data, tmp_path / "run", max_steps=2, eval_split=None)
+    tiny.train_quietly(config)
+    file = data / "train" / "part-00000.parquet"
+    pl.read_parquet(file).write_parquet(file, row_group_size=60)
+    compared = {}
+    monkeypatch.setattr(loop, "check_same", lambda facts, **fix: compared.update(facts))
+    with pytest.raises(InputError, match=r"row groups of digest .* restore the files"):
+        tiny.train_quietly(tiny.with_train(config, max_steps=4))
+    source = open_split(Recommender(config, card_of(config)), "train", training=True)
+    assert compared["the digest of row groups of train"] == source.row_groups_digest is not None
 
 
 def test_script_when_it_gets_sigterm_then_it_saves_and_exits_0_and_resumes_to_the_same_bits(data, tmp_path):

@@ -43,6 +43,7 @@ class Loader:
         card: The dataset's card, with the sparse features that batches hold, in their order.
         num_samples: Samples of the split.
         steps_per_epoch: Batches in an epoch; the last one is padded with samples of weight 0 whose bags are empty.
+        row_groups_digest: Digest of the files' row groups, which the order of samples depends on.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Loader:
         _check_order(batch_size, virtual_shards, shards, seed)
         self.card = _select(read_card(directory), features)
         self._row_groups = RowGroups(directory, split, self.card)
+        self.row_groups_digest = self._row_groups.digest
         self._order = DataOrder(
             rows_per_group=self._row_groups.num_rows,
             batch_size=batch_size,

@@ -22,7 +22,10 @@ class RandomBatches:
         num_samples: Samples of an epoch: the card's, for the split asked for.
         steps_per_epoch: Batches in an epoch; what does not fill a batch is left out.
         capacity: Ids of a batch of this process.
+        row_groups_digest: None, since there are no files.
     """
+
+    row_groups_digest = None
 
     def __init__(
         self,

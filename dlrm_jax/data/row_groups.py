@@ -5,6 +5,8 @@ A row group is the unit of reading: small enough to hold many, large enough that
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from dlrm_jax.data.card import CARD_FILE, DatasetCard, SparseColumn
-from dlrm_jax.data.validate import pooling_factors, validate_row_group, validate_schema
+from dlrm_jax.data.validate import normalised, pooling_factors, validate_row_group, validate_schema
 from sharding.errors import InputError
 from sharding.jagged import MAX_NARROW_ROWS
 
@@ -106,6 +108,12 @@ class RowGroups:
         """Rows of each row group, in the order of files by name and of groups in a file; empty groups are left out."""
         return tuple(location.num_rows for location in self._locations)
 
+    @property
+    def digest(self) -> str:
+        """A digest of the files' names and of the rows of each of their row groups; empty groups are left out."""
+        groups = [(Path(location.path).name, location.num_rows) for location in self._locations]
+        return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
+
     def read(self, group: int) -> RowGroup:
         """Reads and checks one row group.
 
@@ -164,7 +172,7 @@ def columns_of(table: pa.Table, card: DatasetCard, where: str, *, first_row: int
     counts = None if weight.all() else pa.array(weight > 0)
     dense = np.empty((table.num_rows, len(card.dense)), np.float32)
     for position, column in enumerate(card.dense):
-        dense[:, position] = (_numbers(table, column.name) - np.float32(column.mean)) / np.float32(column.std)
+        dense[:, position] = normalised(_array(table, column.name).to_numpy(), column)
     return RowGroup(
         dense=dense,
         label=_numbers(table, card.label),

@@ -1,17 +1,20 @@
 """Does a Parquet table hold what the dataset card says? For the loader, on all it reads, and for prepare.py check."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
-from dlrm_jax.data.card import CARD_FILE, DatasetCard, SparseColumn
+from dlrm_jax.data.card import CARD_FILE, DatasetCard, DenseColumn, SparseColumn
 from sharding.errors import InputError
 
 List = pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray
+
+_WEIGHT_LIMIT = "weights other than 0 are at least 1.4e-45, the smallest float32 number"
 
 
 def validate_schema(schema: pa.Schema, card: DatasetCard, path: str | os.PathLike[str]) -> None:
@@ -42,9 +45,10 @@ def validate_schema(schema: pa.Schema, card: DatasetCard, path: str | os.PathLik
 def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLike[str], first_row: int) -> None:
     """Checks every value of some consecutive rows of a file, whose schema has been checked.
 
-    Labels lie in [0, 1]; sample weights are finite and at least 0; dense features are finite also as float32; ids lie
+    Labels lie in [0, 1]; sample weights are finite and at least 0; dense features are finite, also normalised; ids lie
     in [0, num_rows), compared as 64-bit integers; bags are not longer than the maximum pooling factor; weights of
-    bags are finite and as many as the ids. A null is allowed in place of an id or of a bag, and nowhere else.
+    bags are finite and as many as the ids. A null is allowed in place of an id or of a bag, and nowhere else. Weights
+    and dense features are narrowed to float32: there they are finite, and no weight but 0 becomes 0.
 
     Args:
         table: The rows, with the card's columns.
@@ -55,13 +59,7 @@ def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLi
     Raises:
         InputError: The first wrong value by column, then row; the message names file, row, column, value and limit.
     """
-    for name, limit, is_valid in (
-        (card.label, "labels lie in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-        (card.sample_weight, "sample weights are finite and at least 0", lambda x: np.isfinite(x) & (x >= 0)),
-        *((c.name, "dense features are finite float32 numbers", _is_finite_float32) for c in card.dense),
-    ):
-        if name is None:
-            continue
+    for name, limit, is_valid in _limits(card):
         for row, chunk in _chunks(table, name, first_row):
             if chunk.null_count:
                 where = _locate(path, row + _first(_nulls(chunk)), name)
@@ -86,9 +84,26 @@ def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLi
             _validate_weights(table, column, path, first_row)
 
 
+def normalised(values: Shaped[np.ndarray, " n"], column: DenseColumn) -> Float[np.ndarray, " n"]:
+    """Returns a dense feature as the model is given it: ``(x - mean) / std``, in float32."""
+    return (values.astype(np.float32, copy=False) - np.float32(column.mean)) / np.float32(column.std)
+
+
 def pooling_factors(chunk: List) -> Int[np.ndarray, " rows"]:
     """Returns the number of ids in each bag; 0 where it is null."""
     return pc.call_function("list_value_length", [chunk]).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _limits(card: DatasetCard) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+    """Columns of numbers: name, limit, and which values keep it. A column of several limits comes again."""
+    yield card.label, "labels lie in [0, 1]", lambda x: (x >= 0) & (x <= 1)
+    if card.sample_weight is not None:
+        limit = "sample weights are finite and at least 0, also as float32"
+        yield card.sample_weight, limit, lambda x: _is_finite_float32(x) & (x >= 0)
+        yield card.sample_weight, _WEIGHT_LIMIT, _stays_nonzero
+    for column in card.dense:
+        limit = f"dense features are finite float32 numbers, also as (x - {column.mean}) / {column.std}"
+        yield column.name, limit, functools.partial(_is_finite_normalised, column=column)
 
 
 def _validate_bags(chunk: List, column: SparseColumn, path: str | os.PathLike[str], first_row: int) -> None:
@@ -125,13 +140,15 @@ def _validate_weights(table: pa.Table, column: SparseColumn, path: str | os.Path
                 f"{column.name!r} has {expected[row]} ids in that row: give each id one weight"
             )
         weights = chunk.flatten()
-        valid = ~_nulls(weights) & _is_finite_float32(weights.to_numpy(zero_copy_only=False))
-        if not valid.all():
-            bad = _first(~valid)
-            where = _locate(path, first_row + start + _row_of(num_weights, bad), name, contains=True)
-            raise InputError(
-                f"{where} {weights[bad].as_py()}, but weights are finite float32 numbers: repair the value"
-            )
+        values = weights.to_numpy(zero_copy_only=False)
+        for limit, valid in (
+            ("weights are finite float32 numbers", ~_nulls(weights) & _is_finite_float32(values)),
+            (_WEIGHT_LIMIT, _stays_nonzero(values)),
+        ):
+            if not valid.all():
+                bad = _first(~valid)
+                where = _locate(path, first_row + start + _row_of(num_weights, bad), name, contains=True)
+                raise InputError(f"{where} {weights[bad].as_py()}, but {limit}: repair the value")
 
 
 def _chunks(table: pa.Table, name: str, first_row: int) -> Iterator[tuple[int, pa.Array]]:
@@ -162,6 +179,17 @@ def _is_finite_float32(values: Shaped[np.ndarray, " n"]) -> Bool[np.ndarray, " n
     # The loader narrows to float32, where a large float64 becomes infinite.
     with np.errstate(over="ignore"):
         return np.isfinite(values.astype(np.float32, copy=False))
+
+
+def _is_finite_normalised(values: Shaped[np.ndarray, " n"], column: DenseColumn) -> Bool[np.ndarray, " n"]:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return np.isfinite(normalised(values, column))
+
+
+def _stays_nonzero(values: Shaped[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Whether narrowing keeps a weight from becoming 0: a sample of weight 0 does not count."""
+    with np.errstate(over="ignore"):
+        return (values == 0) | (values.astype(np.float32, copy=False) != 0)
 
 
 def _nulls(array: pa.Array) -> Bool[np.ndarray, " n"]:
