@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
+
+# The largest int32.
+MOST_ROWS = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -37,4 +40,32 @@ def named_rows(weights: Float[Any, "lines line"], width: int) -> int:
         weights: The line store. A large one, seen in narrow rows, has more.
         width: Width of a row, in elements.
     """
-    return min(weights.size // width, jnp.iinfo(jnp.int32).max)
+    return min(weights.size // width, MOST_ROWS)
+
+
+def rows_view(array: Float[Any, "lines line"], width: int) -> Shaped[Array, "..."]:
+    """A line store by rows, for `place_of_rows`.
+
+    As [R, w], or as [lines, rows of a line, w] where XLA, whose indices have 32 bits, could not name the last row.
+
+    Args:
+        array: The line store.
+        width: Width of a row, in elements.
+    """
+    if array.size // width <= MOST_ROWS:
+        return array.reshape(-1, width)
+    return array.reshape(array.shape[0], -1, width)
+
+
+def place_of_rows(view: Shaped[Array, "..."], rows: Int32[Array, " n"]) -> tuple[Int32[Array, " n"], ...]:
+    """Where rows are in a `rows_view`, as an index for its ``at``; beyond its end for those that are not.
+
+    Args:
+        view: The view.
+        rows: The rows; `MOST_ROWS` is nobody's.
+    """
+    if view.ndim == 2:
+        return (rows,)
+    num_lines, rows_of_line, _ = view.shape
+    lines = jnp.where(rows < MOST_ROWS, rows // rows_of_line, num_lines)
+    return lines, rows % rows_of_line

@@ -14,7 +14,7 @@ from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
-from pallas_kernels.stores import Stores
+from pallas_kernels.stores import Stores, place_of_rows, rows_view
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
 # blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
@@ -31,20 +31,10 @@ def unable(**call: object) -> None:
     del call
 
 
-def _by_row(array: Array, width: int) -> Float[Array, "R w"]:
-    """A store as rows. Raises ValueError if an index of XLA's, of 32 bits, cannot name them all."""
-    rows, most = array.size // width, jnp.iinfo(jnp.int32).max
-    if rows > most:
-        raise ValueError(
-            f"a store of {rows} rows of width {width} is too large for implementation 'xla', whose indices name {most} "
-            "rows: use another, or spread the store over more devices"
-        )
-    return array.reshape(-1, width)
-
-
-def _get(table: Float[Array, "R w"], rows: Int32[Array, " n"]) -> Float[Array, "n w"]:
-    """Rows of a table; zeros for a row outside it, be it negative or beyond the end."""
-    return table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+def _get(array: Array, rows: Int32[Array, " n"], width: int) -> Float[Array, "n w"]:
+    """Rows of a store; zeros for a row outside it, be it negative or beyond the end."""
+    view = rows_view(array, width)
+    return view.at[place_of_rows(view, rows)].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def pooled_lookup(
@@ -57,11 +47,10 @@ def pooled_lookup(
     longest_bag: int | None,
 ) -> Float[Array, "G w"]:
     """See `pallas_kernels.pooled_lookup`."""
-    table = _by_row(store, width)
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
 
     def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
-        vectors = _get(table, rows[ids]).astype(jnp.float32)
+        vectors = _get(store, rows[ids], width).astype(jnp.float32)
         return vectors if weights is None else vectors * weights[ids][:, None]
 
     if longest_bag is not None:
@@ -159,7 +148,7 @@ def _read(
     scalars = jnp.where(touched.rows < stores.num_rows(width), scalars, jnp.iinfo(jnp.int32).max)
 
     def rows_of(array: Array) -> Array:
-        return _get(_by_row(array, width), touched.rows)
+        return _get(array, touched.rows, width)
 
     element_state = stores.element_state
     if storage_rounding == "split":
@@ -170,7 +159,7 @@ def _read(
     values = RowValues(
         weights=weights,
         element_state=tuple(rows_of(state) for state in element_state),
-        row_state=tuple(_get(_by_row(state, 1), scalars) for state in stores.row_state),
+        row_state=tuple(_get(state, scalars, 1) for state in stores.row_state),
     )
     return values, scalars
 
@@ -249,9 +238,9 @@ def sparse_update(
     )
 
     def write(array: Array, places: Int32[Array, " n"], values: Array) -> Array:
-        flat = _by_row(array, values.shape[1])
-        values = values.astype(array.dtype)
-        written = flat.at[places].set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)
+        view = rows_view(array, values.shape[1])
+        at_places, values = view.at[place_of_rows(view, places)], values.astype(array.dtype)
+        written = at_places.set(values, mode="drop", indices_are_sorted=True, wrap_negative_indices=False)
         return written.reshape(array.shape)
 
     return Stores(

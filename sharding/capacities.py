@@ -32,11 +32,17 @@ class GroupCapacity:
         pair: Ids of one sender for one owner.
         total: Ids that an owner receives from all.
         distinct: Distinct rows that one sender asks one owner for (family "rows_by_id" only).
+        row_words: Words of a row, where rows travel, not only ids.
     """
 
     pair: int = 0
     total: int = 0
     distinct: int = 0
+    row_words: int = 0
+
+    def as_needs(self) -> tuple[int, int, int]:
+        """What a batch may need more of."""
+        return self.pair, self.total, self.distinct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,15 @@ class Capacities:
 
     def as_needs(self) -> Int[np.ndarray, " needs"]:
         """The capacities in the order of `Routed.needs`."""
-        return np.array([self.ids, *(n for group in self.groups for n in dataclasses.astuple(group))], np.int32)
+        return np.array([self.ids, *(n for group in self.groups for n in group.as_needs())], np.int32)
+
+    def of_batch(self, ids: int) -> "Capacities":
+        """These, with the room that a batch was given at home: the capacities may have grown since.
+
+        Args:
+            ids: Ids of one device's samples that the batch has room for.
+        """
+        return dataclasses.replace(self, ids=ids)
 
     def grown(self, needs: Int[np.ndarray, " needs"], num_devices: int) -> "Capacities":
         """Raises each capacity that is too small to the next power of two of what is needed.
@@ -77,17 +91,17 @@ class Capacities:
         ]
         ids, *rest = new
         groups = tuple(
-            GroupCapacity(pair=pair, total=total, distinct=distinct)
-            for pair, total, distinct in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+            dataclasses.replace(group, pair=pair, total=total, distinct=distinct)
+            for group, pair, total, distinct in zip(self.groups, rest[::3], rest[1::3], rest[2::3], strict=True)
         )
         return with_rounds(ids, groups, num_devices, self.exchange_bytes)
 
 
 def with_rounds(ids: int, groups: tuple[GroupCapacity, ...], num_devices: int, exchange_bytes: int) -> Capacities:
     """Capacities with as many rounds as the budget of the exchange's buffers asks for."""
-    # A record is the row, the bag and a weight.
-    needed = num_devices * sum(group.pair for group in groups) * 3 * WORD_BYTES
-    rounds = max(1, math.ceil(needed / exchange_bytes))
+    # A record is the row, the bag and a weight. What comes home by id is a row, and its gradient goes back.
+    words = max(sum(group.pair for group in groups) * 3, sum(group.pair * group.row_words for group in groups))
+    rounds = max(1, math.ceil(num_devices * words * WORD_BYTES / exchange_bytes))
     return Capacities(ids=ids, groups=groups, rounds=rounds, exchange_bytes=exchange_bytes)
 
 
@@ -103,8 +117,7 @@ def sufficient_capacities(layout: Layout, samples: int, ids: int, exchange_bytes
     groups = []
     for group in layout.groups:
         most = 0 if group.family == "local" else group.ids_bound(samples, ids)
-        distinct = most if group.family == "rows_by_id" else 0
-        groups.append(GroupCapacity(pair=most, total=layout.num_devices * most, distinct=distinct))
+        groups.append(_group_capacity(group, pair=most, total=layout.num_devices * most))
     return with_rounds(ids, tuple(groups), layout.num_devices, exchange_bytes)
 
 
@@ -139,8 +152,24 @@ def expected_capacities(
         busiest = _ids_for_an_owner(group, mean_ids).max() * samples
         pair = min(_roomy(busiest), most)
         total = min(_roomy(busiest * layout.num_devices), layout.num_devices * most)
-        groups.append(GroupCapacity(pair=pair, total=total, distinct=pair if group.family == "rows_by_id" else 0))
+        groups.append(_group_capacity(group, pair=pair, total=total))
     return with_rounds(ids, tuple(groups), layout.num_devices, exchange_bytes)
+
+
+def _group_capacity(group: Group, *, pair: int, total: int) -> GroupCapacity:
+    if group.family != "rows_by_id":
+        return GroupCapacity(pair=pair, total=total)
+    # Nobody asks for more rows than there are.
+    distinct = min(pair, _rows_of_an_owner(group))
+    return GroupCapacity(pair=pair, total=total, distinct=distinct, row_words=group.width)
+
+
+def _rows_of_an_owner(group: Group) -> int:
+    """Rows of a group's shards on the device that has most."""
+    rows = np.zeros(group.num_devices, np.int64)
+    for shard in {lookup.shard for lookup in group.lookups}:
+        rows[shard.owners] += shard.rows_per_owner
+    return int(rows.max())
 
 
 def _ids_for_an_owner(group: Group, mean_ids: Mapping[str, float]) -> Int[np.ndarray, " W"]:

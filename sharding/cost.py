@@ -26,8 +26,8 @@ from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology
 
 # Quantities of a device in one group: ids that it receives, vectors a sample that it pools for all devices, distinct
-# rows that it updates, distinct rows that it sends home (summed over who asked), ids of rows that are cut into column
-# slices; then, where the samples live: vectors a sample, and ids.
+# rows that it updates, rows that it has room to send home (summed over who may ask), ids of rows that are cut into
+# column slices; then, where the samples live: vectors a sample, and ids.
 QUANTITIES = ("ids", "vectors", "distinct", "sent_rows", "cut_ids", "home_vectors", "home_ids")
 IDS, VECTORS, DISTINCT, SENT_ROWS, CUT_IDS, HOME_VECTORS, HOME_IDS = range(len(QUANTITIES))
 
@@ -195,7 +195,8 @@ class Step:
             return at_owners, at_home
         at_owners[IDS] = ids * load.owner_shares(shard.num_owners)
         if family == "rows_by_id":
-            at_owners[SENT_ROWS] = devices * load.distinct(rows, ids / devices) / spread
+            # The room for them travels, which no knowledge of hot rows makes smaller (`sharding.capacities`).
+            at_owners[SENT_ROWS] = devices * min(rows, ids / devices) / spread
         else:
             at_owners[VECTORS] = vectors
         if is_cut(shard) and statistics_of(shard.table):

@@ -193,9 +193,8 @@ class ShardedTables:
     def address(self, ids: KeyedJagged, capacities: Capacities | None = None) -> Addressed:
         """The first part of `route`, for use inside `jax.jit`: sorts ids by the owners of their rows."""
         check_batch(ids, self.features, self.layout)
-        if capacities is None:
-            devices = self.num_devices
-            capacities = self.sufficient_capacities(ids.batch_size // devices, ids.capacity // devices)
+        samples, room = ids.batch_size // self.num_devices, ids.capacity // self.num_devices
+        capacities = (capacities or self.sufficient_capacities(samples, room)).of_batch(room)
         local = partial(address_local, layout=self.layout, means=self._means, capacities=capacities)
         return self._spread(local, (_specs(ids),), BY_DEVICE)(ids)
 

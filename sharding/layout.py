@@ -252,6 +252,12 @@ def _store_layout(
                 "devices, or use larger dims or fewer rows"
             )
         first_scalar = scalars.take(shard, -(-shard.rows_per_owner // LINE_SCALARS) * LINE_SCALARS)
+        if state_of_store(name)[1] and first_scalar + shard.rows_per_owner > MAX_STORE_ROWS:
+            raise InputError(
+                f"the row-wise state of table {shard.table.name!r} ends at number "
+                f"{first_scalar + shard.rows_per_owner} in the store {name!r} of one device, and 32 bits name "
+                f"{MAX_STORE_ROWS}: spread its rows over more devices, or use an optimizer without row-wise state"
+            )
         shards.append(dataclasses.replace(shard, first_row=first_row, first_scalar=first_scalar))
     # Rows of every width must be able to see the whole store as [-1, width], and TPUs 16-bit lines in pairs.
     pair = line * (2 if jnp.dtype(dtype).itemsize == 2 else 1)

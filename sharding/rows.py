@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32, Int64, Shaped, UInt16, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.stores import MOST_ROWS, place_of_rows, rows_view
 from sharding.errors import InputError
 from sharding.groups import Shard
 from sharding.layout import LOW_HALVES, Layout, StoreLayout
@@ -218,7 +219,8 @@ def _read_block(
     def local(
         lines: Float[Array, "lines line"], owners: Int32[Array, " n"], places: Int32[Array, " n"]
     ) -> UInt32[Array, "n w"]:
-        rows = lines.reshape(-1, width).at[places].get(mode="clip", wrap_negative_indices=False)
+        view = rows_view(lines, width)
+        rows = view.at[place_of_rows(view, places)].get(mode="clip", wrap_negative_indices=False)
         mine = owners == device_number()
         # Added as bits, since as numbers -0 + 0 is 0 and a NaN may change.
         return jax.lax.psum(jnp.where(mine[:, None], _bits(rows).astype(jnp.uint32), jnp.uint32(0)), AXES)
@@ -246,18 +248,23 @@ def _write_block(
         lines: Float[Array, "lines line"], values: Float[Array, "n w"], place: Int32[Array, "5"]
     ) -> Float[Array, "lines line"]:
         first, phase, count, first_device, num_owners = place
-        view = lines.reshape(-1, values.shape[1])
+        view = rows_view(lines, values.shape[1])
         owner = device_number() - first_device
         # The owner's first row is row `skipped` of the block; the next are `stride` apart.
         skipped = (owner - phase) % stride
         start = first + (phase + skipped) // stride
-        room = min(-(-values.shape[0] // stride), view.shape[0])
+        sliced = view.ndim == 2
+        room = min(-(-values.shape[0] // stride), lines.size // values.shape[1])
         # The update writes back what it does not change: also where the store ends before the room does.
-        begin = jnp.clip(start, 0, view.shape[0] - room)
+        begin = jnp.clip(start, 0, view.shape[0] - room) if sliced else start
         row = skipped + (begin + jnp.arange(room, dtype=jnp.int32) - start) * stride
         mine: Bool[Array, " room"] = (row >= 0) & (row < count) & (owner >= 0) & (owner < num_owners)
-        before = jax.lax.dynamic_slice_in_dim(view, begin, room)
         after = values.at[row].get(mode="clip", wrap_negative_indices=False)
+        if not sliced:
+            # A slice begins at one index of 32 bits, too.
+            places = jnp.where(mine, begin + jnp.arange(room, dtype=jnp.int32), MOST_ROWS)
+            return view.at[place_of_rows(view, places)].set(after, mode="drop").reshape(lines.shape)
+        before = jax.lax.dynamic_slice_in_dim(view, begin, room)
         after = jnp.where(mine[:, None], after, before)
         return jax.lax.dynamic_update_slice_in_dim(view, after, begin, 0).reshape(lines.shape)
 

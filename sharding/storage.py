@@ -152,6 +152,9 @@ def storage_of(
         pooled = batch * most["vectors"]
         exchanged = max(code_bytes(codec, group.width) for codec in codecs) / _WORD_BYTES
         vectors += pooled * (group.width + (0.0 if group.family == "local" else exchanged))
+        if group.family == "local" and layout.num_devices > 1 and group.table.rule is not None:
+            # Every device gets the gradients of all, and puts them in the order of bags.
+            vectors += batch * most["home_vectors"] * (group.width + exchanged)
         rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
         if group.family == "rows_by_id":
             sent_back += most["ids"] * _words_of_read(backward, group.width)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sharding import FeatureSpec, KeyedJagged, ShardedTables, TableSpec, make_mesh
-from sharding.capacities import Capacities, GroupCapacity
+from sharding.capacities import Capacities, GroupCapacity, with_rounds
 from sharding.jagged import for_devices
 from sharding.plan import ShardingPlan, row_wise, table_wise
 
@@ -79,6 +79,19 @@ def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(i
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_ids_that_were_cut_off_at_home_when_routed_again_as_they_are_then_still_without_room() -> None:
+    ids = batch(1)
+    enough = tables().sufficient_capacities(SAMPLES, ids.capacity // DEVICES)
+    cut_off = tables().to_devices(ids, enough.ids - 1)
+    less = dataclasses.replace(enough, ids=enough.ids - 1)
+    routed = tables().route(cut_off, less)
+    assert routed.overflow
+    again = tables().route(cut_off, less.grown(np.asarray(routed.needs), DEVICES))
+    assert again.overflow
+    assert again.needs[0] == enough.ids
+    assert not tables().route(tables().to_devices(ids, enough.ids), enough).overflow
+
+
 def test_ids_that_were_cut_off_at_home_then_no_more_room_is_asked_for_than_all_take() -> None:
     ids = batch(1)
     whole = tables().to_devices(ids)
@@ -116,6 +129,22 @@ def test_growing_beyond_the_budget_of_an_exchange_then_in_rounds() -> None:
     before = Capacities(ids=8, groups=(GroupCapacity(pair=8, total=64, distinct=0),), exchange_bytes=8 * 8 * 12)
     assert before.grown(np.array([8, 8, 64, 0]), 8).rounds == 1
     assert before.grown(np.array([8, 32, 64, 0]), 8).rounds == 4
+
+
+def test_rows_that_travel_when_there_are_few_then_room_for_as_many_as_an_owner_has() -> None:
+    for capacities in (
+        tables().sufficient_capacities(1000, 12_000),
+        tables().expected_capacities(1000, 12_000, {feature.name: 4.0 for feature in FEATURES}),
+    ):
+        by_id = next(group for group in capacities.groups if group.row_words)
+        assert by_id.pair > by_id.distinct == 64 // DEVICES
+
+
+def test_rows_that_travel_when_they_exceed_the_budget_then_in_rounds() -> None:
+    groups = (GroupCapacity(pair=8, total=64, distinct=8, row_words=128),)
+    records, rows = (DEVICES * 8 * words * 4 for words in (3, 128))
+    assert with_rounds(8, groups, DEVICES, rows).rounds == 1
+    assert with_rounds(8, groups, DEVICES, records).rounds == -(-128 // 3)
 
 
 def test_expected_capacities_then_within_those_that_suffice() -> None:

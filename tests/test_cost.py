@@ -86,6 +86,18 @@ def test_rows_return_when_bags_repeat_rows_then_each_row_travels_once_to_each_se
     assert stage(cost, "backward between") == pytest.approx(48 * 32 * 4 / 2 * BETWEEN)
 
 
+def test_rows_return_when_ids_are_skewed_then_the_room_for_them_travels_all_the_same():
+    # 48 ids of one sender, a quarter of them for each owner.
+    skewed = cost_of(row_wise(TABLE, returns="rows"), coverage=((1, 0.9), (1000, 1.0)))
+    assert stage(skewed, "forward between") == pytest.approx(48 * 32 * 4 / 2 * BETWEEN)
+
+
+def test_data_parallel_when_stored_then_memory_has_the_gradients_of_all_devices_twice():
+    vectors = cost_of(data_parallel(TABLE)).storage.vectors
+    frozen = cost_of(data_parallel(TABLE), dataclasses.replace(TABLE, frozen=True)).storage.vectors
+    assert vectors - frozen == 2 * BATCH * 32 * 4
+
+
 CODED = dataclasses.replace(SETTINGS, forward_codec="float16", backward_codec="int8")
 # A scale of two bytes beside 32 numbers.
 FORWARD, BACKWARD, FLOATS = 2 * 32 + 2, 32 + 2, 32 * 4

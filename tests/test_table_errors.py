@@ -61,6 +61,11 @@ def assert_refused(message: str, call, *arguments, **options) -> None:
             "table 'u' ends at row 2147483663 of width 8 in the store 'float32.rowwise_adagrad' of one device, and 32 "
             "bits name 2147483647: spread its rows over more devices, or use larger dims or fewer rows",
         ),
+        (
+            {"num_rows": 2**31 - 65, "name": "u", "dim": 16},
+            "the row-wise state of table 'u' ends at number 2147483711 in the store 'float32.rowwise_adagrad' of one "
+            "device, and 32 bits name 2147483647: spread its rows over more devices, or use an optimizer without",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_then_refused(changes: dict, message: str) -> None:
