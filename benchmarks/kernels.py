@@ -282,8 +282,8 @@ def main(
 
     Args:
         table_gb: Size of the table; far more than the last-level cache, on an H200 8 at least.
-        num_ids: Ids of a call; 2**20 on hosts unless given, elsewhere 2**22: what it takes to start a call and to hear of
-            its end should be little beside it.
+        num_ids: Ids of a call; unless given 2**20 on hosts, elsewhere 2**22, since it takes time to start a call and to
+            hear of its end.
         repetitions: Timed runs of each side, in turns.
         warm_s: Seconds of each side before, on hosts: a table moves to pages of 2 MB there while it is first used.
         torch: Whether to run torch's EmbeddingBag too.
