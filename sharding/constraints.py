@@ -75,12 +75,19 @@ def allowed_of(
         for name in constraint.tables:
             if name not in allowed:
                 raise InputError(f"a constraint names table {name!r}, which does not exist: {list(allowed)[:20]}")
+        if not constraint.tables:
+            raise InputError("a constraint names no table: name those that it is for, or leave it out")
         for kind in (*(constraint.kinds or ()), *constraint.forbidden):
             if kind not in get_args(PlacementKind):
                 raise InputError(
                     f"a constraint on table {constraint.tables[0]!r} names kind {kind!r}; the kinds are "
                     f"{', '.join(get_args(PlacementKind))}"
                 )
+        if constraint.returns not in (None, *get_args(Returns)):
+            raise InputError(
+                f"a constraint on table {constraint.tables[0]!r} names returns {constraint.returns!r}; they are "
+                f"{', '.join(get_args(Returns))}, or None for both"
+            )
         for word, owners, limit in (
             ("devices", constraint.devices, topology.nodes * topology.chips),
             ("nodes", constraint.nodes, topology.nodes),

@@ -1,7 +1,8 @@
 """Layout: a plan compiled to static numbers: which row of which table lies on which line of which device's store.
 
 Nothing else in the code knows where a row lies. A line is 512 bytes. A store holds the tables of one storage dtype and
-one update rule; every device has as many lines of it as the fullest device needs, since all run the same program.
+one update rule, but for those of dims that would pad it too far, which have stores of their own; every device has as
+many lines of it as the fullest device needs, since all run the same program.
 Narrow rows are packed several to a line, wide rows take several lines; a shard starts on a line, on the same one on
 every device that holds a part of it.
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lookup import LINE_BYTES
-from pallas_kernels.row_optimizers import ROW_OPTIMIZERS
+from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK
 from sharding.errors import InputError
 from sharding.groups import FAMILIES, Family, Group, Lookup, Shard, stored_width
 from sharding.plan import Placement, ShardingPlan
@@ -31,6 +32,8 @@ FROZEN = "frozen"
 LOW_HALVES = "low_halves"
 # Rows are named by int32, and the largest one means "no row".
 MAX_STORE_ROWS = 2**31 - 1
+# A store's elements are a multiple of all its widths: of at most this many, 16 MiB of float32.
+_MAX_MULTIPLE = 2**22
 
 
 class StateArray(NamedTuple):
@@ -45,7 +48,8 @@ class StoreLayout:
     """One line store.
 
     Attributes:
-        name: Storage dtype, update rule and rounding, such as "float32.rowwise_adagrad" or "bfloat16.adam.stochastic".
+        name: Storage dtype, update rule and rounding, such as "float32.rowwise_adagrad" or "bfloat16.adam.stochastic";
+            then, where these have several stores, the least dim of each but the first: "float32.adam.dim_1664".
         dtype: Storage dtype.
         num_devices: Devices that have a part of it.
         lines_per_device: Lines of weights of each device.
@@ -122,7 +126,7 @@ class Layout:
 
 
 def store_name(table: TableSpec) -> str:
-    """Name of the store that a table lies in."""
+    """Name of the store that a table lies in or, where several are alike, of the first of them."""
     rule = FROZEN if table.frozen else table.optimizer
     exact = table.frozen or table.rounding == "nearest" or table.dtype == "float32"
     return f"{table.dtype}.{rule}" + ("" if exact else f".{table.rounding}")
@@ -152,6 +156,29 @@ def canonical_order(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]
     return tuple(sorted(features, key=key))
 
 
+@cache
+def _multiple_of_widths(dim: int) -> int:
+    """What elements of a store must be a multiple of, for every width that a plan can cut the columns to."""
+    cuts = (dim // count for count in range(2, dim // STATISTICS_BLOCK + 1) if dim % (count * STATISTICS_BLOCK) == 0)
+    return math.lcm(2 * LINE_SCALARS, *map(stored_width, (dim, *cuts)))
+
+
+def _by_store(tables: Sequence[TableSpec]) -> dict[str, list[TableSpec]]:
+    """The tables of each store. No plan changes that: checkpoints are restored store by store."""
+    multiples: dict[str, dict[str, int]] = {}
+    names = {}
+    for kind, dim in sorted({(store_name(table), table.dim) for table in tables}):
+        of_kind, own = multiples.setdefault(kind, {}), _multiple_of_widths(dim)
+        fitting = (name for name, multiple in of_kind.items() if math.lcm(multiple, own) <= _MAX_MULTIPLE)
+        name = next(fitting, f"{kind}.dim_{dim}" if of_kind else kind)
+        of_kind[name] = math.lcm(of_kind.get(name, 1), own)
+        names[kind, dim] = name
+    by_store: dict[str, list[TableSpec]] = {}
+    for table in tables:
+        by_store.setdefault(names[store_name(table), table.dim], []).append(table)
+    return by_store
+
+
 def make_layout(tables: Sequence[TableSpec], features: Sequence[FeatureSpec], plan: ShardingPlan) -> Layout:
     """Lays tables out in line stores.
 
@@ -167,9 +194,7 @@ def make_layout(tables: Sequence[TableSpec], features: Sequence[FeatureSpec], pl
         InputError: A device's part of a store has more rows than 32 bits can name.
     """
     placements = {placement.table: placement for placement in plan.placements}
-    by_store: dict[str, list[TableSpec]] = {}
-    for table in tables:
-        by_store.setdefault(store_name(table), []).append(table)
+    by_store = _by_store(tables)
     stores = tuple(_store_layout(name, by_store[name], placements, plan) for name in sorted(by_store))
     groups = []
     in_order = canonical_order(tables, features)

@@ -101,6 +101,11 @@ def make_plan(
             obeyed, or there is no such partitioner.
     """
     check_specs(tables, features)
+    if batch_size < 1 or batch_size % topology.num_devices:
+        raise InputError(
+            f"batch_size is {batch_size}, but the {topology.num_devices} devices need as many samples each, at least "
+            f"one: use {max(1, round(batch_size / topology.num_devices)) * topology.num_devices}"
+        )
     if partitioner != "best" and partitioner not in PARTITIONERS:
         raise InputError(f"partitioner {partitioner!r} does not exist; use best, {' or '.join(PARTITIONERS)}")
     step = Step(
@@ -110,10 +115,14 @@ def make_plan(
         dense=dense or DenseLoad(),
         settings=settings or CostSettings(),
     )
-    limit = int(topology.hbm_bytes * _USABLE_MEMORY) if memory_limit is None else memory_limit
+    limit = _usable(topology) if memory_limit is None else memory_limit
     names = tuple(PARTITIONERS) if partitioner == "best" else (partitioner,)
     search = _Search(tables=tables, features=features, step=step, constraints=constraints, limit=limit, names=names)
     return search.one_device() if topology.num_devices == 1 else search.run()
+
+
+def _usable(topology: Topology) -> int:
+    return int(topology.hbm_bytes * _USABLE_MEMORY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,52 +158,59 @@ class _Search:
         return shortage_error(self.tables, self.features, self.step, self.constraints, self.limit, buffers)
 
     def run(self) -> PlanResult:
+        """The plan.
+
+        Buffers are known only once there is a plan, and one that leaves stores less memory may need larger ones, such
+        as where it no longer replicates tables. So where nothing made for the limit fits, there is still what is made
+        for all memory of the machine.
+        """
+        found, buffers = self.search()
+        everything = _usable(self.step.topology)
+        if found is None and buffers and everything > self.limit:
+            found, _ = dataclasses.replace(self, limit=everything).search()
+        if found is None or found.cost.storage.total > self.limit:
+            raise self.shortage(buffers)
+        return dataclasses.replace(found, memory_limit=self.limit)
+
+    def search(self) -> tuple[PlanResult | None, int]:
+        """A plan that fits, if one is found, and bytes of the buffers of the last that was made."""
         memory = float(self.limit - self.step.dense.memory_bytes)
         buffers = 0
         choices = make_choices(self.tables, self.features, self.step, self.constraints, max(memory, 0.0))
         relaxed = self.relaxed(choices, memory)
         if relaxed is None:
-            raise self.shortage(buffers)
+            return None, buffers
         # Of the relaxation that leaves the stores all memory: others have fewer candidates.
         lower_bound = relaxed.seconds + at_stages(self.step) + self.step.latency_seconds([])
+        spare: PlanResult | None = None
         for attempt in range(_ATTEMPTS):
-            # Buffers are known only once there is a plan. At first they get a share that is enough for most.
+            # At first buffers get a share that is enough for most.
             room = memory * (1.0 - _BUFFERS) if attempt == 0 else memory
             starts = self.starts(choices, relaxed, room) if relaxed else []
             if starts:
-                partitioned = tuple(
-                    (name, min(start.cost for start, by in starts if by == name))
-                    for name in self.names
-                    if any(by == name for _, by in starts)
-                )
                 if attempt == 0:
                     # Not worth a search if it does not fit.
                     first = min((start for start, _ in starts), key=lambda start: start.cost)
-                    storage = self.cost(first.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
+                    storage = self.cost(self.plan_of(first)).storage
                     if storage.total > self.limit:
                         memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
                         buffers = storage.buffers
                         choices = choices.within(max(memory, 0.0))
                         relaxed = self.relaxed(choices, memory, quick=True) if memory > 0 else None
                         continue
+                partitioned = self.partitioned(starts)
                 best, name = self.best_start(choices, starts, room)
-                storage = self.cost(best.to_plan(self.step.topology.nodes, self.step.topology.chips)).storage
+                begun = self.result(best, name, partitioned, lower_bound)
+                storage = begun.cost.storage
                 buffers = storage.buffers
                 if storage.total <= self.limit:
                     best.memory = min(room, float(self.limit - storage.dense - buffers))
                     improve(best, _SEARCH_ROUNDS)
-                    plan = best.to_plan(self.step.topology.nodes, self.step.topology.chips)
-                    cost = self.cost(plan)
-                    if cost.storage.total <= self.limit:
-                        return PlanResult(
-                            plan=plan,
-                            cost=cost,
-                            lower_bound=lower_bound,
-                            partitioner=name,
-                            partitioned=partitioned,
-                            memory_limit=self.limit,
-                        )
-                    storage = cost.storage
+                    improved = self.result(best, name, partitioned, lower_bound)
+                    if improved.cost.storage.total <= self.limit:
+                        return improved, improved.cost.storage.buffers
+                    storage = improved.cost.storage
+                    spare = min(begun, spare or begun, key=lambda result: result.cost.total_seconds)
                 # Stores are rounded up to whole lines and buffers change with the plan: a little less than is left.
                 memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
             elif attempt > 0:
@@ -205,7 +221,30 @@ class _Search:
             if starts or attempt > 0:
                 choices = choices.within(memory)
                 relaxed = self.relaxed(choices, memory, quick=True)
-        raise self.shortage(buffers)
+        return spare, buffers
+
+    def plan_of(self, assignment: Assignment) -> ShardingPlan:
+        return assignment.to_plan(self.step.topology.nodes, self.step.topology.chips)
+
+    def partitioned(self, starts: list[tuple[Assignment, str]]) -> tuple[tuple[str, float], ...]:
+        """The cheapest of each partitioner."""
+        found: dict[str, float] = {}
+        for start, name in starts:
+            found[name] = min(start.cost, found.get(name, start.cost))
+        return tuple((name, found[name]) for name in self.names if name in found)
+
+    def result(
+        self, assignment: Assignment, name: str, partitioned: tuple[tuple[str, float], ...], lower_bound: float
+    ) -> PlanResult:
+        plan = self.plan_of(assignment)
+        return PlanResult(
+            plan=plan,
+            cost=self.cost(plan),
+            lower_bound=lower_bound,
+            partitioner=name,
+            partitioned=partitioned,
+            memory_limit=self.limit,
+        )
 
     def relaxed(self, choices: Choices, memory: float, *, quick: bool = False) -> Relaxed | None:
         if not all(choices.of_table):

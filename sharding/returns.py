@@ -75,7 +75,11 @@ def bring_home_row_wise(owned: Owned, nodes: int, codec: Codec) -> list[Float[Ar
     if codec != "float32":
         return _added_over(_added_over_chips(owned, nodes, codec), NODE, codec)
     joined, shapes = _join(owned)
-    return _split(jax.lax.psum_scatter(_of_own_node(joined, nodes), NODE, scatter_dimension=0).reshape(-1), shapes)
+    sums = _of_own_node(joined, nodes)
+    # XLA has no reduce-scatter of nothing: of no samples.
+    if sums.size:
+        sums = jax.lax.psum_scatter(sums, NODE, scatter_dimension=0)
+    return _split(sums.reshape(-1), shapes)
 
 
 def send_back_row_wise(gradients: Home, codec: Codec) -> list[Float[Array, "W b P w"]]:
@@ -115,7 +119,7 @@ def send_everywhere(gradients: Home, codec: Codec) -> list[Float[Array, "W b X w
 
 def _added_over_chips(owned: Owned, nodes: int, codec: Codec) -> list[Float[Array, "N b P w"]]:
     """For each node, what its device with this one's number among its chips gets of the node's sums."""
-    parts = [vectors.reshape(nodes, -1, *vectors.shape[1:]).swapaxes(0, 1) for vectors in owned]
+    parts = [vectors.reshape(nodes, vectors.shape[0] // nodes, *vectors.shape[1:]).swapaxes(0, 1) for vectors in owned]
     return _added_over(parts, CHIP, codec)
 
 
@@ -135,7 +139,7 @@ def _of_own_node(joined: Float[Array, "W x"], nodes: int) -> Float[Array, "N row
     """
     lanes = math.gcd(_LANES, joined.shape[1])
     by_node = joined.reshape(nodes, -1, lanes)
-    return jax.lax.psum_scatter(by_node, CHIP, scatter_dimension=1, tiled=True)
+    return jax.lax.psum_scatter(by_node, CHIP, scatter_dimension=1, tiled=True) if by_node.size else by_node
 
 
 def _join(owned: Owned) -> tuple[Float[Array, "W x"], list[tuple[int, ...]]]:
@@ -149,6 +153,7 @@ def _split(joined: Float[Array, " x"], shapes: Sequence[tuple[int, ...]]) -> lis
 
 
 def _split_owned(joined: Float[Array, "... x"], shapes: Sequence[tuple[int, ...]]) -> list[Float[Array, "S b P w"]]:
-    flat = joined.reshape(-1, joined.shape[-1])
+    sources = math.prod(joined.shape[:-1])
+    flat = joined.reshape(sources, joined.shape[-1])
     ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1].tolist()
-    return [part.reshape(-1, *shape) for part, shape in zip(jnp.split(flat, ends, axis=1), shapes, strict=True)]
+    return [part.reshape(sources, *shape) for part, shape in zip(jnp.split(flat, ends, axis=1), shapes, strict=True)]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import FEATURES, PLANS, TABLES, Samples, plan_of, samples_of
 
-from sharding import Embeddings, ShardedTables, TableState, make_mesh
+from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
+from sharding.plan import Placement, ShardingPlan, row_wise, table_row_wise
 
 MESHES = ((1, 8), (2, 4), (4, 2))
 UPDATES = 3
@@ -122,3 +123,37 @@ def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel
     ]
     in_parts = tables.update(tables.init(), routed, sent, step=1)
     jax.tree.map(np.testing.assert_array_equal, in_parts, once)
+
+
+USER = TableSpec(name="user", num_rows=50, dim=32)
+
+
+@pytest.mark.parametrize("capacity", [0, 4])
+@pytest.mark.parametrize(
+    ("nodes", "placement"),
+    [
+        (1, row_wise(USER, returns="partial_sums")),
+        (2, row_wise(USER, returns="partial_sums")),
+        (1, table_row_wise(USER, 0, returns="partial_sums")),
+        (2, table_row_wise(USER, 1, returns="partial_sums")),
+    ],
+)
+def test_a_batch_of_no_samples_then_no_vectors_and_every_row_stays(
+    nodes: int, placement: Placement, capacity: int
+) -> None:
+    features = [
+        FeatureSpec(name="user_id", table="user"),
+        FeatureSpec(name="history", table="user", pooling="none", max_ids=3),
+    ]
+    plan = ShardingPlan(nodes=nodes, chips=2, placements=(placement,))
+    tables = ShardedTables([USER], features, plan=plan, mesh=make_mesh(nodes, 2))
+    no_samples = np.zeros((2, 0), np.int32)
+    ids = KeyedJagged(values=np.zeros(capacity, np.int32), lengths=no_samples, features=("user_id", "history"))
+    state = tables.init()
+    before = tables.read_rows(state, "user", range(50))
+    routed = tables.route(tables.to_devices(ids))
+    embeddings = tables.lookup(state, routed)
+    assert embeddings["user_id"].shape == (0, 32)
+    assert embeddings["history"].shape == (0, 3, 32)
+    after = tables.update(state, routed, embeddings, step=1)
+    np.testing.assert_array_equal(tables.read_rows(after, "user", range(50)), before)

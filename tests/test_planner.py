@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.planner import SAMPLES_PER_DEVICE, random_instance
-from sharding import lower_bound
+from sharding import lower_bound, planner
 from sharding.assignment import Assignment
 from sharding.candidates import Choices, make_choices
 from sharding.constraints import Constraint
@@ -117,6 +117,41 @@ def test_plan_when_memory_is_short_then_it_fits_or_an_error_says_how_much_is_mis
     assert total <= limit
     assert "ways out" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("share", [1.0, 1.25])
+def test_plan_when_memory_is_what_one_takes_or_more_then_one_is_found(seed: int, share: float):
+    tables, features, loads = skewed_model(6, seed)
+    machine = parse_topology("a100-80:1x8")
+    roomy = make_plan(tables, features, machine, batch_size=65536, loads=loads)
+    limit = int(share * roomy.cost.storage.total)
+    result = make_plan(tables, features, machine, batch_size=65536, loads=loads, memory_limit=limit)
+    assert result.memory_limit == limit
+    assert result.cost.storage.total <= limit
+    assert 0 < result.lower_bound <= result.cost.total_seconds * (1 + 1e-9)
+
+
+def test_plan_when_the_search_outgrows_memory_then_the_one_that_it_began_from(monkeypatch):
+    def search(assignment: Assignment, rounds: int, **others: bool) -> None:
+        if rounds == planner._SEARCH_ROUNDS:
+            for table, candidates in enumerate(assignment.choices.of_table):
+                assignment.remove(table)
+                assignment.place(candidates[0], (0,))
+
+    tables, features, loads = model_of([TableSpec(name="t", num_rows=100_000, dim=64)] * 8, [1.0] * 8)
+    monkeypatch.setattr(planner, "improve", search)
+    everything = sum(table.num_rows * table.dim * 4 for table in tables)
+    result = make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, memory_limit=everything)
+    assert result.cost.storage.total <= everything
+    assert result.plan.placement("t0") != result.plan.placement("t1")
+
+
+@pytest.mark.parametrize(("batch_size", "possible"), [(-5, 8), (0, 8), (1023, 1024)])
+def test_batch_when_the_devices_do_not_divide_it_then_an_error_says_which_they_do(batch_size: int, possible: int):
+    tables, features, _ = skewed_model(2, 0)
+    with pytest.raises(InputError, match=f"batch_size is {batch_size}, .* 8 devices .* use {possible}$"):
+        make_plan(tables, features, MACHINE, batch_size=batch_size)
 
 
 def every_assignment(choices: Choices, step: Step) -> Iterator[Assignment]:
@@ -245,6 +280,8 @@ def test_tables_when_kept_together_then_they_share_a_device():
         (Constraint(tables=("t0",), devices=(1, 1)), "name each of them once"),
         (Constraint(tables=("t0",), kinds=()), "leave no placement"),
         (Constraint(tables=("t0",), forbidden=("nowhere",)), "names kind 'nowhere'"),  # pyright: ignore  a bad kind
+        (Constraint(tables=("t0",), returns="row"), "names returns 'row'; they are partial_sums, rows"),  # pyright: ignore
+        (Constraint(tables=(), kinds=("foo",)), "names no table"),  # pyright: ignore  a bad kind
     ],
 )
 def test_constraint_when_impossible_then_an_error_says_why(constraint: Constraint, message: str):
