@@ -129,7 +129,8 @@ def encode(vectors: Float[Array, "*vectors w"], codec: Codec) -> Shaped[Array, "
     else:
         codes = jnp.where(finite, scaled, jnp.nan).astype(format.dtype)
     scale = _as_words((scale_bits >> _LOW_BITS).astype(jnp.uint16), format)
-    return jnp.concatenate([_as_words(codes, format), scale.reshape(*scale.shape[: vectors.ndim - 1], -1)], axis=-1)
+    scale = scale.reshape(*vectors.shape[:-1], format.scale_words)
+    return jnp.concatenate([_as_words(codes, format), scale], axis=-1)
 
 
 def decode(codes: Shaped[Array, "*vectors k"], codec: Codec) -> Float[Array, "*vectors w"]:

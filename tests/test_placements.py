@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from placement_cases import FEATURES, PLANS, TABLES, Samples, plan_of, samples_of
 
 from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
+from sharding.codec import Codec
 from sharding.plan import Placement, ShardingPlan, row_wise, table_row_wise
 
 MESHES = ((1, 8), (2, 4), (4, 2))
@@ -128,7 +129,7 @@ def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel
 USER = TableSpec(name="user", num_rows=50, dim=32)
 
 
-@pytest.mark.parametrize("capacity", [0, 4])
+@pytest.mark.parametrize(("capacity", "codec"), [(0, "float32"), (4, "float32"), (4, "int8"), (4, "float16")])
 @pytest.mark.parametrize(
     ("nodes", "placement"),
     [
@@ -139,14 +140,16 @@ USER = TableSpec(name="user", num_rows=50, dim=32)
     ],
 )
 def test_a_batch_of_no_samples_then_no_vectors_and_every_row_stays(
-    nodes: int, placement: Placement, capacity: int
+    nodes: int, placement: Placement, capacity: int, codec: Codec
 ) -> None:
     features = [
         FeatureSpec(name="user_id", table="user"),
         FeatureSpec(name="history", table="user", pooling="none", max_ids=3),
     ]
     plan = ShardingPlan(nodes=nodes, chips=2, placements=(placement,))
-    tables = ShardedTables([USER], features, plan=plan, mesh=make_mesh(nodes, 2))
+    tables = ShardedTables(
+        [USER], features, plan=plan, mesh=make_mesh(nodes, 2), forward_codec=codec, backward_codec=codec
+    )
     no_samples = np.zeros((2, 0), np.int32)
     ids = KeyedJagged(values=np.zeros(capacity, np.int32), lengths=no_samples, features=("user_id", "history"))
     state = tables.init()
