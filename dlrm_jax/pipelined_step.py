@@ -2,7 +2,8 @@
 
 Routing depends on ids alone, never on a parameter, so its three parts may run wherever the step has room for them: ids
 are addressed while vectors travel home, delivered beside the dense part, and put in order while gradients travel back.
-Parameters are those of `train_step`, bit for bit.
+On hosts, where nothing runs beside anything, they are routed at once, before anything else. Parameters are those of
+`train_step`, bit for bit.
 
 The stale step also looks batch i+1 up before the update of batch i. Its results differ: each batch trains on
 embeddings that lack the last update (`TrainState.stale`).
@@ -26,7 +27,7 @@ from dlrm_jax.train_step import StepReport, jit_step, learn
 from sharding import Embeddings, KeyedJagged
 from sharding.capacities import Capacities
 from sharding.in_order import in_order
-from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
+from sharding.mesh import BY_DEVICE, REPLICATED, is_of_hosts, sharding_on
 from sharding.route import Routed
 
 
@@ -58,7 +59,9 @@ class Prologue(Protocol):
         ...
 
 
-def make_pipelined_step(recommender: Recommender, optimizer: optax.GradientTransformation) -> Any:
+def make_pipelined_step(
+    recommender: Recommender, optimizer: optax.GradientTransformation, *, in_parts: bool | None = None
+) -> Any:
     """Compiles the pipelined step for a model; state and metrics are donated.
 
     The routed ids are not: those that come in are needed until the update, when those that go out have long been made,
@@ -67,14 +70,18 @@ def make_pipelined_step(recommender: Recommender, optimizer: optax.GradientTrans
     Args:
         recommender: The model; its config says whether the step is stale.
         optimizer: Optimizer of its dense part.
+        in_parts: Whether ids are routed in three parts, each beside what it can hide behind; else all at once, before
+            anything else. None: in parts, but not on hosts, where nothing runs beside anything.
 
     Returns:
         A `PipelinedStep`, under `jax.jit`.
     """
+    if in_parts is None:
+        in_parts = not is_of_hosts(recommender.tables.mesh)
     abstract = abstract_train_state(recommender, optimizer)
     by_device, replicated = (sharding_on(recommender.tables.mesh, spec) for spec in (BY_DEVICE, REPLICATED))
     shardings = (shardings_of(abstract), by_device, replicated, routed_shardings(recommender))
-    step = partial(pipelined_step, recommender=recommender, optimizer=optimizer)
+    step = partial(pipelined_step, recommender=recommender, optimizer=optimizer, in_parts=in_parts)
     return jit_step(step, recommender, shardings)
 
 
@@ -89,6 +96,7 @@ def pipelined_step(
     capacities: Capacities | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
+    in_parts: bool = True,
 ) -> tuple[TrainState, BinnedMetrics, StepReport, Routed]:
     """Trains on one batch, and routes the next.
 
@@ -102,21 +110,27 @@ def pipelined_step(
         capacities: Room for the next batch's ids (static).
         recommender: The model; its config says whether the step is stale.
         optimizer: Optimizer of its dense part.
+        in_parts: As in `make_pipelined_step`.
 
     Returns:
         State, metrics and report as of `train_step`, and the next batch's ids, routed. What was found in routing those
         is the next step's fault; of a stale step, want of room for them is this one's.
     """
     tables = recommender.tables
-    source = state.stale
+    source, addressed, ahead = state.stale, None, None
+    if not in_parts:
+        with jax.named_scope("route_ahead"):
+            ahead = tables.route(next_ids, capacities)
+        routed, ahead = jax.lax.optimization_barrier((routed, ahead))
     if source is None:
         with jax.named_scope("lookup"):
             source = tables.pool(state.tables, routed)
-        if tables.num_devices > 1:
+        if in_parts and tables.num_devices > 1:
             # While the first vectors travel there is nothing else to do yet.
             next_ids, source = in_order((next_ids, source), tables.mesh)
-    with jax.named_scope("route_ahead"):
-        addressed = tables.address(next_ids, capacities)
+    if in_parts:
+        with jax.named_scope("route_ahead"):
+            addressed = tables.address(next_ids, capacities)
     new_state, metrics, report, next_routed = learn(
         state,
         metrics,
@@ -124,6 +138,7 @@ def pipelined_step(
         routed,
         source,
         addressed=addressed,
+        ahead=ahead,
         stop=stop,
         recommender=recommender,
         optimizer=optimizer,

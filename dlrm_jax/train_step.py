@@ -191,6 +191,7 @@ def learn(
     source: Pooled | Embeddings,
     *,
     addressed: Addressed | None = None,
+    ahead: Routed | None = None,
     stop: Bool[Array, " W"] | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
@@ -204,6 +205,7 @@ def learn(
         routed: Its ids, routed.
         source: Its vectors, as `dense_gradients` takes them.
         addressed: Ids of the next batch, addressed.
+        ahead: The same, routed, where that is done already.
         stop: As in `train_step`.
         recommender: The model.
         optimizer: Optimizer of its dense part.
@@ -224,7 +226,7 @@ def learn(
             recommender=recommender,
         )
 
-    ahead, stale = None, state.stale
+    stale = state.stale
     if found.delivered is not None:
         with jax.named_scope("route_ahead"):
             ahead = tables.accept(found.delivered)

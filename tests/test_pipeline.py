@@ -13,11 +13,13 @@ import processes
 import pytest
 import tiny
 
+import dlrm_jax.pipeline
 from dlrm_jax.config import EmbeddingConfig, ExchangeConfig, TableConfig
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.card import SparseColumn
 from dlrm_jax.metrics import BinnedMetrics
 from dlrm_jax.pipeline import Pipeline
+from dlrm_jax.pipelined_step import make_pipelined_step
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.report import read_log
@@ -51,6 +53,12 @@ def lenient_promotion():
     # optax's Adam raises a float to an integer power, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch: pytest.MonkeyPatch):
+    """Routes as accelerators do: hosts, which all other tests train on, do it at once."""
+    monkeypatch.setattr(dlrm_jax.pipeline, "make_pipelined_step", partial(make_pipelined_step, in_parts=True))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +156,12 @@ def batches_of(recommender: Recommender) -> list[Batch]:
     return [random_batch(recommender, seed) for seed in range(4)]
 
 
-def test_steps_on_eight_devices_when_routed_ahead_then_the_bits_of_plain_steps_from_one_program(plain_steps):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_steps_on_eight_devices_when_routed_ahead_then_the_bits_of_plain_steps_from_one_program(
+    plain_steps, monkeypatch, at_once
+):
+    if at_once:
+        monkeypatch.setattr(dlrm_jax.pipeline, "make_pipelined_step", make_pipelined_step)
     routed_ahead = mixed_recommender("route")
     steps, metrics, pipeline = train(routed_ahead, batches_of(routed_ahead))
     expected, expected_metrics, _ = plain_steps
