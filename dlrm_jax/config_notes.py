@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, TableConfig, TrainConfig
 from dlrm_jax.model import ModelConfig
+from dlrm_jax.schedules import decayed_to_nothing
 
 _MOMENTS = {"beta1", "beta2"}
 # Settings that a rule does not read.
@@ -48,6 +49,26 @@ def without_effect(config: Config) -> Iterator[str]:
         yield from _unread(where, table, "optimizer", _UNREAD_ROWS)
         if table.rounding == "stochastic" and table.dtype == "float32":
             yield f"{where}.rounding stochastic has no effect: float32 tables are not rounded"
+
+
+def steps_in_vain(config: Config, *, step: int, last_step: int) -> Iterator[str]:
+    """Says what is asked of steps that are done already, or that learn nothing.
+
+    Args:
+        config: The experiment.
+        step: Step that the run is at.
+        last_step: The last that is asked for.
+
+    Yields:
+        Lines that say what, and why.
+    """
+    if step > last_step:
+        yield f"the run is at step {step:,}, beyond the last that is asked for, {last_step:,}"
+    if config.train.profile is not None and step >= last_step:
+        yield "train.profile has no effect: no step is left to trace"
+    decayed = decayed_to_nothing(config.schedule)
+    if decayed is not None and decayed < last_step:
+        yield f"learning rates have decayed to nothing at step {decayed:,} of {last_step:,}: see schedule.decay_steps"
 
 
 def _unread(where: str, settings: Settings, choice: str, unread: Mapping[str, set[str]]) -> Iterator[str]:

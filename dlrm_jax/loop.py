@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dlrm_jax.checkpoint import Checkpointer, Progress
 from dlrm_jax.config import Config
-from dlrm_jax.config_notes import without_effect
+from dlrm_jax.config_notes import steps_in_vain, without_effect
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.data.folder_lock import exclusive
 from dlrm_jax.distributed import check_same, check_shared, code_version, gather, num_processes, process_id, together
@@ -158,8 +158,8 @@ class _Run:
         ended: Ended = "all steps"
         writes = process_id() == 0
         profiled = self._settings.profile if writes else None
-        if self._settings.profile is not None and step >= self._last_step:
-            self._console.print("note: train.profile has no effect: no step is left to trace", highlight=False)
+        for line in steps_in_vain(self._recommender.config, step=step, last_step=self._last_step):
+            self._console.print(f"note: {line}", highlight=False, soft_wrap=True)
         log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step, writes=writes)
         with log, StopSignal(self._recommender.tables.mesh) as stop:
             self._log = log

@@ -8,6 +8,9 @@ from jaxtyping import Array, ArrayLike, Float
 
 from sharding.errors import InputError
 
+# Of the base learning rates.
+_NOTHING = 1e-3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -40,6 +43,16 @@ class ScheduleConfig:
                 "schedule.decay_start_step or schedule.min_multiplier is set, but decay_steps is 0: "
                 "set decay_steps, or leave them out"
             )
+
+
+def decayed_to_nothing(config: ScheduleConfig) -> int | None:
+    """The step from which on learning rates are less than a thousandth of their base; None if they always are more.
+
+    Args:
+        config: The schedule.
+    """
+    last = max(config.decay_steps**-2, config.min_multiplier) if config.decay_steps else 1.0
+    return config.decay_start_step + config.decay_steps if last < _NOTHING else None
 
 
 def make_schedule(config: ScheduleConfig) -> optax.Schedule:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from dlrm_jax.save_errors import SaveError
+
 # Steps of a run before the traced ones: they compile.
 _STEPS_BEFORE = 3
 
@@ -35,9 +37,10 @@ class StepTrace:
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Writes what has been traced."""
-        self._stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Writes what has been traced; that this fails is no news where something else has failed."""
+        with contextlib.suppress(*([] if kind is None else [SaveError])):
+            self._stop()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -73,4 +76,8 @@ class StepTrace:
     def _stop(self) -> None:
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, jax.errors.JaxRuntimeError) as error:
+                reason = str(error).splitlines()[0][:200]
+                raise SaveError(f"{self._folder}: the trace cannot be written ({reason}); make room there") from error

@@ -23,6 +23,8 @@ from sharding.errors import InputError
 from sharding.whole_file import write_whole
 
 _CONFIG_FILE = "config.json"
+# Orbax takes brackets for a pattern, tensorstore a backslash for a slash.
+_UNWRITABLE = "[]\\"
 # What a run may leave that was killed before it had a config.
 _BEGINNINGS = (_CONFIG_FILE + ".partial", LOCK_FILE)
 
@@ -61,6 +63,12 @@ class Workdir:
             InputError: The folder belongs to another experiment or dataset, is no run's, or cannot be written.
         """
         path = self.path / _CONFIG_FILE
+        odd = [character for character in _UNWRITABLE if character in str(self.path.resolve())]
+        if odd:
+            raise InputError(
+                f"{self.path.resolve()}: checkpoints below a folder with {odd[0]!r} in its name cannot be read back; "
+                "choose another --workdir"
+            )
         if path.is_file():
             if self.checkpoint_steps():
                 self._compare(path, config, card, row_groups)

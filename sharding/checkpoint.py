@@ -55,6 +55,8 @@ def save_tables(tables: ShardedTables, state: TableState, directory: str | os.Pa
     _wait_for_others("save_tables: looked")
     if exists:
         raise FileExistsError(f"{folder} exists")
+    if "\\" in str(folder):
+        raise InputError(f"{folder}: tensorstore takes a backslash for a slash; give a folder without")
     arrays = jax.tree.leaves(line_arrays(tables.layout))
     if first_process:
         folder.mkdir(parents=True)
@@ -161,7 +163,12 @@ def _read_logical(
 def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, " n"]:
     if isinstance(rows, slice):
         return np.arange(*rows.indices(num_rows), dtype=np.int64)
-    wanted = np.asarray(rows, np.int64)
+    wanted = np.asarray(rows)
+    if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and wanted.size):
+        raise InputError(
+            f"rows of {where} are given as {wanted.dtype} of shape {wanted.shape}; give a slice or a list of numbers"
+        )
+    wanted = wanted.astype(np.int64)
     odd = wanted[(wanted < 0) | (wanted >= num_rows)]
     if odd.size:
         raise InputError(f"{where} has no row {odd[0]}; its rows are 0 to {num_rows - 1}")

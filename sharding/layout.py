@@ -242,7 +242,8 @@ class _Cursors:
     """Where each device's next shard, slot or vector goes; one that several devices share begins at the same place."""
 
     def __init__(self, num_devices: int):
-        self._ends = np.zeros(num_devices, np.int64)
+        # Python's integers: no number of rows is too large for them.
+        self._ends = np.zeros(num_devices, object)
 
     def take(self, shard: Shard, size: int, alignment: int = 1) -> int:
         """Takes the next ``size`` places on all owners of a shard; returns the first."""

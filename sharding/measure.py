@@ -85,9 +85,30 @@ def measure(mesh: Mesh | None = None) -> Topology:
         figures |= {f"{where}_bandwidth": bandwidth, f"{where}_latency": latency}
     for name, dtype in (("float32_flops", jnp.float32), ("bfloat16_flops", jnp.bfloat16)):
         figures[name] = 2 * side**3 / _seconds(_product_local, mesh, (side, side), dtype)
-    agreed = dict(zip(figures, _agreed(list(figures.values())), strict=True))
+    return _of_figures(mesh, dict(zip(figures, _agreed(list(figures.values())), strict=True)))
+
+
+def memory_alone(mesh: Mesh) -> Topology:
+    """The topology of devices whose speed does not matter, such as where there is only one place for tables.
+
+    Args:
+        mesh: The devices, some of them of this process.
+
+    Returns:
+        The topology; all bandwidths and rates are 1.
+    """
+    figures = {"inside_latency": 0.0, "between_latency": 0.0}
+    for name in ("hbm_bandwidth", "inside_bandwidth", "between_bandwidth", "float32_flops", "bfloat16_flops"):
+        figures[name] = 1.0
+    return _of_figures(mesh, figures)
+
+
+def _of_figures(mesh: Mesh, figures: dict[str, float]) -> Topology:
+    """The topology of a mesh, with its real memory."""
+    nodes, chips = mesh.devices.shape
+    device = mesh.devices.flat[0]
     platform: Platform = device.platform
-    measured = Topology(
+    topology = Topology(
         name=f"{device.device_kind}:{nodes}x{chips}",
         platform=platform,
         device_kind=device.device_kind,
@@ -96,12 +117,12 @@ def measure(mesh: Mesh | None = None) -> Topology:
         hbm_bytes=0,
         host_memory_bytes=0,
         # On a CPU it is the same memory.
-        host_memory_bandwidth=agreed["hbm_bandwidth"] * chips if platform == "cpu" else 0.0,
+        host_memory_bandwidth=figures["hbm_bandwidth"] * chips if platform == "cpu" else 0.0,
         ssd_bytes=0,
         ssd_bandwidth=0.0,
-        **agreed,
+        **figures,
     )
-    return _with_real_memory(measured, mesh)
+    return _with_real_memory(topology, mesh)
 
 
 def device_memory_bytes(device: jax.Device, sharers: int = 1) -> int:

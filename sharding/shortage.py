@@ -101,7 +101,8 @@ def shortage_error(
     ]
     way(least_bytes(half_width, features, step, constraints) + beside, "dtype bfloat16 for float32 tables")
     total = stores * devices
-    if limit > beside:
+    # Devices that are made of one CPU share its memory.
+    if limit > beside and topology.platform != "cpu":
         more = math.ceil(total / (limit - beside) / topology.chips) * topology.chips
         if more > devices:
             ways.append((False, f"{more} devices instead of {devices} ({figure(total / more + beside)})"))

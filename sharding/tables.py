@@ -5,6 +5,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 from pallas_kernels.rounding import Rounding, draws_bits
@@ -167,6 +168,9 @@ def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) ->
 
 def _check_table(table: TableSpec) -> None:
     where = f"table {table.name!r}"
+    for field, number in (("num_rows", table.num_rows), ("dim", table.dim)):
+        if not isinstance(number, Integral):
+            raise InputError(f"{where}: {field} is {number!r}, but must be a whole number")
     if not 1 <= table.num_rows <= MAX_ROWS:
         raise InputError(f"{where} has {table.num_rows} rows; the limit is 1 to {MAX_ROWS}")
     if not 1 <= table.dim <= 8192:

@@ -17,6 +17,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from dlrm_jax import loop
+from dlrm_jax.config_notes import steps_in_vain
 from dlrm_jax.data.card import SparseColumn
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.loop import TrainingError
@@ -24,6 +25,8 @@ from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.predict import Predictor
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.report import read_log
+from dlrm_jax.save_errors import SaveError
+from dlrm_jax.schedules import ScheduleConfig
 from dlrm_jax.sources import card_of
 from dlrm_jax.trace import StepTrace
 from dlrm_jax.workdir import Workdir
@@ -108,6 +111,21 @@ def test_best_checkpoint_when_the_run_is_resumed_and_saves_more_then_it_is_still
     with pytest.raises(InputError, match=r"the best .* of step 2, whose checkpoint is gone; .* there are \[7\]$"):
         Predictor(config.workdir)
     assert Predictor(config.workdir, checkpoint="latest").step == 7
+
+
+def test_run_when_it_is_beyond_the_last_step_asked_for_then_training_says_so(data, tmp_path):
+    config = tiny.config(data, tmp_path / "run", max_steps=3, eval_split=None)
+    tiny.train_quietly(config)
+    printed = io.StringIO()
+    loop.train(tiny.with_train(config, max_steps=2), console=Console(file=printed, width=200))
+    assert "note: the run is at step 3, beyond the last that is asked for, 2" in printed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b"])
+def test_workdir_when_its_checkpoints_could_not_be_read_back_then_nothing_is_written(data, tmp_path, name):
+    with pytest.raises(InputError, match="in its name cannot be read back; choose another --workdir"):
+        tiny.train_quietly(tiny.config(data, tmp_path / name, max_steps=1))
+    assert not any(path.is_dir() and any(path.rglob("config.json")) for path in tmp_path.iterdir())
 
 
 def test_loss_when_it_is_not_finite_then_training_ends_naming_the_step_and_the_checkpoint_is_intact(data, tmp_path):
@@ -204,6 +222,40 @@ def test_trace_when_a_run_is_short_then_its_last_steps_are_traced(monkeypatch, t
                 seen += [number] * len(running)
             trace.finish(number, ())
     assert (seen, running) == (traced, [])
+
+
+def test_trace_when_it_cannot_be_written_then_one_line_says_so_unless_training_has_failed(monkeypatch, tmp_path):
+    def stop_trace():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb\nmore")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop_trace)
+
+    def trace(error: Exception | None):
+        with StepTrace(tmp_path, first_step=1, last_step=1, steps=1) as trace, trace.step(1):
+            if error is not None:
+                raise error
+
+    with pytest.raises(SaveError, match=r"the trace cannot be written \(RESOURCE_EXHAUSTED: vm.xplane.pb\); make room"):
+        trace(None)
+    with pytest.raises(TrainingError, match="diverged"):
+        trace(TrainingError("diverged"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decayed"),
+    [
+        (ScheduleConfig(), None),
+        (ScheduleConfig(decay_start_step=100, decay_steps=50), 150),
+        (ScheduleConfig(decay_start_step=100, decay_steps=50, min_multiplier=0.01), None),
+        (ScheduleConfig(decay_start_step=100, decay_steps=9), None),
+    ],
+)
+def test_steps_when_learning_rates_have_decayed_to_nothing_then_training_says_so(data, tmp_path, schedule, decayed):
+    config = dataclasses.replace(tiny.config(data, tmp_path / "run"), schedule=schedule)
+    assert not list(steps_in_vain(config, step=0, last_step=150))
+    notes = list(steps_in_vain(config, step=0, last_step=151))
+    assert [f"decayed to nothing at step {decayed} of 151" in note for note in notes] == [True] * (decayed is not None)
 
 
 def test_settings_when_they_have_no_effect_then_training_says_so_first(data, tmp_path):

@@ -336,6 +336,12 @@ def test_tables_when_they_do_not_fit_then_the_error_has_figures_and_three_ways_o
     assert "16 devices instead of 8 (96.00 GB a device, fits)" in message
     assert "(3)" in message
     assert "(4)" not in message
+    # Devices of one CPU share its memory.
+    with pytest.raises(InputError) as caught:
+        make_plan(
+            [table], features, dataclasses.replace(MACHINE, platform="cpu"), batch_size=BATCH, memory_limit=10**11
+        )
+    assert "devices instead of" not in str(caught.value)
 
 
 def test_partitioner_when_unknown_then_an_error_names_those_there_are():

@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import polars as pl
 import pytest
 import tiny
@@ -150,6 +151,17 @@ def test_checkpoint_when_it_is_damaged_then_the_error_of_prediction_names_no_rem
     (folder / "tables" / "6" / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"not a complete folder .*; use another checkpoint: there is no other, so tr"):
         Predictor(folder)
+
+
+def test_checkpoint_when_orbax_cannot_read_it_then_the_error_says_that_it_is_damaged(predictor, monkeypatch):
+    def restore(*_, **__):
+        raise Exception("Encountered error while reading array index")  # what orbax raises of a file cut short
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    with pytest.raises(
+        InputError, match=r"/6: is damaged \(Encountered error while reading array index\); use another"
+    ):
+        Predictor(predictor._workdir.path)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,14 @@ def test_read_table_of_a_table_or_row_that_is_not_there_then_refused(saved: Path
     for row in (203, -1):
         message = f"{saved}: table 'user' has no row {row}; its rows are 0 to 202"
         assert_refused(message, read_table, saved, "user", np.array([0, row]))
+    message = f"rows of {saved}: table 'user' are given as float64 of shape (1,)"
+    assert_refused(message, read_table, saved, "user", [1.9])
+
+
+def test_tables_saved_to_a_folder_that_tensorstore_would_take_for_another_then_refused(tmp_path: Path) -> None:
+    tables = tables_of()
+    assert_refused("takes a backslash for a slash", save_tables, tables, tables.init(), tmp_path / "a\\b")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_without_manifest_then_not_complete(saved: Path) -> None:

@@ -61,6 +61,12 @@ def assert_refused(message: str, call, *arguments, **options) -> None:
             "table 'u' ends at row 2147483663 of width 8 in the store 'float32.rowwise_adagrad' of one device, and 32 "
             "bits name 2147483647: spread its rows over more devices, or use larger dims or fewer rows",
         ),
+        ({"num_rows": 1.5}, "table 't': num_rows is 1.5, but must be a whole number"),
+        ({"dim": 2.0}, "table 't': dim is 2.0, but must be a whole number"),
+        (
+            {"num_rows": 2**62},
+            f"table 't' ends at row {2**62} of width 8 in the store 'float32.rowwise_adagrad' of one",
+        ),
         (
             {"num_rows": 2**31 - 65, "name": "u", "dim": 16},
             "the row-wise state of table 'u' ends at number 2147483711 in the store 'float32.rowwise_adagrad' of one "
