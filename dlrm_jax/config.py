@@ -111,7 +111,7 @@ class EmbeddingConfig:
     """Tables with settings of their own, by name."""
     shared: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Tables that several features share: name of the table, then the features. Any other feature has a table of its
-    own name. A shared table has the rows of its largest feature."""
+    own name. A shared table has the rows of its largest feature. Repeat the flag for another table."""
     default_pooling: Pooling = "sum"
     """Pooling of every feature that `pooling` does not name. Sequences ("none") are for models of your own."""
     pooling: dict[str, Pooling] = dataclasses.field(default_factory=dict)

@@ -24,6 +24,7 @@ from dlrm_jax.distributed import check_same, check_shared, code_version, gather,
 from dlrm_jax.evaluate import DivergedError, evaluate
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.pipeline import Pipeline
+from dlrm_jax.plan_choice import check_memory
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import ReplayedSteps, Window
@@ -103,6 +104,7 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
         check_same({"the dataset's card": dataclasses.asdict(card)})
         with together():
             recommender = Recommender(config, card, mesh=mesh)
+            check_memory(config, card, recommender.tables.mesh)
             source = open_split(recommender, "train", training=True)
             judged = None if split is None else open_split(recommender, split, training=False)
         check_same({"the plan": recommender.tables.plan.to_json()})

@@ -104,7 +104,8 @@ class DLRM(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         if not num_dense and config.bottom_mlp:
             raise InputError(
-                f"model.bottom_mlp is {config.bottom_mlp}, but there are no dense features: set it to an empty tuple"
+                f"model.bottom_mlp is {config.bottom_mlp}, but there are no dense features: give --model.bottom_mlp "
+                "without values"
             )
         bottom_width = config.bottom_mlp[-1] if config.bottom_mlp else num_dense
         dims = tuple(dim for _, dim in embedding_shapes)

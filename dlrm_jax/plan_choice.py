@@ -4,14 +4,14 @@ import math
 
 from jax.sharding import Mesh
 
-from dlrm_jax.config import Config
+from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.planning import planning_input
 from sharding.chunks import best_chunks
 from sharding.errors import InputError
 from sharding.measure import memory_alone, topology_of
 from sharding.mesh import is_of_hosts
-from sharding.plan import ShardingPlan
+from sharding.plan import ShardingPlan, one_device_plan
 from sharding.topology import preset_of
 
 # Of accelerators whose figures are not known. To measure them would make a number that changes from run to run.
@@ -19,7 +19,7 @@ _CHUNKS_OF_UNKNOWN = 4
 
 
 def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
-    """The plan that the config names; else the planner's for the machine at hand.
+    """The plan that the config names; else, on several devices, the planner's for the machine at hand.
 
     All processes of the mesh must call it, because they ask the machine together.
 
@@ -36,9 +36,24 @@ def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
     """
     if config.plan is not None:
         return ShardingPlan.load(config.plan)
-    # One device leaves no choice, but may be too small.
-    topology = memory_alone(mesh) if mesh.devices.size == 1 else topology_of(mesh)
-    return planning_input(config, card, mesh.devices.size).make_plan(topology).plan
+    if mesh.devices.size == 1:
+        return one_device_plan(make_specs(config.embedding, card)[0])
+    return planning_input(config, card, mesh.devices.size).make_plan(topology_of(mesh)).plan
+
+
+def check_memory(config: Config, card: DatasetCard, mesh: Mesh) -> None:
+    """Refuses to train what one device has no room for; for several, the planner does.
+
+    Args:
+        config: The experiment.
+        card: The dataset.
+        mesh: Devices.
+
+    Raises:
+        InputError: The tables and what a step needs beside them do not fit.
+    """
+    if mesh.devices.size == 1:
+        planning_input(config, card, 1).make_plan(memory_alone(mesh))
 
 
 def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> int:

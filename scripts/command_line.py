@@ -28,8 +28,19 @@ from sharding import InputError
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 # What tyro says of a dictionary's flag.
 _BAD_PAIRS = re.compile(r"Error parsing --([\w.]+): Failed to parse key-value pairs")
+# What stands between the tables of `--embedding.shared` once its repeats are one flag; no table has such a name.
+_NEXT_TABLE = "\0"
+# Flags of dictionaries, which may be repeated, and what stands between the repeats.
+_REPEATED = {"--embedding.pooling": (), "--embedding.shared": (_NEXT_TABLE,)}
+# Most flags that are listed where only what they have in common was given.
+_MOST_LISTED = 8
 # Tables with settings of their own, beyond which these are no flags: tyro takes seconds for thousands of flags.
 _MOST_TABLES = 100
+
+PROCESSES_HELP = (
+    "--coordinator HOST:PORT --num_processes N --process_id I join N processes, each started with the same command but "
+    "its own number from 0, where no cluster says who they are."
+)
 
 # The type of a field `config` whose own fields are flags without a prefix.
 ConfigFlags = Annotated[Config, tyro.conf.arg(name="")]
@@ -53,18 +64,19 @@ class _ConfigAlone:
     config: ConfigFlags
 
 
-def parse_config(arguments: Sequence[str], usage: str) -> Config:
+def parse_config(arguments: Sequence[str], usage: str, more: str = "") -> Config:
     """`parse_with_config` of a script that has no flags of its own."""
-    return parse_with_config(_ConfigAlone, arguments, usage).config
+    return parse_with_config(_ConfigAlone, arguments, usage, more).config
 
 
-def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], usage: str) -> T:
+def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], usage: str, more: str = "") -> T:
     """Reads ``CONFIG --field.subfield value ...``.
 
     Args:
         target: What to make of the command line. Its field `config` is a `ConfigFlags`, all others have defaults.
         arguments: The command line without the script's name.
         usage: What the script does, for ``--help``.
+        more: What ``CONFIG --help`` is to say besides, such as of flags that are taken elsewhere.
 
     Returns:
         An object of that class, with the config of that name and those fields.
@@ -90,9 +102,10 @@ def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], u
         flags,
         known=[field.removeprefix("config.") for field in _fields(defaults)],
         prog=f"{Path(sys.argv[0]).name} {name}",
-        description=sys.modules[CONFIGS[name].__module__].__doc__,
+        description=f"{sys.modules[CONFIGS[name].__module__].__doc__ or ''}\n\n{more}".strip(),
         default=defaults,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.CascadeSubcommandArgs),
+        registry=None if default.embedding.shared else _registry_of_tables(),
     )
     config = dataclasses.replace(parsed.config, stated=default.stated)
     if many:
@@ -103,6 +116,8 @@ def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], u
 
 def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable[str], **settings: Any) -> T:
     """`tyro.cli`, whose errors fill a box of several lines, with errors of one line.
+
+    Flags of dictionaries may be repeated, where tyro would read the last alone.
 
     Args:
         target: What to make of the command line.
@@ -116,10 +131,11 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
     Raises:
         InputError: An unknown flag, or a missing or unusable value.
     """
+    arguments = _merge_repeats(arguments)
     try:
         with one_line_errors():
             parsed, unknown = tyro.cli(
-                target, args=list(arguments), use_underscores=True, return_unknown_args=True, **settings
+                target, args=arguments, use_underscores=True, return_unknown_args=True, **settings
             )
     except InputError as error:
         found = _BAD_PAIRS.match(str(error))
@@ -128,9 +144,60 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
         raise InputError(_pairs_wanted(target, found[1], arguments)) from None
     if unknown:
         flag = unknown[0].partition("=")[0]
-        nearest = _nearest(flag, [f"--{name}" for name in known])
+        flags = [f"--{name}" for name in known]
+        nearest = _below(flag, flags) or _nearest(flag, flags)
         raise InputError(f"there is no flag {flag!r}{nearest}; --help lists all flags")
     return parsed
+
+
+def _merge_repeats(arguments: Sequence[str]) -> list[str]:
+    """The command line, in which each flag of a dictionary has the words of all its repeats."""
+    words: dict[int | str, list[str]] = {-1: []}
+    last: int | str = -1
+    for place, word in enumerate(arguments):
+        flag, given, value = word.partition("=")
+        if flag in _REPEATED:
+            words[flag] = [*words[flag], *_REPEATED[flag]] if flag in words else [flag]
+            words[flag] += [value] if given else []
+            last = flag
+            continue
+        last = place if word.startswith("--") else last
+        words.setdefault(last, []).append(word)
+    return [word for of_flag in words.values() for word in of_flag]
+
+
+def _registry_of_tables() -> tyro.constructors.ConstructorRegistry:
+    """What makes `--embedding.shared` a flag; where the config fills the dictionary, each entry has its own."""
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_shared_tables)
+    return registry
+
+
+def _shared_tables(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How tyro reads dictionaries of several words: one entry in each repeat of the flag."""
+    if info.type != dict[str, tuple[str, ...]]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="TABLE FEATURE [FEATURE ...]",
+        instance_from_str=_parse_tables,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda tables: [word for name, of_table in tables.items() for word in (name, *of_table)],
+    )
+
+
+def _parse_tables(words: list[str]) -> dict[str, tuple[str, ...]]:
+    tables: dict[str, tuple[str, ...]] = {}
+    for is_next, run in itertools.groupby(words, key=_NEXT_TABLE.__eq__):
+        if is_next:
+            continue
+        name, *features = run
+        if not features:
+            raise ValueError(f"table {name!r} has no features, but takes at least one: name them after it")
+        if name in tables:
+            raise ValueError(f"table {name!r} is given twice: name all its features at once")
+        tables[name] = tuple(features)
+    return tables
 
 
 def _pairs_wanted(target: type[Any], name: str, arguments: Sequence[str]) -> str:
@@ -151,6 +218,13 @@ def _pairs_wanted(target: type[Any], name: str, arguments: Sequence[str]) -> str
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _below(flag: str, known: Iterable[str]) -> str:
+    """The flags of a group of fields, for whoever gives the group."""
+    flags = [repr(name) for name in known if name.startswith(f"{flag}.")]
+    listed = ", ".join(flags[:_MOST_LISTED])
+    return f"; did you mean {listed}{', ...' if len(flags) > _MOST_LISTED else ''}?" if flags else ""
 
 
 def _fields(value: object, prefix: str = "") -> list[str]:
@@ -209,6 +283,9 @@ def configure_jax(mesh: MeshConfig | None = None) -> None:
 
     Args:
         mesh: Devices of all processes; one device unless given.
+
+    Raises:
+        InputError: JAX_PLATFORMS names devices that are not here.
     """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dlrm_jax" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -225,3 +302,29 @@ def configure_jax(mesh: MeshConfig | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
         if process_id() == 0:
             print(f"no accelerator: each process makes {devices} devices of its CPU", file=sys.stderr)
+    _check_platforms()
+
+
+def _check_platforms() -> None:
+    """Raises InputError unless JAX finds the devices that the environment asks for."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms:
+        return
+    logged: list[str] = []
+
+    def instead_of_traceback(record: logging.LogRecord) -> bool:
+        logged.extend([str(record.exc_info[1])] if record.exc_info else [])
+        return not record.exc_info
+
+    log = logging.getLogger("jax._src.xla_bridge")
+    log.addFilter(instead_of_traceback)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "; ".join(logged) or "no such device"
+        raise InputError(
+            f"JAX_PLATFORMS is {platforms!r}, which JAX cannot use ({' '.join(reason.split())}): unset it, or install "
+            "the extra of that device: gpu or tpu"
+        ) from error
+    finally:
+        log.removeFilter(instead_of_traceback)

@@ -3,27 +3,56 @@
 import contextlib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from sharding.errors import InputError
 
+# What a shell says of a command whose output nobody reads any more, as in `... | head`.
+_NO_READER = 141
+# The same of one that Ctrl-C ended.
+_INTERRUPTED = 130
+
 
 def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
     """Runs a script's main function: unusable input ends with one line on standard error and exit code 2.
+
+    It ends without a word, and exit code 141, once nobody reads what it prints.
 
     Args:
         main: Takes the command line without the script's name.
         *fatal: Exceptions that end with one line and exit code 1.
     """
+    with _quiet_without_reader():
+        try:
+            main(sys.argv[1:])
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except fatal as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
     try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except fatal as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_NO_READER)
+    except SystemExit as stop:
+        # What rich makes of it.
+        if isinstance(stop.__context__, BrokenPipeError):
+            sys.exit(_NO_READER)
+        raise
 
 
 @contextlib.contextmanager

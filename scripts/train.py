@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dlrm_jax.distributed import ending_together, join, together
 from dlrm_jax.loop import TrainingError, train
 from dlrm_jax.save_errors import SaveError
-from scripts.command_line import configure_jax, parse_config, take_processes
+from scripts.command_line import PROCESSES_HELP, configure_jax, parse_config, take_processes
 from scripts.one_line_errors import run
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         join(processes)
     with ending_together(TrainingError):
         with together():
-            config = parse_config(others, __doc__ or "")
+            config = parse_config(others, __doc__ or "", PROCESSES_HELP)
         configure_jax(config.mesh)
         train(config)
 

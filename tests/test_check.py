@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlrm_jax.data.card import DatasetCard, DenseColumn, Frequencies, SparseColumn, SplitSummary, write_card
+from dlrm_jax.data.card import DatasetCard, DenseColumn, Frequencies, SparseColumn, SplitSummary, read_card, write_card
 from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.validate import validate_row_group, validate_schema
 from sharding.errors import InputError
@@ -249,6 +249,36 @@ def test_check_when_a_vocabulary_does_not_fit_names_it(tmp_path, vocabulary, mes
     pq.write_table(pa.table(vocabulary), tmp_path / "tags.parquet")
     with pytest.raises(InputError, match=re.escape(message)):
         check_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"label": "price"}, "feature 'price' is also the column of \"label\"; take it off the features"),
+        ({"label": "tags"}, "feature 'tags' is also the column of \"label\""),
+        ({"sample_weight": "price"}, "feature 'price' is also the column of \"sample_weight\""),
+        ({"sample_weight": "label"}, "\"sample_weight\" is 'label', which is the label; name another column, or"),
+        ({"dense": (DenseColumn(name="price", std=float("inf")),)}, "'price' has std inf, but it must be above 0 and"),
+        (
+            {"dense": (DenseColumn(name="price", std=1e39),)},
+            "has std 1e+39, but it must be above 0 and at most 3.40282",
+        ),
+        ({"dense": (DenseColumn(name="price", std=float("nan")),)}, "'price' has std nan"),
+        ({"dense": (DenseColumn(name="price", mean=float("nan")),)}, "'price' has mean nan, but it must be finite"),
+        ({"dense": (DenseColumn(name="price", mean=-float("inf")),)}, "'price' has mean -inf"),
+        ({"sparse": (SparseColumn(name="user", num_rows=2**63),)}, "num_rows 9223372036854775808; the limit is 1 to 9"),
+    ],
+)
+def test_card_when_it_is_out_of_its_limits_then_one_line_names_the_field(tmp_path, card, message):
+    write_card(dataclasses.replace(CARD, **card), tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_card(tmp_path)
+
+
+def test_check_when_there_is_no_training_split_then_it_warns(tmp_path):
+    splits = {"test": CARD.splits["test"]}
+    warnings = check_dataset(make_dataset(tmp_path, dataclasses.replace(CARD, splits=splits))).warnings
+    assert warnings == (f"{tmp_path}: no split 'train', so that models can be evaluated on it but not trained",)
 
 
 def test_check_when_files_are_missing_empty_or_damaged_names_them(tmp_path):

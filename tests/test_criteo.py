@@ -191,6 +191,10 @@ def test_conversion_when_too_many_lines_are_malformed_stops_and_goes_on_when_all
         ({"max_reject_share": -1.0}, "--max_reject_share is -1.0"),
         ({"memory_limit_mb": 0.0}, "--memory_limit_mb is 0.0"),
         ({"memory_limit_mb": float("inf")}, "--memory_limit_mb is inf"),
+        (
+            {"memory_limit_mb": 1e30},
+            r"--memory_limit_mb is 1e\+30, but it must be above 0 and at most 1073741824: give",
+        ),
         ({"rows_per_file": 0}, "rows_per_file is 0"),
     ],
 )

@@ -83,6 +83,12 @@ def test_exclusive_when_the_file_was_removed_meanwhile_takes_the_new_one(tmp_pat
             pass
 
 
+def test_exclusive_when_the_name_is_too_long_then_one_line_says_so(tmp_path):
+    reason = r"cannot be written \(File name too long\); give another --workdir"
+    with pytest.raises(InputError, match=reason), taken(tmp_path / ("a" * 256)):
+        pass
+
+
 @pytest.mark.parametrize("below", ["", "below"])
 def test_exclusive_when_a_file_stands_in_the_way_says_so(tmp_path, below):
     path = tmp_path / "file"

@@ -128,6 +128,14 @@ def test_workdir_when_its_checkpoints_could_not_be_read_back_then_nothing_is_wri
     assert not any(path.is_dir() and any(path.rglob("config.json")) for path in tmp_path.iterdir())
 
 
+def test_tables_when_one_device_has_no_room_for_them_then_nothing_is_written(tmp_path):
+    users = dataclasses.replace(tiny.card().sparse[0], num_rows=10**9)
+    data = tiny.write_dataset(tmp_path / "data", sparse=(users, *tiny.card().sparse[1:]))
+    with pytest.raises(InputError, match=r"the tables do not fit cpu:1x1 \(1 devices\): they need .*; ways out: \(1\)"):
+        tiny.train_quietly(tiny.config(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_loss_when_it_is_not_finite_then_training_ends_naming_the_step_and_the_checkpoint_is_intact(data, tmp_path):
     config = diverging(tiny.config(data, tmp_path / "run", checkpoint_every=1))
     with pytest.raises(TrainingError, match=r"^step 2: loss or a gradient is not finite; .* of step 1 is intact$"):

@@ -118,7 +118,7 @@ def test_help_when_asked_without_a_config_then_all_configs_are_listed(train, cap
             ["quickstart", "--embedding.pooling", "id_0", "mean", "bag_0", "median", "--seed", "1"],
             "--embedding.pooling id_0 mean bag_0 median: --embedding.pooling takes pairs of a name and one of sum, m",
         ),
-        (["quickstart", "--embedding.shared", "t"], "--embedding.shared t: --embedding.shared takes pairs of a name"),
+        (["quickstart", "--embedding.shared", "t"], "--embedding.shared: table 't' has no features, but takes"),
         (["quickstart", "--kernels", "mosaic"], "invalid choice 'mosaic' for argument '--kernels'"),
         (["quickstart", "--data.batch_size", "100"], "data.batch_size is 100, which data.virtual_shards 64 does not"),
         (["quickstart", "--data.path", "/nowhere"], "/nowhere/card.json: no dataset card there"),

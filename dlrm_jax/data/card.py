@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import InputError
+from sharding.tables import MAX_ROWS
 from sharding.whole_file import write_whole
 
 CARD_FILE = "card.json"
 FORMAT = "dlrm_jax.dataset"
 VERSION = 1
+# The largest float32, in which features are divided.
+MAX_STD = 2.0**128 - 2.0**104
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,8 @@ class DenseColumn:
 
     Attributes:
         name: Column of floats in the Parquet files.
-        mean: Subtracted from the column.
-        std: The column is divided by it; above 0.
+        mean: Subtracted from the column; finite.
+        std: The column is divided by it; above 0 and finite, also as float32.
     """
 
     name: str
@@ -224,12 +228,14 @@ def _check_limits(card: DatasetCard, where: str) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(f"{where}: feature {repeated[0]!r} is declared twice; names must differ")
+    _check_label(card, names, where)
     for column in card.dense:
-        if not column.std > 0:
-            raise InputError(f"{where}: dense feature {column.name!r} has std {column.std}, but it must be above 0")
+        _check_dense(column, where)
     for column in card.sparse:
-        if column.num_rows < 1:
-            raise InputError(f"{where}: sparse feature {column.name!r} has num_rows {column.num_rows}; at least 1")
+        if not 1 <= column.num_rows <= MAX_ROWS:
+            raise InputError(
+                f"{where}: sparse feature {column.name!r} has num_rows {column.num_rows}; the limit is 1 to {MAX_ROWS}"
+            )
         if column.max_pooling_factor < 1 or (not column.bag and column.max_pooling_factor != 1):
             limit = "at least 1" if column.bag else 'exactly 1 where "bag" is false'
             raise InputError(
@@ -237,3 +243,24 @@ def _check_limits(card: DatasetCard, where: str) -> None:
             )
         if column.weights is not None and not column.bag:
             raise InputError(f'{where}: sparse feature {column.name!r} has weights, so its "bag" must be true')
+
+
+def _check_label(card: DatasetCard, features: list[str], where: str) -> None:
+    """Refuses a feature that is also what is predicted, or how much it counts."""
+    if card.sample_weight == card.label:
+        raise InputError(
+            f'{where}: "sample_weight" is {card.label!r}, which is the label; name another column, or set null'
+        )
+    for what, name in (("label", card.label), ("sample_weight", card.sample_weight)):
+        if name in features:
+            raise InputError(f'{where}: feature {name!r} is also the column of "{what}"; take it off the features')
+
+
+def _check_dense(column: DenseColumn, where: str) -> None:
+    if not 0 < column.std <= MAX_STD:
+        raise InputError(
+            f"{where}: dense feature {column.name!r} has std {column.std}, but it must be above 0 and at most "
+            f"{MAX_STD:.7g}"
+        )
+    if not -math.inf < column.mean < math.inf:
+        raise InputError(f"{where}: dense feature {column.name!r} has mean {column.mean}, but it must be finite")

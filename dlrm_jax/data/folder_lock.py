@@ -34,8 +34,8 @@ def exclusive(folder: str | os.PathLike[str], *, what: str, instead: str) -> Ite
         InputError: Another process is at work in the folder, or the folder cannot be made or written.
     """
     path = Path(folder)
-    absent = [parent for parent in (path, *path.parents) if not parent.exists()]
     with naming_folder(path, instead=instead):
+        absent = [parent for parent in (path, *path.parents) if not parent.exists()]
         descriptor = _lock(path, what, instead)
     try:
         yield

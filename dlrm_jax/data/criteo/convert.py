@@ -5,7 +5,6 @@ records, so an interrupted run is taken up where it stopped.
 """
 
 import dataclasses
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,6 +23,9 @@ from dlrm_jax.data.rejects import check_share
 from dlrm_jax.data.resume import WORK_FOLDER, dataset_folder, finish_dataset
 from dlrm_jax.data.writer import ROWS_PER_FILE
 from sharding.errors import InputError
+
+# 1 PiB, more than any machine has.
+MAX_MEMORY_MB = 2**30
 
 
 def prepare_criteo(
@@ -70,8 +72,11 @@ def prepare_criteo(
     paths = list_files(files)
     check_spec(spec, paths)
     check_share(max_reject_share)
-    if not 0 < memory_limit_mb < math.inf:
-        raise InputError(f"--memory_limit_mb is {memory_limit_mb}, but it must be above 0, and finite")
+    if not 0 < memory_limit_mb <= MAX_MEMORY_MB:
+        raise InputError(
+            f"--memory_limit_mb is {memory_limit_mb}, but it must be above 0 and at most {MAX_MEMORY_MB}: give the "
+            "MiB that this machine can spare"
+        )
     if rows_per_file < 1:
         raise InputError(f"rows_per_file is {rows_per_file}, but it must be at least 1")
     source = {
