@@ -1,7 +1,6 @@
 """Workdir: the folder of one run, and what it remembers of the experiment that it belongs to.
 
-config.json     the experiment, the dataset card and a digest of the training files' row groups: what may not change
-                when the run is resumed
+config.json     the experiment, the dataset card, the row groups of its files: what may not change when it is resumed
 checkpoints/    dense state, by step (orbax);  tables/ the tables of the same steps (sharding/checkpoint.py)
 metrics.jsonl   one line for each log window and evaluation;  tensorboard/ the same
 curves.png      the picture at the end;  result.json the result
