@@ -33,6 +33,8 @@ from pallas_kernels.lookup import LINE_BYTES
 _RULE = ROW_OPTIMIZERS["rowwise_adagrad"]
 _STATE_LINE = LINE_BYTES // 4
 _BATCHES = 3
+# Of a vector for each id, on hosts: `xla` holds several such arrays in an update.
+_MOST_HOST_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,8 @@ def _measure(
     num_lines = table_bytes // LINE_BYTES
     row_bytes = case.width * jnp.dtype(case.dtype).itemsize
     num_rows = num_lines * LINE_BYTES // row_bytes
+    if jax.default_backend() == "cpu":
+        num_ids = min(num_ids, _MOST_HOST_BYTES // (4 * case.width))
     count = num_ids // case.pooling_factor * case.pooling_factor
     ids = [_ids(case, num_rows, count, seed) for seed in range(_BATCHES)]
     distinct = statistics.mean(one.distinct for one in ids)
@@ -248,6 +252,7 @@ def _measure(
             "case": case.name,
             "operation": operation,
             "implementation": name,
+            "num_ids": count,
             "bytes": int(moved),
             "seconds": seconds,
             "bytes_per_second": moved / seconds[name],
