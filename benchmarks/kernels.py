@@ -11,7 +11,9 @@ AdaGrad the ids, the gradients of the bags, and each distinct row with its state
 twice counts once. The copy bandwidth is that of reading and writing an array of a quarter of the table.
 """
 
+import ctypes
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -307,6 +309,10 @@ def main(
     for case in _cases():
         if only not in case.name:
             continue
+        if on_host:
+            # Freed memory is kept, and what one case has left hardly ever fits the next.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
         for result in _measure(case, table_bytes, num_ids, repetitions, warm_s, torch):
             result["share_of_copy"] = result["bytes_per_second"] / copy
             results.append(result)
