@@ -11,7 +11,6 @@ AdaGrad the ids, the gradients of the bags, and each distinct row with its state
 twice counts once. The copy bandwidth is that of reading and writing an array of a quarter of the table.
 """
 
-import ctypes
 import dataclasses
 import gc
 import statistics
@@ -27,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.record import record
-from dlrm_jax.host_memory import keep_freed_memory
+from dlrm_jax.host_memory import give_back_freed_memory, keep_freed_memory
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, pooled_lookup, sparse_update
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import LINE_BYTES
@@ -230,8 +229,6 @@ def _measure(
     num_lines = table_bytes // LINE_BYTES
     row_bytes = case.width * jnp.dtype(case.dtype).itemsize
     num_rows = num_lines * LINE_BYTES // row_bytes
-    if jax.default_backend() == "cpu":
-        num_ids = min(num_ids, _MOST_HOST_BYTES // (4 * case.width))
     count = num_ids // case.pooling_factor * case.pooling_factor
     ids = [_ids(case, num_rows, count, seed) for seed in range(_BATCHES)]
     distinct = statistics.mean(one.distinct for one in ids)
@@ -309,11 +306,12 @@ def main(
     for case in _cases():
         if only not in case.name:
             continue
+        ids_of_case = num_ids
         if on_host:
-            # Freed memory is kept, and what one case has left hardly ever fits the next.
+            ids_of_case = min(num_ids, _MOST_HOST_BYTES // (4 * case.width))
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-        for result in _measure(case, table_bytes, num_ids, repetitions, warm_s, torch):
+            give_back_freed_memory()
+        for result in _measure(case, table_bytes, ids_of_case, repetitions, warm_s, torch):
             result["share_of_copy"] = result["bytes_per_second"] / copy
             results.append(result)
             faster = ", ".join(f"{times:.2f}x {side}" for side, times in result["times_faster_than"].items())

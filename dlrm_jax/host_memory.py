@@ -1,6 +1,7 @@
 """Memory that a step has given back stays with the process, so that the next step need not have it cleared again."""
 
 import ctypes
+from collections.abc import Callable
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -27,9 +28,23 @@ def keep_freed_memory(*, devices: int = 1) -> bool:
     Returns:
         Whether the allocator took it: False where the C library is not glibc.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return False
     options = {_M_MMAP_THRESHOLD: _MOST, _M_TRIM_THRESHOLD: _MOST} | ({_M_ARENA_MAX: 1} if devices == 1 else {})
     return all(mallopt(name, value) for name, value in options.items())
+
+
+def give_back_freed_memory() -> None:
+    """Gives the system what is free, once what comes next has arrays of other sizes, which hardly fit there."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where that is not glibc."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None

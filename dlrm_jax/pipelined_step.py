@@ -96,7 +96,7 @@ def pipelined_step(
     capacities: Capacities | None = None,
     recommender: Recommender,
     optimizer: optax.GradientTransformation,
-    in_parts: bool = True,
+    in_parts: bool,
 ) -> tuple[TrainState, BinnedMetrics, StepReport, Routed]:
     """Trains on one batch, and routes the next.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
-# The largest int32.
+# Rows are named by int32, and the largest one means "no row".
 MOST_ROWS = 2**31 - 1
 
 

@@ -14,7 +14,7 @@ from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
-from pallas_kernels.stores import Stores, place_of_rows, rows_view
+from pallas_kernels.stores import MOST_ROWS, Stores, place_of_rows, rows_view
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
 # blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
@@ -145,7 +145,7 @@ def _read(
     """Reads weights and state of the touched rows; also returns where their row-wise state lies."""
     slot = touched.slots
     scalars = slots.first_scalar[slot] + touched.rows - slots.first_row[slot]
-    scalars = jnp.where(touched.rows < stores.num_rows(width), scalars, jnp.iinfo(jnp.int32).max)
+    scalars = jnp.where(touched.rows < stores.num_rows(width), scalars, MOST_ROWS)
 
     def rows_of(array: Array) -> Array:
         return _get(array, touched.rows, width)

@@ -18,7 +18,8 @@ _INTERRUPTED = 130
 def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
     """Runs a script's main function: unusable input ends with one line on standard error and exit code 2.
 
-    It ends without a word, and exit code 141, once nobody reads what it prints.
+    It ends without a word, and exit code 141, once nobody reads what it prints; at Ctrl-C with one line, which ends in
+    what the KeyboardInterrupt says, and exit code 130.
 
     Args:
         main: Takes the command line without the script's name.
@@ -33,8 +34,8 @@ def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
         except fatal as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print("; ".join(("interrupted", *interrupt.args)), file=sys.stderr)
             sys.exit(_INTERRUPTED)
 
 

@@ -7,7 +7,6 @@ scripts/prepare.py check DIR
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -129,13 +128,12 @@ def _refuse_complete(out: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(*then: str) -> Iterator[None]:
-    """Ends the script at Ctrl-C with one line, and the exit code that shells give to it."""
+def _interruptible(then: str) -> Iterator[None]:
+    """Has the line with which Ctrl-C ends the script say how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        print("; ".join(("interrupted", *then)), file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt(then) from None
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -159,8 +157,7 @@ def _command(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command that the command line names."""
-    with _interruptible():
-        run(_command)
+    run(_command)
 
 
 if __name__ == "__main__":

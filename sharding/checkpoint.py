@@ -28,7 +28,7 @@ from sharding.line_files import LineArray, LineFiles, create_files, line_arrays
 from sharding.manifest import difference, manifest_of, read_manifest, write_manifest
 from sharding.mesh import BY_DEVICE, REPLICATED, sharding_on
 from sharding.reshard import SavedArray, copy_lines, fill_lines, read_saved_rows
-from sharding.rows import joined_halves
+from sharding.rows import joined_halves, row_numbers
 from sharding.state import TableState
 
 CACHE_BYTES = 64 * 2**20
@@ -163,12 +163,7 @@ def _read_logical(
 def _wanted_rows(rows: slice | np.ndarray, num_rows: int, where: str) -> Int64[np.ndarray, " n"]:
     if isinstance(rows, slice):
         return np.arange(*rows.indices(num_rows), dtype=np.int64)
-    wanted = np.asarray(rows)
-    if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and wanted.size):
-        raise InputError(
-            f"rows of {where} are given as {wanted.dtype} of shape {wanted.shape}; give a slice or a list of numbers"
-        )
-    wanted = wanted.astype(np.int64)
+    wanted = row_numbers(rows, where)
     odd = wanted[(wanted < 0) | (wanted >= num_rows)]
     if odd.size:
         raise InputError(f"{where} has no row {odd[0]}; its rows are 0 to {num_rows - 1}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.lookup import LINE_BYTES
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK
+from pallas_kernels.stores import MOST_ROWS
 from sharding.errors import InputError
 from sharding.groups import FAMILIES, Family, Group, Lookup, Shard, stored_width
 from sharding.plan import Placement, ShardingPlan
@@ -30,8 +31,6 @@ LINE_SCALARS = LINE_BYTES // 4
 FROZEN = "frozen"
 # The name of the low halves of split weights, among the state.
 LOW_HALVES = "low_halves"
-# Rows are named by int32, and the largest one means "no row".
-MAX_STORE_ROWS = 2**31 - 1
 # A store's elements are a multiple of all its widths: of at most this many, 16 MiB of float32.
 _MAX_MULTIPLE = 2**22
 
@@ -110,7 +109,7 @@ class Layout:
     @cached_property
     def wide(self) -> bool:
         """Whether naming a row of a table takes two words of 32 bits. No plan changes that."""
-        return any(shard.table.num_rows > MAX_STORE_ROWS for store in self.stores for shard in store.shards)
+        return any(shard.table.num_rows > MOST_ROWS for store in self.stores for shard in store.shards)
 
     def shards(self, table: str) -> tuple[StoreLayout, tuple[Shard, ...]]:
         """The shards of a table, by column, and their store.
@@ -271,18 +270,18 @@ def _store_layout(
     for shard in unplaced:
         first = elements.take(shard, shard.rows_per_owner * shard.width, math.lcm(line, shard.width))
         first_row = first // shard.width
-        if first_row + shard.rows_per_owner > MAX_STORE_ROWS:
+        if first_row + shard.rows_per_owner > MOST_ROWS:
             raise InputError(
                 f"table {shard.table.name!r} ends at row {first_row + shard.rows_per_owner} of width {shard.width} in "
-                f"the store {name!r} of one device, and 32 bits name {MAX_STORE_ROWS}: spread its rows over more "
+                f"the store {name!r} of one device, and 32 bits name {MOST_ROWS}: spread its rows over more "
                 "devices, or use larger dims or fewer rows"
             )
         first_scalar = scalars.take(shard, -(-shard.rows_per_owner // LINE_SCALARS) * LINE_SCALARS)
-        if state_of_store(name)[1] and first_scalar + shard.rows_per_owner > MAX_STORE_ROWS:
+        if state_of_store(name)[1] and first_scalar + shard.rows_per_owner > MOST_ROWS:
             raise InputError(
                 f"the row-wise state of table {shard.table.name!r} ends at number "
                 f"{first_scalar + shard.rows_per_owner} in the store {name!r} of one device, and 32 bits name "
-                f"{MAX_STORE_ROWS}: spread its rows over more devices, or use an optimizer without row-wise state"
+                f"{MOST_ROWS}: spread its rows over more devices, or use an optimizer without row-wise state"
             )
         shards.append(dataclasses.replace(shard, first_row=first_row, first_scalar=first_scalar))
     # Rows of every width must be able to see the whole store as [-1, width], and TPUs 16-bit lines in pairs.

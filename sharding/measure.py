@@ -108,7 +108,7 @@ def _of_figures(mesh: Mesh, figures: dict[str, float]) -> Topology:
     nodes, chips = mesh.devices.shape
     device = mesh.devices.flat[0]
     platform: Platform = device.platform
-    topology = Topology(
+    alone = Topology(
         name=f"{device.device_kind}:{nodes}x{chips}",
         platform=platform,
         device_kind=device.device_kind,
@@ -122,7 +122,7 @@ def _of_figures(mesh: Mesh, figures: dict[str, float]) -> Topology:
         ssd_bandwidth=0.0,
         **figures,
     )
-    return _with_real_memory(topology, mesh)
+    return _with_real_memory(alone, mesh)
 
 
 def device_memory_bytes(device: jax.Device, sharers: int = 1) -> int:

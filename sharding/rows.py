@@ -152,15 +152,28 @@ def shards_of(layout: Layout, table: str) -> tuple[StoreLayout, tuple[Shard, ...
         raise InputError(f"no table {table!r}; tables: {names}") from None
 
 
-def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
+def row_numbers(rows: Sequence[int] | np.ndarray, where: str) -> Int64[np.ndarray, " n"]:
+    """Row numbers as an array.
+
+    Args:
+        rows: The numbers.
+        where: Which rows they are, for the message.
+
+    Raises:
+        InputError: They are no list of whole numbers.
+    """
     given = np.asarray(rows)
     # Nothing has no type of its own.
     if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
         raise InputError(
-            f"rows of table {shard.table.name!r} are given as {given.dtype} of shape {given.shape}; give a list of row "
-            "numbers (np.flatnonzero makes one of a mask, range of a slice)"
+            f"rows of {where} are given as {given.dtype} of shape {given.shape}; give a list of row numbers "
+            "(np.flatnonzero makes one of a mask, range of a slice)"
         )
-    given = given.astype(np.int64)
+    return given.astype(np.int64)
+
+
+def _checked_rows(shard: Shard, rows: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
+    given = row_numbers(rows, f"table {shard.table.name!r}")
     odd = given[(given < 0) | (given >= shard.table.num_rows)]
     if odd.size:
         raise InputError(

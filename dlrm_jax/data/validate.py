@@ -183,6 +183,9 @@ def _is_finite_float32(values: Shaped[np.ndarray, " n"]) -> Bool[np.ndarray, " n
 
 def _is_finite_normalised(values: Shaped[np.ndarray, " n"], column: DenseColumn) -> Bool[np.ndarray, " n"]:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        # Normalising keeps their order: where the least and the greatest stay finite, all do. A NaN is both.
+        if values.size and np.isfinite(normalised(np.array([values.min(), values.max()]), column)).all():
+            return np.ones(len(values), bool)
         return np.isfinite(normalised(values, column))
 
 
