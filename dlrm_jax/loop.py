@@ -82,7 +82,7 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
         SaveError: A checkpoint or metrics cannot be written, as on a full disk.
     """
     writes = process_id() == 0
-    console = (console or Console(stderr=True)) if writes else Console(quiet=True)
+    console = (console or Console(stderr=True, markup=False)) if writes else Console(quiet=True)
     check_same(code_version() | config.facts())
     workdir = Workdir(config.workdir)
     split = config.train.eval_split

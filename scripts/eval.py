@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     attainable = predictor.recommender.card.attainable.get(split)
     if attainable:
         rows["attainable"] = attainable
-    Console(stderr=True).print(result_table(f"{given.workdir}, {split}", rows))
+    Console(stderr=True, markup=False).print(result_table(f"{given.workdir}, {split}", rows))
     figures = {
         name: value if math.isfinite(value) else None
         for name, value in dataclasses.asdict(metrics).items()

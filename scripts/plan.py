@@ -96,9 +96,9 @@ def main(arguments: Sequence[str]) -> None:
     config = dataclasses.replace(given.config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     card = _card(config)
     described = planning_input(config, card, topology.num_devices)
-    console = Console()
+    console = Console(markup=False)
     # A pipe has no width of its own, and 80 columns are too few for a table of devices.
-    console = console if console.is_terminal else Console(width=160)
+    console = console if console.is_terminal else Console(width=160, markup=False)
     started = time.perf_counter()
     with _progress(f"planning {len(described.tables)} tables on {topology.num_devices} devices"):
         result = _plan(given, described, topology)
@@ -226,7 +226,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
     """Shows that something long is under way, and for how long."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not console.is_terminal:
         console.print(what, highlight=False)
         yield

@@ -185,7 +185,7 @@ def plan_report(result: PlanResult, tables: Sequence[TableSpec], *, most_tables:
 
 def plan_text(result: PlanResult, tables: Sequence[TableSpec], *, most_tables: int | None = 40) -> str:
     """The same as plain text."""
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO(), markup=False)
     with console.capture() as captured:
         console.print(plan_report(result, tables, most_tables=most_tables))
     return captured.get()

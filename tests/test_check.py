@@ -166,6 +166,17 @@ def test_ids_of_any_integer_type_are_compared_as_numbers(kind):
         validate_row_group(table, small, "f", 0)
 
 
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.list_(pa.uint32())])
+def test_check_when_ids_are_of_any_integer_type_reports_them(tmp_path, kind):
+    column = SparseColumn(name="user", num_rows=100, bag=pa.types.is_list(kind))
+    card = DatasetCard(name="x", sparse=(column,), splits={"train": SplitSummary(num_samples=2, positive_rate=0.5)})
+    ids = pa.array([[1], [7]] if column.bag else [1, 7], kind)
+    (tmp_path / "train").mkdir()
+    pq.write_table(pa.table({"label": [1.0, 0.0], "user": ids}), tmp_path / "train" / "part-0.parquet")
+    write_card(card, tmp_path)
+    assert check_dataset(tmp_path).splits["train"].features["user"].max_id == 7
+
+
 def test_bags_when_of_fixed_or_large_lists_are_bags_too():
     for kind in (pa.list_(pa.int32(), 2), pa.large_list(pa.int64())):
         table = pa.table({"label": [1.0, 0.0, 1.0], "tags": pa.array([[1, 2], None, [3, 100]], kind)})
@@ -267,6 +278,15 @@ def test_check_when_a_vocabulary_does_not_fit_names_it(tmp_path, vocabulary, mes
         ({"dense": (DenseColumn(name="price", mean=float("nan")),)}, "'price' has mean nan, but it must be finite"),
         ({"dense": (DenseColumn(name="price", mean=-float("inf")),)}, "'price' has mean -inf"),
         ({"sparse": (SparseColumn(name="user", num_rows=2**63),)}, "num_rows 9223372036854775808; the limit is 1 to 9"),
+        (
+            {"sparse": (dataclasses.replace(BAG, mean_pooling_factor=float("nan")),)},
+            "'tags' has mean_pooling_factor nan, but it must be at least 0 and finite",
+        ),
+        (
+            {"sparse": (dataclasses.replace(BAG, frequencies=Frequencies(total=1, distinct=1, top=(("7", 1),))),)},
+            "frequencies: top holds ['7', 1], but must be a list of pairs of int and int",
+        ),
+        ({"attainable": {"test": 0.8}}, "attainable.test is 0.8, but must be an object of numbers"),
     ],
 )
 def test_card_when_it_is_out_of_its_limits_then_one_line_names_the_field(tmp_path, card, message):
@@ -311,6 +331,37 @@ def test_check_when_row_groups_are_too_large_or_too_few_warns(tmp_path):
     assert "a row group of 140000 rows" in warnings
     assert "1 row groups, but the loader shuffles by group" in warnings
     assert "part-1.parquet.partial: left over" in warnings
+
+
+def test_check_when_row_groups_are_too_few_then_it_names_a_size_that_it_does_not_warn_of(tmp_path):
+    rows = 64 * 16_384 + 16_384
+    card = DatasetCard(name="x", splits={"train": SplitSummary(num_samples=rows, positive_rate=0.0)})
+    (tmp_path / "train").mkdir()
+    table = pa.table({"label": np.zeros(rows, np.float32)})
+    pq.write_table(table, tmp_path / "train" / "part-0.parquet", row_group_size=131_072)
+    write_card(card, tmp_path)
+    (warning,) = check_dataset(tmp_path).warnings
+    assert warning.endswith("for example with row_group_size=16384")
+
+
+@pytest.mark.parametrize("row_group_size", [16_384, 1_500_000])
+def test_check_when_a_file_is_large_then_it_is_never_held(tmp_path, row_group_size):
+    rows = 1_500_000
+    card = DatasetCard(
+        name="x",
+        dense=tuple(DenseColumn(name=f"x{i}") for i in range(2)),
+        splits={"train": SplitSummary(num_samples=rows, positive_rate=0.0)},
+    )
+    random = np.random.default_rng(0)
+    (tmp_path / "train").mkdir()
+    table = pa.table({"label": np.zeros(rows)} | {column.name: random.random(rows) for column in card.dense})
+    path = tmp_path / "train" / "part-0.parquet"
+    pq.write_table(table, path, row_group_size=row_group_size)
+    write_card(card, tmp_path)
+    before = pa.total_allocated_bytes()
+    held = []
+    check_dataset(tmp_path, progress=lambda done, total: held.append(pa.total_allocated_bytes()))
+    assert max(held) - before < path.stat().st_size / 2
 
 
 def test_dataset_of_the_documentation_is_valid(tmp_path, monkeypatch):

@@ -238,6 +238,12 @@ def test_files_when_missing_or_empty_are_an_input_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_split_when_the_last_file_is_too_short_then_the_error_names_a_split_that_helps(tmp_path):
+    paths = [write_lines(tmp_path / name, make_lines(count)) for name, count in (("day_0", 100), ("day_1", 1))]
+    with pytest.raises(InputError, match=r"day_1: 1 of 1 lines are for evaluation.*, or --split lines$"):
+        prepare_criteo(paths, tmp_path / "out")
+
+
 def test_files_when_one_is_given_twice_are_an_input_error(tmp_path):
     folder = tmp_path / "days"
     folder.mkdir()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dlrm_jax.data.input_files import check_distinct, reading
+from dlrm_jax.data.input_files import check_distinct, check_outside, reading
 from sharding.errors import InputError
 
 
@@ -33,6 +33,19 @@ def test_a_file_beside_its_compressed_self_is_refused_and_equal_copies_are_not(t
     check_distinct([tmp_path / "day_0", tmp_path / "day_1"])
     with pytest.raises(InputError, match=r"day_1\.gz: the same lines as .*day_1, which is given, too"):
         check_distinct([tmp_path / "day_1", tmp_path / "day_1.gz"])
+
+
+@pytest.mark.parametrize("name", ["out/train/day_0", "link_to_out/day_0", "link_in_out", "out/link_to_day_1"])
+def test_a_file_in_the_folder_of_the_dataset_by_any_path_then_error_names_it(tmp_path, name):
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "day_0").write_text("text")
+    (tmp_path / "day_1").write_text("text")
+    (tmp_path / "link_to_out").symlink_to(tmp_path / "out" / "train")
+    (tmp_path / "link_in_out").symlink_to(tmp_path / "out" / "train" / "day_0")
+    (tmp_path / "out" / "link_to_day_1").symlink_to(tmp_path / "day_1")
+    with pytest.raises(InputError, match=rf"{name}: lies in .*out, where the dataset goes; give another --out"):
+        check_outside([tmp_path / "day_1", tmp_path / name], tmp_path / "out")
+    check_outside([tmp_path / "day_1"], tmp_path / "out")
 
 
 def test_a_file_that_cannot_be_looked_at_then_error_names_it(tmp_path):

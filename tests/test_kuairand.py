@@ -331,6 +331,14 @@ def test_preparation_when_a_log_is_there_twice_then_error_names_both(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_preparation_when_the_source_lies_in_the_folder_then_nothing_is_removed(tmp_path):
+    source = write_source(tmp_path / "out" / "train", some_lines())
+    files = sorted(source.iterdir())
+    with pytest.raises(InputError, match=r"lies in .*out, where the dataset goes"):
+        prepare_kuairand(source, tmp_path / "out", overwrite=True)
+    assert sorted(source.iterdir()) == files
+
+
 def test_preparation_when_the_disk_is_full_then_error_names_the_folder_and_it_can_be_made_later(tmp_path):
     source = write_source(tmp_path / "source", some_lines())
     out = tmp_path / "out"

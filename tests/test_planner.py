@@ -376,6 +376,12 @@ def test_report_when_printed_then_it_has_every_table_and_every_device(tmp_path: 
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_when_a_name_holds_brackets_then_it_is_printed_as_it_is():
+    tables = [TableSpec(name="x[/y]", num_rows=1000, dim=8)]
+    result = make_plan(tables, [FeatureSpec(name="x", table="x[/y]")], MACHINE, batch_size=BATCH)
+    assert "x[/y]" in plan_text(result, tables)
+
+
 def test_report_when_devices_are_many_then_it_sums_them_up():
     tables, features, loads = skewed_model(8, 0)
     result = make_plan(tables, features, parse_topology("h200:4x8"), batch_size=4096, loads=loads)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from criteo_samples import make_lines, write_lines
 
-from dlrm_jax.data.card import read_card
+from dlrm_jax.data.card import DatasetCard, SparseColumn, SplitSummary, read_card, write_card
 from dlrm_jax.data.display import ConversionDisplay
 from dlrm_jax.data.folder_lock import exclusive
 
@@ -172,6 +174,29 @@ def test_overwrite_when_the_input_cannot_be_used_then_the_dataset_stays(tmp_path
     for arguments in ((*TINY, "--seed", -1), ("criteo", "none.tsv"), ("kuairand", "nowhere")):
         assert prepare(*arguments, "--out", tmp_path / "out", "--overwrite")[0] == 2
         assert (tmp_path / "out" / "card.json").exists()
+
+
+def test_overwrite_when_the_input_lies_in_the_folder_then_nothing_is_removed(tmp_path, prepare):
+    path = tmp_path / "clicks" / "train" / "day_0"
+    path.parent.mkdir(parents=True)
+    write_lines(path, make_lines(100))
+    before = path.read_bytes()
+    code, _, err = prepare("criteo", path.parent, "--out", tmp_path / "clicks", "--overwrite")
+    assert (code, path.read_bytes()) == (2, before)
+    assert "train/day_0: lies in" in err
+
+
+def test_check_when_names_hold_brackets_then_they_are_printed_as_they_are(tmp_path, prepare):
+    folder = tmp_path / "data[v2]"
+    column = SparseColumn(name="user[/id]", num_rows=3)
+    card = DatasetCard(name="x", sparse=(column,), splits={"train": SplitSummary(num_samples=2, positive_rate=0.5)})
+    (folder / "train").mkdir(parents=True)
+    pq.write_table(pa.table({"label": [0.0, 1.0], "user[/id]": [1, 2]}), folder / "train" / "part-0.parquet")
+    write_card(card, folder)
+    code, out, err = prepare("check", folder)
+    assert code == 0, err
+    assert "user[/id]" in out
+    assert "data[v2]" in out.replace("\n", "")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +207,33 @@ def _decode_field(kind: type, field: dataclasses.Field[Any], value: object, wher
             raise InputError(f"{where} is {value!r}, but must be a list")
         if nested:
             return tuple(_decode(nested, item, f"{where}[{i}]") for i, item in enumerate(value))
-        if not all(isinstance(item, list) and len(item) == 2 for item in value):
-            raise InputError(f"{where} must be a list of pairs")
+        first, second = (kind.__name__ for kind in typing.get_args(typing.get_args(field.type)[0]))
+        for item in value:
+            if not (isinstance(item, list) and len(item) == 2 and _is_a(item[0], first) and _is_a(item[1], second)):
+                raise InputError(f"{where} holds {item!r}, but must be a list of pairs of {first} and {second}")
         return tuple(tuple(item) for item in value)
     if annotation.startswith("dict"):
         if not isinstance(value, dict):
             raise InputError(f"{where} is {value!r}, but must be an object")
+        if field.type == dict[str, dict[str, float]]:
+            _check_figures(value, where)
         return {k: _decode(nested, v, f"{where}.{k}") for k, v in value.items()} if nested else value
     if nested:
         return _decode(nested, value, where)
-    expected = _SCALARS[annotation.removesuffix(" | None")]
-    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+    if not _is_a(value, annotation.removesuffix(" | None")):
         raise InputError(f"{where} is {value!r}, but must be {annotation}")
     return value
+
+
+def _is_a(value: object, scalar: str) -> bool:
+    expected = _SCALARS[scalar]
+    return isinstance(value, expected) and (bool in expected or not isinstance(value, bool))
+
+
+def _check_figures(value: dict[str, Any], where: str) -> None:
+    for split, figures in value.items():
+        if not (isinstance(figures, dict) and all(_is_a(figure, "float") for figure in figures.values())):
+            raise InputError(f"{where}.{split} is {figures!r}, but must be an object of numbers")
 
 
 def _check_limits(card: DatasetCard, where: str) -> None:
@@ -240,6 +255,11 @@ def _check_limits(card: DatasetCard, where: str) -> None:
             limit = "at least 1" if column.bag else 'exactly 1 where "bag" is false'
             raise InputError(
                 f"{where}: sparse feature {column.name!r} has max_pooling_factor {column.max_pooling_factor}; {limit}"
+            )
+        if not 0 <= column.mean_pooling_factor < math.inf:
+            raise InputError(
+                f"{where}: sparse feature {column.name!r} has mean_pooling_factor {column.mean_pooling_factor}, but it "
+                "must be at least 0 and finite"
             )
         if column.weights is not None and not column.bag:
             raise InputError(f'{where}: sparse feature {column.name!r} has weights, so its "bag" must be true')

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dlrm_jax.data.card import CARD_FILE, DatasetCard, SparseColumn, read_card
+from dlrm_jax.data.stream import open_stream
 from dlrm_jax.data.validate import pooling_factors, validate_row_group, validate_schema
+from dlrm_jax.data.writer import rows_per_group
 from sharding.errors import InputError
 
 ROWS_AT_ONCE = 65_536
@@ -159,7 +160,7 @@ class _SplitAccumulator:
             before = self._features[column.name]
             self._features[column.name] = FeatureReport(
                 num_ids=before.num_ids + len(ids),
-                max_id=max(before.max_id, int(np.max(ids, initial=-1)) if len(ids) else -1),
+                max_id=max(before.max_id, int(ids.max()) if len(ids) else -1),
                 max_pooling_factor=max(before.max_pooling_factor, int(np.max(lengths, initial=0))),
                 empty_bags=before.empty_bags + int(np.count_nonzero(lengths == 0)),
             )
@@ -177,7 +178,7 @@ class _SplitAccumulator:
 
 def _checked_rows(path: Path, card: DatasetCard, accumulator: _SplitAccumulator) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_stream(path) as file:
             validate_schema(file.schema_arrow, card, path)
             accumulator.num_files += 1
             accumulator.group_sizes += [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -238,7 +239,7 @@ def _check_vocabulary(path: Path, column: SparseColumn) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such file, but it is the vocabulary of {column.name!r}: write it, or set null")
     try:
-        with pq.ParquetFile(path) as file:
+        with open_stream(path) as file:
             names = file.schema_arrow.names
             if not {"id", "value", "count"} <= set(names):
                 raise InputError(f"{path}: a vocabulary has the columns id, value and count; this one has {names}")
@@ -266,7 +267,7 @@ def _warnings(directory: Path, card: DatasetCard, splits: dict[str, SplitReport]
     if train and train.num_samples >= MIN_TRAIN_GROUPS * MIN_ROWS_PER_GROUP and train.num_row_groups < MIN_TRAIN_GROUPS:
         yield (
             f"{directory / 'train'}: {train.num_row_groups} row groups, but the loader shuffles by group: "
-            f"write at least {MIN_TRAIN_GROUPS}, for example with row_group_size={train.num_samples // 64}"
+            f"write at least {MIN_TRAIN_GROUPS}, for example with row_group_size={rows_per_group(train.num_samples)}"
         )
     if "train" not in splits:
         yield f"{directory}: no split 'train', so that models can be evaluated on it but not trained"

@@ -64,10 +64,11 @@ def print_report(report: DatasetReport, directory: str | os.PathLike[str]) -> No
             f"{feature.max_pooling_factor}",
             f"{empty:.1%}",
         )
-    console = Console()
+    # Names may hold brackets, which rich would take for its own.
+    console = Console(markup=False)
     console.print(splits, features)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def print_summary(card: DatasetCard, directory: str | os.PathLike[str]) -> None:

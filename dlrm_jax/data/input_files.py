@@ -21,6 +21,19 @@ def reading() -> Iterator[None]:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); give another file") from error
 
 
+def check_outside(paths: Sequence[Path], folder: str | os.PathLike[str]) -> None:
+    """Checks that no file lies in the folder of the dataset: ``--overwrite`` would remove it before it is read.
+
+    Raises:
+        InputError: A file, or the link that leads to it, lies there.
+    """
+    out = Path(os.path.realpath(folder))
+    for path in paths:
+        folders = (Path(os.path.realpath(path)).parent, Path(os.path.realpath(path.parent)))
+        if any(inside.is_relative_to(out) for inside in folders):
+            raise InputError(f"{path}: lies in {out}, where the dataset goes; give another --out, or move the file")
+
+
 def check_distinct(paths: Sequence[Path]) -> None:
     """Checks that no file is given twice: training would see lines that it is evaluated on.
 

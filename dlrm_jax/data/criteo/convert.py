@@ -18,6 +18,7 @@ from dlrm_jax.data.criteo.run import Progress, Run
 from dlrm_jax.data.criteo.spec import CriteoSpec, check_spec, list_files
 from dlrm_jax.data.criteo.tables import make_vocabularies
 from dlrm_jax.data.criteo_columns import DENSE_NAMES
+from dlrm_jax.data.input_files import check_outside
 from dlrm_jax.data.journal import Journal
 from dlrm_jax.data.rejects import check_share
 from dlrm_jax.data.resume import WORK_FOLDER, dataset_folder, finish_dataset
@@ -64,12 +65,13 @@ def prepare_criteo(
         The dataset's card.
 
     Raises:
-        InputError: A file cannot be read or is given twice, too many lines are malformed, a setting is out of its
-            limits, a vocabulary does not fit in memory, the folder holds a complete dataset, or one begun with other
-            settings, cannot be written, or another process is writing it, or the disk is full.
+        InputError: A file cannot be read, is given twice or lies in ``out``, too many lines are malformed, a setting
+            is out of its limits, a vocabulary does not fit in memory, the folder holds a complete dataset, or one begun
+            with other settings, cannot be written, or another process is writing it, or the disk is full.
     """
     spec = spec or CriteoSpec()
     paths = list_files(files)
+    check_outside(paths, out)
     check_spec(spec, paths)
     check_share(max_reject_share)
     if not 0 < memory_limit_mb <= MAX_MEMORY_MB:

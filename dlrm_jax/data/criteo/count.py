@@ -53,9 +53,10 @@ def place_splits(run: Run) -> list[Bounds]:
     lines = [run.journal[f"lines {i}"] for i in counted]
     evaluation = lines[-1] if by_file else round(sum(lines) * run.spec.evaluation_share)
     if evaluation < 2 or (not by_file and evaluation >= sum(lines)):
+        instead = "--split lines" if by_file else "another --evaluation_share"
         raise InputError(
             f"{run.paths[-1]}: {evaluation} of {sum(lines)} lines are for evaluation, but training, validation and "
-            "test need one line each: give more lines, or another --evaluation_share"
+            f"test need one line each: give more lines, or {instead}"
         )
     if by_file:
         last = Bounds(validation=0, test=evaluation - evaluation // 2)

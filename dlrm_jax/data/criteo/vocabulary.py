@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64, UInt32, UInt64
 
 from dlrm_jax.data.hashing import hash_to_range, mix64
 from dlrm_jax.data.spill import BYTES_PER_ENTRY, PARTITIONS, read_partition
+from dlrm_jax.data.stream import open_stream
 from sharding.errors import InputError
 
 _RECORD = np.dtype([("value", "<u4"), ("count", "<i8")])
@@ -192,7 +193,7 @@ class RowLookup:
 
 def read_vocabulary(path: str | os.PathLike[str]) -> UInt32[np.ndarray, " V"]:
     """Reads the ids of rows 1, 2, ... from a vocabulary file."""
-    with pq.ParquetFile(path) as file:
+    with open_stream(path) as file:
         parts = [np.zeros(0, np.uint32)]
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=["value"]):
             column = batch.column(0)

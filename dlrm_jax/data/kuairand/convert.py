@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from dlrm_jax.data.card import DatasetCard, DenseColumn, SparseColumn
-from dlrm_jax.data.input_files import reading
+from dlrm_jax.data.input_files import check_outside, reading
 from dlrm_jax.data.kuairand.features import (
     HISTORY_BAGS,
     PLAIN_BAGS,
@@ -74,9 +74,9 @@ def prepare_kuairand(
         The dataset's card.
 
     Raises:
-        InputError: A file cannot be read, lacks a column or is there twice, too many lines are malformed, a split is
-            empty, a setting is out of its limits, the folder holds something else or cannot be written, another
-            process is writing it, or the disk is full.
+        InputError: A file cannot be read, lacks a column, is there twice or lies in ``out``, too many lines are
+            malformed, a split is empty, a setting is out of its limits, the folder holds something else or cannot be
+            written, another process is writing it, or the disk is full.
     """
     if features not in ("plain", "full"):
         raise InputError(f"kuairand: features is {features!r}, but must be 'plain' or 'full'")
@@ -89,6 +89,7 @@ def prepare_kuairand(
         for name in (USER_FILE, VIDEO_FILE):
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: no such file; give the folder of the published CSV files")
+        check_outside((*files, folder / USER_FILE, folder / VIDEO_FILE), out)
         num_lines = sum(_count_lines(path) for path in files)
     settings = {
         "converter": "kuairand",
