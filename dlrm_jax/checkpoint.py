@@ -62,6 +62,10 @@ class _BestStep(checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
+class RemovedError(InputError):
+    """A checkpoint was removed while it was read."""
+
+
 class Checkpointer:
     """The checkpoints of one run. A context manager."""
 
@@ -95,6 +99,8 @@ class Checkpointer:
                 todelete_subdir=None if read_only else _DELETED,
                 # Its `read_only` does as much, and logs warnings each time.
                 cleanup_tmp_directories=not read_only,
+                # Else it asks for the time of each checkpoint, of which a training may have removed one meanwhile.
+                lightweight_initialize=read_only,
                 create=not read_only,
             ),
             item_handlers={"dense": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
@@ -154,6 +160,7 @@ class Checkpointer:
 
         Raises:
             InputError: The checkpoint is damaged.
+            RemovedError: It was removed meanwhile.
         """
         return Progress(**self._restore(step, progress=ocp.args.JsonRestore())["progress"])
 
@@ -169,6 +176,7 @@ class Checkpointer:
 
         Raises:
             InputError: There is no such checkpoint, it is of another model, or damaged.
+            RemovedError: It was removed meanwhile.
         """
         if step not in self.steps():
             raise InputError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps()}")
@@ -183,7 +191,7 @@ class Checkpointer:
         try:
             tables = restore_tables(self._sharded_tables, self._folder / str(step))
         except InputError as error:
-            raise InputError(f"{error}: {self._instead(step)}") from error
+            raise self._unreadable(step, str(error)) from error
         without_tables = dataclasses.replace(abstract, tables=None)
         dense = jax.tree.unflatten(jax.tree.structure(without_tables), [saved["dense"][name] for name in leaves])
         return dataclasses.replace(dense, tables=tables)
@@ -227,10 +235,18 @@ class Checkpointer:
             yield
         except Exception as error:  # orbax raises what its parts raise, and Exception itself
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise InputError(
-                f"{self._manager.directory}/{step}: is damaged ({reason}); use another checkpoint: "
-                f"{self._instead(step)}"
-            ) from error
+            what = f"{self._manager.directory}/{step}: is damaged ({reason}); use another checkpoint"
+            raise self._unreadable(step, what) from error
+
+    def _unreadable(self, step: int, what: str) -> InputError:
+        """The error of a checkpoint that cannot be read: what is wrong with it, if it is still there."""
+        steps = self._workdir.checkpoint_steps()
+        if step not in steps:
+            return RemovedError(
+                f"{self._manager.directory}/{step}: was removed while it was read, as a training removes old "
+                f"checkpoints; use another: there are {steps}"
+            )
+        return InputError(f"{what}: {self._instead(step)}")
 
     def _instead(self, step: int) -> str:
         """What to do without a checkpoint."""

@@ -323,8 +323,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    flat = {name: value for name, value in flat.items() if not name.startswith("stated.")}
-    return flat
+    return {name: value for name, value in flat.items() if not name.startswith("stated.")}
 
 
 def used_features(config: EmbeddingConfig, card: DatasetCard) -> tuple[SparseColumn, ...]:
@@ -347,9 +346,11 @@ def used_features(config: EmbeddingConfig, card: DatasetCard) -> tuple[SparseCol
     mentioned = {"embedding.pooling": set(config.pooling)}
     mentioned |= {f"embedding.shared.{table}": set(features) for table, features in config.shared.items()}
     for field, features in mentioned.items():
-        unknown = sorted(features - names)
-        if unknown:
-            raise InputError(f"{field} names {unknown[0]!r}, which is not a feature in use; those are {sorted(names)}")
+        if unknown := sorted(features - names):
+            fix = "" if field == "embedding.pooling" else "; another table takes another --embedding.shared"
+            raise InputError(
+                f"{field} names {unknown[0]!r}, which is not a feature in use; those are {sorted(names)}{fix}"
+            )
     return used
 
 

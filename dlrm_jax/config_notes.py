@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
-from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, TableConfig, TrainConfig
+from dlrm_jax.config import Config, DataConfig, DenseOptimizerConfig, ExchangeConfig, TableConfig, TrainConfig
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.schedules import decayed_to_nothing
 
@@ -22,15 +22,17 @@ _UNREAD_MODEL = {"dot": _NOT_CROSS, "cat": _NOT_CROSS}
 # Not data.eval_batch_size, which scripts/eval.py reads, too.
 _OF_EVALUATION = {"eval_every", "early_stop", "best_by"}
 _OF_LOADER = {"shuffle_window", "prefetch", "threads"}
+_OF_EXCHANGE = {"forward", "backward", "all_reduce"}
 
-Settings = DataConfig | DenseOptimizerConfig | ModelConfig | TableConfig | TrainConfig
+Settings = DataConfig | DenseOptimizerConfig | ExchangeConfig | ModelConfig | TableConfig | TrainConfig
 
 
-def without_effect(config: Config) -> Iterator[str]:
+def without_effect(config: Config, num_devices: int | None = None) -> Iterator[str]:
     """One line for each setting that is not its default and has no effect.
 
     Args:
         config: The experiment.
+        num_devices: Devices; those that the config says unless given.
 
     Yields:
         Lines that name the setting, and why.
@@ -40,6 +42,8 @@ def without_effect(config: Config) -> Iterator[str]:
         yield from _in_vain("data", data, _OF_LOADER, "data.path is None, so batches are random")
     if train.eval_split is None:
         yield from _in_vain("train", train, _OF_EVALUATION, "train.eval_split is None, so nothing is evaluated")
+    if (num_devices or config.mesh.num_devices) == 1:
+        yield from _in_vain("exchange", config.exchange, _OF_EXCHANGE, "one device sends nothing")
     yield from _unread("dense_optimizer", config.dense_optimizer, "name", _UNREAD_DENSE)
     yield from _unread("model", config.model, "interaction", _UNREAD_MODEL)
     for where, table in {

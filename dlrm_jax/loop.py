@@ -86,6 +86,7 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
     check_same(code_version() | config.facts())
     workdir = Workdir(config.workdir)
     split = config.train.eval_split
+    num_devices = config.mesh.num_devices if mesh is None else mesh.devices.size
     with contextlib.ExitStack() as until_end:
         with together():
             if writes:
@@ -94,11 +95,11 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
             card = card_of(config)
             check_parts(
                 config.data,
-                config.mesh.num_devices if mesh is None else mesh.devices.size,
+                num_devices,
                 num_processes(),
                 batches=["batch_size"] if split is None else ["batch_size", "eval_batch_size"],
             )
-        for line in without_effect(config):
+        for line in without_effect(config, num_devices):
             console.print(f"note: {line}", highlight=False, soft_wrap=True)
         # Processes that know the same take the same way, also where they plan and measure together.
         check_same({"the dataset's card": dataclasses.asdict(card)})

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from dlrm_jax.checkpoint import Checkpointer
+from dlrm_jax.checkpoint import Checkpointer, RemovedError
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.batch import Batch
@@ -27,7 +27,7 @@ from dlrm_jax.metrics import Metrics
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import open_split
-from dlrm_jax.train_state import abstract_train_state, make_dense_optimizer
+from dlrm_jax.train_state import TrainState, abstract_train_state, make_dense_optimizer
 from dlrm_jax.workdir import Workdir
 from pallas_kernels.implementations import Implementation
 from sharding import InputError, KeyedJagged
@@ -71,10 +71,7 @@ class Predictor:
         config, card = self._workdir.read()
         config = _on_mesh(dataclasses.replace(config, mesh=mesh or MeshConfig(), plan=plan, kernels=kernels))
         self.recommender = Recommender(config, card)
-        optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-        with Checkpointer(self._workdir.path, self.recommender.tables, read_only=True) as checkpointer:
-            self.step = _choose(checkpointer, checkpoint, self._workdir.path)
-            self.state = checkpointer.restore(self.step, abstract_train_state(self.recommender, optimizer))
+        self.step, self.state = _restore(self._workdir.path, self.recommender, checkpoint)
         self._predictions = Predictions(self.recommender)
 
     def predict(self, samples: Batch | Mapping[str, Sequence[Any]] | Any) -> Float[np.ndarray, " B"]:
@@ -145,6 +142,22 @@ def _on_mesh(config: Config) -> Config:
     data, devices = config.data, config.mesh.num_devices
     sizes = {name: data.next_batch_size(getattr(data, name), devices) for name in ("batch_size", "eval_batch_size")}
     return dataclasses.replace(config, data=dataclasses.replace(data, **sizes))
+
+
+def _restore(
+    path: Path, recommender: Recommender, checkpoint: int | Literal["best", "latest"]
+) -> tuple[int, TrainState]:
+    """The step and the state of a checkpoint. One that a training removes meanwhile gives way to the one after it."""
+    config = recommender.config
+    abstract = abstract_train_state(recommender, make_dense_optimizer(config.dense_optimizer, config.schedule))
+    while True:
+        try:
+            with Checkpointer(path, recommender.tables, read_only=True) as checkpointer:
+                step = _choose(checkpointer, checkpoint, path)
+                return step, checkpointer.restore(step, abstract)
+        except RemovedError:
+            if checkpoint not in ("best", "latest"):
+                raise
 
 
 def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "latest"], path: Path) -> int:

@@ -14,6 +14,7 @@ from dlrm_jax.data.card_identity import check_model_inputs
 from dlrm_jax.data.random_batches import RandomBatches
 from dlrm_jax.recommender import Recommender
 from sharding import InputError
+from sharding.measure import host_memory_bytes
 
 
 class Source(Protocol):
@@ -76,6 +77,26 @@ def check_parts(data: DataConfig, num_devices: int, num_processes: int, *, batch
         data.check_devices(name, num_devices)
 
 
+def check_room(name: BatchSize, batch_size: int, card: DatasetCard, share: float) -> None:
+    """Raises InputError unless this host has memory for the numbers of one batch, all of 4 bytes.
+
+    Args:
+        name: Which batch, for the message.
+        batch_size: Its samples, of all processes.
+        card: Their features.
+        share: The share of them that this process takes.
+    """
+    ids = sum(column.mean_pooling_factor if column.bag else 1.0 for column in card.sparse)
+    # With the label, the sample's weight, and the length of each bag.
+    sample_bytes = 4 * share * (len(card.dense) + 2 + len(card.sparse) + ids)
+    memory = host_memory_bytes()
+    if batch_size * sample_bytes > memory:
+        raise InputError(
+            f"data.{name} is {batch_size}, so a batch takes {batch_size * sample_bytes / 1e9:,.2f} GB, but this host "
+            f"has {memory / 1e9:,.2f} GB: use fewer than {int(memory / sample_bytes):,} samples"
+        )
+
+
 def open_split(recommender: Recommender, split: str, *, training: bool, path: str | None = None) -> Source:
     """Opens a split of the dataset of a model's config: this process's part of each batch.
 
@@ -98,6 +119,7 @@ def open_split(recommender: Recommender, split: str, *, training: bool, path: st
     name: BatchSize = "batch_size" if training else "eval_batch_size"
     check_parts(dataclasses.replace(data, path=path), everyone, everyone // own, batches=[name])
     batch_size = getattr(data, name)
+    check_room(name, batch_size, recommender.card, own / everyone)
     if path is None:
         samples = range(batch_size * first // everyone, batch_size * (first + own) // everyone)
         return RandomBatches(

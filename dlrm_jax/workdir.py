@@ -15,7 +15,7 @@ import msgspec
 
 from dlrm_jax.config import Config, flatten
 from dlrm_jax.data.card import DatasetCard
-from dlrm_jax.data.card_identity import card_identity
+from dlrm_jax.data.card_identity import card_identity, differing
 from dlrm_jax.data.folder_lock import LOCK_FILE
 from dlrm_jax.data.write_errors import naming_folder
 from sharding.errors import InputError
@@ -117,13 +117,12 @@ class Workdir:
             ("", saved.get("config", {}), _plain(config.identity()), (flatten(saved.get("experiment", {})), settings)),
             ("dataset ", trained, _plain(card_identity(card)), ({}, {})),
         ):
-            for field in sorted(set(was) | set(now)):
-                if was.get(field) != now.get(field):
-                    before, after = _brief({**known[0], **was}, field), _brief({**known[1], **now}, field)
-                    raise InputError(
-                        f"{self.path}: holds a run with {what}{field} = {before}, but now it is {after}: choose "
-                        "another --workdir, or restore the setting"
-                    )
+            for field in sorted(differing(was, now)):
+                before, after = _brief({**known[0], **was}, field), _brief({**known[1], **now}, field)
+                raise InputError(
+                    f"{self.path}: holds a run with {what}{field} = {before}, but now it is {after}: choose "
+                    "another --workdir, or restore the setting"
+                )
         # Earlier versions did not note them.
         known_row_groups = saved.get("row_groups")
         if None not in (known_row_groups, row_groups) and known_row_groups != row_groups:

@@ -22,16 +22,13 @@ from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.distributed import Processes, num_processes, process_id
 from dlrm_jax.host_memory import keep_freed_memory
 from scripts.one_line_errors import one_line_errors
+from scripts.repeated_flags import NEXT_TABLE, merge_dictionaries, refuse_repeats
 from sharding import InputError
 
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 # What tyro says of a dictionary's flag.
 _BAD_PAIRS = re.compile(r"Error parsing --([\w.]+): Failed to parse key-value pairs")
-# What stands between the tables of `--embedding.shared` once its repeats are one flag; no table has such a name.
-_NEXT_TABLE = "\0"
-# Flags of dictionaries, which may be repeated, and what stands between the repeats.
-_REPEATED = {"--embedding.pooling": (), "--embedding.shared": (_NEXT_TABLE,)}
 # Most flags that are listed where only what they have in common was given.
 _MOST_LISTED = 8
 # Tables with settings of their own, beyond which these are no flags: tyro takes seconds for thousands of flags.
@@ -117,7 +114,7 @@ def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], u
 def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable[str], **settings: Any) -> T:
     """`tyro.cli`, whose errors fill a box of several lines, with errors of one line.
 
-    Flags of dictionaries may be repeated, where tyro would read the last alone.
+    Flags of dictionaries, and those that the target appends to, may be repeated.
 
     Args:
         target: What to make of the command line.
@@ -129,9 +126,13 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
         An object of that class.
 
     Raises:
-        InputError: An unknown flag, or a missing or unusable value.
+        InputError: An unknown flag, one that is given twice, or a missing or unusable value.
     """
-    arguments = _merge_repeats(arguments)
+    kinds = get_type_hints(target, include_extras=True)
+    refuse_repeats(
+        arguments, {f"--{name}" for name, kind in kinds.items() if tyro.conf.UseAppendAction in get_args(kind)}
+    )
+    arguments = merge_dictionaries(arguments)
     try:
         with one_line_errors():
             parsed, unknown = tyro.cli(
@@ -148,22 +149,6 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
         nearest = _below(flag, flags) or _nearest(flag, flags)
         raise InputError(f"there is no flag {flag!r}{nearest}; --help lists all flags")
     return parsed
-
-
-def _merge_repeats(arguments: Sequence[str]) -> list[str]:
-    """The command line, in which each flag of a dictionary has the words of all its repeats."""
-    words: dict[int | str, list[str]] = {-1: []}
-    last: int | str = -1
-    for place, word in enumerate(arguments):
-        flag, given, value = word.partition("=")
-        if flag in _REPEATED:
-            words[flag] = [*words[flag], *_REPEATED[flag]] if flag in words else [flag]
-            words[flag] += [value] if given else []
-            last = flag
-            continue
-        last = place if word.startswith("--") else last
-        words.setdefault(last, []).append(word)
-    return [word for of_flag in words.values() for word in of_flag]
 
 
 def _registry_of_tables() -> tyro.constructors.ConstructorRegistry:
@@ -188,7 +173,7 @@ def _shared_tables(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructo
 
 def _parse_tables(words: list[str]) -> dict[str, tuple[str, ...]]:
     tables: dict[str, tuple[str, ...]] = {}
-    for is_next, run in itertools.groupby(words, key=_NEXT_TABLE.__eq__):
+    for is_next, run in itertools.groupby(words, key=NEXT_TABLE.__eq__):
         if is_next:
             continue
         name, *features = run
@@ -261,8 +246,9 @@ def take_processes(arguments: Sequence[str]) -> tuple[Processes, list[str]]:
         The processes, and the rest of the command line.
 
     Raises:
-        InputError: A number is not one, or a value is missing.
+        InputError: A number is not one, a value is missing, or a flag is given twice.
     """
+    refuse_repeats(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)

@@ -5,6 +5,10 @@
 Prints a table, and as its last line the same figures as JSON.
 """
 
+import scripts.interrupts  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import json
 import math

@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from scripts.interrupts import end_interrupted
 from sharding.errors import InputError
 
 # What a shell says of a command whose output nobody reads any more, as in `... | head`.
 _NO_READER = 141
-# The same of one that Ctrl-C ended.
-_INTERRUPTED = 130
 
 
 def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
@@ -35,8 +34,7 @@ def run(main: Callable[[Sequence[str]], None], *fatal: type[Exception]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            print("; ".join(("interrupted", *interrupt.args)), file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+            end_interrupted(interrupt)
 
 
 @contextlib.contextmanager

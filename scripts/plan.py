@@ -15,6 +15,10 @@ TABLE may have * and ?, and stands for each table that it fits. Kinds: table_wis
 table_row_wise, grid, data_parallel. These flags may be repeated.
 """
 
+import scripts.interrupts  # noqa: F401
+
+# isort: split
+
 import contextlib
 import dataclasses
 import os

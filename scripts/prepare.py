@@ -5,6 +5,10 @@ scripts/prepare.py {criteo FILES..., kuairand FOLDER, synthetic} --out DIR
 scripts/prepare.py check DIR
 """
 
+import scripts.interrupts  # noqa: F401
+
+# isort: split
+
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,7 @@ from dlrm_jax.data.resume import OTHER_FOLDER, next_start
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
 from dlrm_jax.data.write_errors import naming_folder
 from scripts.one_line_errors import one_line_errors, run
+from scripts.repeated_flags import refuse_repeats
 from sharding.errors import InputError
 
 
@@ -148,6 +153,7 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
 
 def _command(arguments: Sequence[str]) -> None:
     commands = {command.__name__: _deferred(command) for command in (criteo, kuairand, synthetic, check)}
+    refuse_repeats(arguments)
     with one_line_errors():
         chosen = tyro.extras.subcommand_cli_from_dict(
             commands, description=__doc__, args=list(arguments), use_underscores=True

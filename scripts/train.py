@@ -9,6 +9,10 @@ Several processes, each started with the same command, train together: JAX finds
 Kubernetes and Cloud TPU; elsewhere add --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
+import scripts.interrupts  # noqa: F401
+
+# isort: split
+
 from collections.abc import Sequence
 
 from dlrm_jax.distributed import ending_together, join, together

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from sharding.errors import InputError
 from sharding.groups import Group
 from sharding.layout import Layout
+from sharding.tables import MAX_IDS
 
 # Room beyond the mean. Bags differ in length, and hot rows meet on one owner.
 _SPARE = 1.25
@@ -82,11 +83,13 @@ class Capacities:
 
         Returns:
             The larger capacities; the same if they suffice.
+
+        Raises:
+            InputError: See `with_rounds`.
         """
-        limit = 2**31 - 1
         old = self.as_needs().tolist()
         new = [
-            have if need <= have else min(1 << (need - 1).bit_length(), limit)
+            have if need <= have else max(need, min(1 << (need - 1).bit_length(), MAX_IDS - 1))
             for have, need in zip(old, np.asarray(needs).tolist(), strict=True)
         ]
         ids, *rest = new
@@ -98,7 +101,17 @@ class Capacities:
 
 
 def with_rounds(ids: int, groups: tuple[GroupCapacity, ...], num_devices: int, exchange_bytes: int) -> Capacities:
-    """Capacities with as many rounds as the budget of the exchange's buffers asks for."""
+    """Capacities with as many rounds as the budget of the exchange's buffers asks for.
+
+    Raises:
+        InputError: A device would need room for so many ids that what it needs cannot be told in 32 bits.
+    """
+    most = max([ids, *(group.total for group in groups)])
+    if most >= MAX_IDS:
+        raise InputError(
+            f"a device may get {most} ids of a batch or more, but 32 bits number {MAX_IDS}: use fewer samples, or, "
+            "where the ids do not all go to one device, expected_capacities"
+        )
     # A record is the row, the bag and a weight. What comes home by id is a row, and its gradient goes back.
     words = max(sum(group.pair for group in groups) * 3, sum(group.pair * group.row_words for group in groups))
     rounds = max(1, math.ceil(num_devices * words * WORD_BYTES / exchange_bytes))

@@ -17,6 +17,7 @@ from sharding.gather_few import gather_few
 from sharding.layout import Layout
 from sharding.mesh import AXES, BY_DEVICE, REPLICATED
 from sharding.records import NO_ROW
+from sharding.tables import MAX_IDS
 from sharding.trip import Trip, exchange, make_trip, to_owners
 
 
@@ -95,10 +96,17 @@ def deliver_local(addressed: Addressed, *, layout: Layout) -> Delivered:
     return Delivered(
         groups=of_layout,
         divisors=addressed.divisors,
-        invalid=jnp.sum(of_all[:, 0], dtype=jnp.int32),
+        invalid=sum_or_most(of_all[:, 0]),
         needs=jnp.max(of_all[:, 1:], axis=0),
         capacities=addressed.capacities,
     )
+
+
+def sum_or_most(counts: Int32[Array, " W"]) -> Int32[Array, ""]:
+    """Sum of counts; `MAX_IDS` where 32 bits do not hold it, which is more than any capacity."""
+    sums = jnp.cumsum(counts, dtype=jnp.int32)
+    # The first sum that is too large is below 2^32, and so negative.
+    return jnp.where(jnp.any(sums < 0), jnp.int32(MAX_IDS), sums[-1])
 
 
 def _spread(group: AddressedGroup, num_devices: int) -> DeliveredGroup:
@@ -143,7 +151,7 @@ def _travel(groups: dict[int, AddressedGroup], capacities: Capacities) -> dict[i
             needs=jnp.stack(
                 [
                     jnp.max(jnp.diff(ids[number].starts)),
-                    jnp.sum(received[number]),
+                    sum_or_most(received[number]),
                     jnp.max(jnp.diff(asked[number].starts)) if number in asked else jnp.int32(0),
                 ]
             ),

@@ -5,7 +5,7 @@ Letters: b samples of a device or of a chunk, W devices, S senders, P vectors a 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from sharding.assemble import block_sources
 from sharding.capacities import EXCHANGE_BYTES, Capacities, expected_capacities, sufficient_capacities
 from sharding.codec import Codec
 from sharding.deliver import Delivered, deliver_local, delivered_specs
-from sharding.errors import InputError
+from sharding.errors import InputError, check_type
 from sharding.jagged import KeyedJagged, for_devices
 from sharding.layout import Layout, make_layout
 from sharding.lookup import bring_home_local, pool_local
@@ -31,7 +31,7 @@ from sharding.plan import ShardingPlan, check_plan, one_device_plan
 from sharding.route import Routed, accept_local, check_batch
 from sharding.state import TableState, abstract_state, init_state
 from sharding.tables import FeatureSpec, TableSpec, check_specs
-from sharding.update import check_step, send_back_local, update_local
+from sharding.update import check_update, send_back_local, update_local
 from sharding.vectors import Block, Embeddings, blocks_of
 
 # The vectors of each group, or their gradients, where the rows are.
@@ -155,9 +155,9 @@ class ShardedTables:
             that they take. Do nothing with what such a batch gives: call this again with more room.
 
         Raises:
-            InputError: The samples do not divide.
+            InputError: See `sharding.jagged.for_devices`.
         """
-        parts = for_devices(ids, self.num_devices, ids.capacity if capacity is None else capacity)
+        parts = for_devices(ids, self.num_devices, capacity)
         return jax.device_put(parts, jax.tree.map(lambda spec: sharding_on(self.mesh, spec), _specs(parts)))
 
     def sufficient_capacities(self, samples: int, ids: int, exchange_bytes: int = EXCHANGE_BYTES) -> Capacities:
@@ -184,7 +184,7 @@ class ShardedTables:
         Raises:
             InputError: See `sharding.route.check_batch`.
         """
-        check_batch(ids, self.features, self.layout)
+        check_batch(ids, self.features, self.layout, capacities)
         return self._route(ids, capacities)
 
     def _route_in_parts(self, ids: KeyedJagged, capacities: Capacities | None) -> Routed:
@@ -192,7 +192,7 @@ class ShardedTables:
 
     def address(self, ids: KeyedJagged, capacities: Capacities | None = None) -> Addressed:
         """The first part of `route`, for use inside `jax.jit`: sorts ids by the owners of their rows."""
-        check_batch(ids, self.features, self.layout)
+        check_batch(ids, self.features, self.layout, capacities)
         samples, room = ids.batch_size // self.num_devices, ids.capacity // self.num_devices
         capacities = (capacities or self.sufficient_capacities(samples, room)).of_batch(room)
         local = partial(address_local, layout=self.layout, means=self._means, capacities=capacities)
@@ -234,6 +234,7 @@ class ShardedTables:
         Returns:
             Vectors at the owners of the rows, for `bring_home`.
         """
+        check_type(routed, Routed, "what was routed")
         return self._pool({name: stores.weights for name, stores in state.items()}, routed.groups)
 
     def bring_home(self, pooled: Pooled, routed: Routed, *, chunk: int = 0, chunks: int = 1) -> Embeddings:
@@ -274,6 +275,7 @@ class ShardedTables:
         Returns:
             Gradients of vectors, for `update`.
         """
+        check_type(gradients, Embeddings, "gradients")
         vectors = (*gradients.blocks, *(gradients.sequences[block.names[0]] for block in self._sequences))
         return self._send_back(vectors, routed.divisors, chunk, chunks)
 
@@ -301,9 +303,9 @@ class ShardedTables:
             The tables after the update.
 
         Raises:
-            InputError: The step is below 1, or gradients are not float32.
+            InputError: The step is below 1, or gradients are no embeddings, or not float32.
         """
-        check_step(step)
+        check_update(gradients, step)
         sent = (self.send_back(routed, gradients),) if isinstance(gradients, Embeddings) else tuple(gradients)
         return self._update(
             state,
@@ -388,8 +390,7 @@ class ShardedTables:
 
 def _specs(ids: KeyedJagged) -> KeyedJagged:
     """Which part of each array of a batch a device has, in the batch's own shape."""
-    by_device: Any = BY_DEVICE
-    second: Any = BY_DEVICE_SECOND
+    by_device, second = cast(Any, BY_DEVICE), cast(Any, BY_DEVICE_SECOND)
     return KeyedJagged(
         values=by_device,
         lengths=second,

@@ -5,13 +5,15 @@ Letters: F features, b samples (of one device).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt32
 
-from sharding.errors import InputError
+from sharding.errors import InputError, check_type
+from sharding.tables import MAX_IDS
 
 # Ids of a table of at most so many rows are one word of 32 bits.
 MAX_NARROW_ROWS = 2**31 - 1
@@ -141,11 +143,12 @@ def _weights_of(
 
 
 def check_arrays(ids: KeyedJagged) -> None:
-    """Raises InputError unless the arrays have the shapes and dtypes that they are declared with.
+    """Raises InputError unless it is a batch whose arrays have the shapes and dtypes that they are declared with.
 
     Args:
         ids: Ids whose arrays may be numpy's, or tracers.
     """
+    check_type(ids, KeyedJagged, "the batch of ids")
     two_words = ids.values.dtype == np.uint32 and ids.values.ndim == 2 and ids.values.shape[1] == 2
     if not (two_words or ids.values.dtype == np.int32) or ids.lengths.dtype != np.int32:
         raise InputError(
@@ -165,13 +168,13 @@ def check_arrays(ids: KeyedJagged) -> None:
         raise InputError(f"weights are {ids.weights.dtype}; give float32")
 
 
-def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagged:
+def for_devices(ids: KeyedJagged, num_devices: int, capacity: int | None) -> KeyedJagged:
     """Gives each of several devices its own part of a batch, on the host.
 
     Args:
         ids: The batch, as numpy arrays, feature by feature.
         num_devices: Devices; the number of samples is a multiple of it.
-        capacity: Room for the ids of one device.
+        capacity: Room for the ids of one device; as many as the batch has room for if None.
 
     Returns:
         The same lengths, and ``num_devices`` times ``capacity`` values: those of device d's samples, feature by
@@ -179,10 +182,13 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
         of them, the route reports what they need.
 
     Raises:
-        InputError: The samples do not divide, the lengths are those of other ids, or devices have their parts already;
-            see also `check_arrays`.
+        InputError: The samples do not divide, the lengths are those of other ids, devices have their parts already, one
+            has more ids than 32 bits number, or the capacity is no whole number; see also `check_arrays`.
     """
     check_arrays(ids)
+    capacity = ids.capacity if capacity is None else capacity
+    if not isinstance(capacity, Integral) or capacity < 0:
+        raise InputError(f"capacity is {capacity!r}; it is the room for one device's ids, so give 0 or more")
     if ids.parts != 1:
         raise InputError(f"the batch is laid out for {ids.parts} devices already; give it as it was before")
     num_features, num_samples = ids.lengths.shape
@@ -204,6 +210,9 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int) -> KeyedJagge
     firsts = starts[:, :: max(samples, 1)].T.reshape(-1) if samples else np.zeros(num_features * num_devices, np.int64)
     runs = lengths.reshape(num_features, num_devices, -1).sum(axis=2).T
     ends = runs.cumsum(axis=1)
+    most = int(ends.max(initial=0))
+    if most > MAX_IDS:
+        raise InputError(f"a device has {most} ids of the batch, but 32 bits number {MAX_IDS}: use fewer samples")
     to = (ends - runs + np.arange(num_devices)[:, None] * capacity).reshape(-1)
     kept = np.minimum(runs, np.maximum(capacity - (ends - runs), 0)).reshape(-1)
     values = np.zeros((num_devices * capacity, *ids.values.shape[1:]), ids.values.dtype)

@@ -16,14 +16,15 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import Ids
 from sharding.address import HomeIds
+from sharding.capacities import Capacities
 from sharding.deliver import Delivered, DeliveredGroup
-from sharding.errors import InputError
+from sharding.errors import InputError, check_type
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged, check_arrays
 from sharding.layout import Layout
 from sharding.mesh import device_number
 from sharding.owned import canonical
-from sharding.tables import FeatureSpec
+from sharding.tables import MAX_IDS, FeatureSpec
 from sharding.trip import Trip
 
 
@@ -73,22 +74,27 @@ class Routed:
     overflow: Bool[Any, ""]
 
 
-def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layout) -> None:
+def check_batch(
+    ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layout, capacities: Capacities | None
+) -> None:
     """Refuses a batch that cannot be routed.
 
     Args:
         ids: The batch.
         features: The features that are to be routed.
         layout: The layout.
+        capacities: Room on the way; None for enough.
 
     Raises:
         InputError: A feature is missing from the batch, its arrays have other shapes or dtypes than their annotations
-            say, do not divide over the devices, or are not in their order.
+            say, do not divide over the devices, are not in their order, or are too long for 32 bits.
     """
+    check_arrays(ids)
+    if capacities is not None:
+        check_type(capacities, Capacities, "capacities")
     missing = sorted({feature.name for feature in features} - set(ids.features))
     if missing:
         raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
-    check_arrays(ids)
     if ids.values.ndim == 2 and not layout.wide:
         raise InputError("ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32")
     if ids.parts != layout.num_devices:
@@ -101,6 +107,15 @@ def check_batch(ids: KeyedJagged, features: Sequence[FeatureSpec], layout: Layou
             f"{ids.batch_size} samples with room for {ids.capacity} ids do not divide over {layout.num_devices} "
             "devices: use multiples (see ShardedTables.to_devices)"
         )
+    samples, room = ids.batch_size // layout.num_devices, ids.capacity // layout.num_devices
+    for group in layout.groups:
+        bags = samples * max(group.num_vectors, group.vectors_per_device * layout.num_devices)
+        for what, count in (("ids", max(room, group.ids_bound(samples, room))), ("bags", bags)):
+            if count > MAX_IDS:
+                raise InputError(
+                    f"{ids.batch_size} samples with room for {ids.capacity} ids are {count} {what} on a device, but 32 "
+                    f"bits number {MAX_IDS}: use fewer samples"
+                )
 
 
 def accept_local(delivered: Delivered, *, layout: Layout) -> tuple[RoutedGroup, ...]:

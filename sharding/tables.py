@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from pallas_kernels.rounding import Rounding, draws_bits
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
-from sharding.errors import InputError
+from sharding.errors import InputError, check_type
 
 Pooling = Literal["sum", "mean", "none"]
 StorageDtype = Literal["float32", "bfloat16", "float16"]
@@ -141,6 +141,9 @@ def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) ->
         tables: All tables.
         features: All features.
     """
+    for kind, specs, spec_type in (("table", tables, TableSpec), ("feature", features, FeatureSpec)):
+        for spec in specs:
+            check_type(spec, spec_type, f"{kind} {spec!r}")
     for kind, names in (("table", [t.name for t in tables]), ("feature", [f.name for f in features])):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:

@@ -21,7 +21,7 @@ from sharding import returns
 from sharding.assemble import take_apart
 from sharding.bags import bags_at_home, bags_of_vectors
 from sharding.codec import decode, encode
-from sharding.errors import InputError
+from sharding.errors import InputError, check_type
 from sharding.groups import Group
 from sharding.lookup import chunk_of
 from sharding.owned import of_device
@@ -29,6 +29,7 @@ from sharding.place import Place, divided
 from sharding.route import HomeIds, RoutedGroup
 from sharding.state import TableState
 from sharding.trip import Trip, to_owners, to_senders
+from sharding.vectors import Embeddings
 
 
 def send_back_local(
@@ -69,8 +70,15 @@ def send_back_local(
     return tuple(sent[number] for number in range(len(home)))
 
 
-def check_step(step: ArrayLike) -> None:
-    """Raises InputError if the number of an update is known and below 1: Adam's corrections would divide by 0."""
+def check_update(gradients: object, step: ArrayLike) -> None:
+    """Raises InputError unless gradients are such as an update takes, and its number, where it is known, is above 0.
+
+    Args:
+        gradients: Embeddings, or what `ShardedTables.send_back` gave for each chunk.
+        step: Number of the update; at 0 Adam's corrections would divide by 0.
+    """
+    if not isinstance(gradients, Sequence):
+        check_type(gradients, Embeddings, "gradients")
     if isinstance(step, int | np.integer) and step < 1:
         raise InputError(f"step is {step}; updates are counted from 1")
 

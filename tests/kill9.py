@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,18 @@ def flags(data: Path, workdir: Path, *, epochs: int, checkpoint_every: int) -> l
         *("--train.epochs", str(epochs), "--train.checkpoint_every", str(checkpoint_every)),
         *("--train.eval_every", "8", "--train.log_every", "5"),
     ]
+
+
+def last_of_each(arguments: Iterable[object]) -> list[str]:
+    """The command line in which a flag that is given again replaces the one before, as the scripts refuse to."""
+    words: dict[str, list[str]] = {"": []}
+    flag = ""
+    for word in map(str, arguments):
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            words[flag] = []
+        words[flag].append(word)
+    return [word for of_flag in words.values() for word in of_flag]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -14,14 +14,15 @@ LOST_WITHIN_SECONDS = 60
 
 def flags(data: Path, workdir: Path, *more: object) -> list[str]:
     """The command line of scripts/train.py: small tables in float32; two epochs."""
-    return [
+    arguments = [
         *("quickstart", "--data.path", str(data), "--workdir", str(workdir)),
         *("--data.batch_size", str(tiny.BATCH_SIZE), "--data.eval_batch_size", str(tiny.BATCH_SIZE)),
         *("--data.virtual_shards", "4", "--data.shuffle_window", "256", "--embedding.default.dim", "8"),
         *("--model.bottom_mlp", "8", "--model.top_mlp", "8", "1", "--train.epochs", "2"),
         *("--train.checkpoint_every", "8", "--train.eval_every", "8", "--train.log_every", "1"),
-        *map(str, more),
+        *more,
     ]
+    return kill9.last_of_each(arguments)
 
 
 def mesh(nodes: int, chips: int) -> list[str]:

@@ -26,9 +26,9 @@ def gradients_of(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def added(how: AllReduce, gradients, residual, *, nodes: int = 2):
+def added(how: AllReduce, gradients, residual, *, nodes: int = 2, devices: int = DEVICES):
     """Every device's sums, and what each owes."""
-    mesh = make_mesh(nodes, DEVICES // nodes)
+    mesh = make_mesh(nodes, devices // nodes)
 
     def of_device(gradients, residual):
         own = {name: part[0] for name, part in gradients.items()}
@@ -70,6 +70,16 @@ def test_feedback_then_nothing_is_lost_over_steps_but_what_is_owed_at_the_end(no
     np.testing.assert_allclose(arrived + owed, true, atol=1e-5 * size.max())
     # Less than what one step may round.
     assert (np.abs(owed) <= 4 * 2.0**-8 * size).all()
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "bfloat16_feedback"])
+def test_sum_of_one_device_then_not_rounded_and_what_was_owed_is_paid(how):
+    gradients = {name: part[:1] for name, part in gradients_of(0).items()}
+    owed = jnp.ones((1, SIZE)) if how == "bfloat16_feedback" else None
+    sums, left = added(how, gradients, owed, nodes=1, devices=1)
+    for name, part in gradients.items():
+        np.testing.assert_array_equal(sums[name], part if owed is None else part + np.float32(1))
+    assert left is None if owed is None else not left.any()
 
 
 def test_sums_when_a_gradient_is_not_finite_then_neither_is_its_sum():

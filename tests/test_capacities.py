@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from sharding import FeatureSpec, KeyedJagged, ShardedTables, TableSpec, make_mesh
+from sharding import FeatureSpec, InputError, KeyedJagged, ShardedTables, TableSpec, make_mesh
 from sharding.capacities import Capacities, GroupCapacity, with_rounds
+from sharding.deliver import sum_or_most
 from sharding.jagged import for_devices
 from sharding.plan import ShardingPlan, row_wise, table_wise
 
@@ -152,6 +153,25 @@ def test_expected_capacities_then_within_those_that_suffice() -> None:
     sufficient = tables().sufficient_capacities(2, 24)
     assert (expected.as_needs() <= sufficient.as_needs()).all()
     assert (expected.as_needs()[1:] > 0).sum() == (sufficient.as_needs()[1:] > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("counts", "total"),
+    [([5, 0, 7], 12), ([2**30, 2**30 - 1], 2**31 - 1), ([2**30, 2**30], 2**31 - 1), ([2**31 - 1] * 8, 2**31 - 1)],
+)
+def test_ids_that_an_owner_gets_when_32_bits_do_not_hold_their_number_then_it_is_the_most_they_hold(
+    counts: list[int], total: int
+) -> None:
+    assert sum_or_most(np.array(counts, np.int32)) == total
+
+
+def test_needs_that_32_bits_do_not_hold_then_refused_instead_of_growing_to_no_avail() -> None:
+    before = Capacities(ids=100, groups=(GroupCapacity(pair=10, total=80, distinct=0),))
+    assert before.grown(np.array([100, 10, 2**31 - 2, 0]), 8).groups[0].total == 2**31 - 2
+    with pytest.raises(InputError, match=r"^a device may get 2147483647 ids of a batch or more, but 32 bits number"):
+        before.grown(np.array([100, 10, 2**31 - 1, 0]), 8)
+    with pytest.raises(InputError, match=r"^a device may get 2147483648 ids .* or, .* expected_capacities$"):
+        tables().sufficient_capacities(2**26, 2**28)
 
 
 @pytest.mark.parametrize("capacity", [0, 3, 7, 100])

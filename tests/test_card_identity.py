@@ -12,6 +12,7 @@ from dlrm_jax.sources import Source, card_of, open_split
 from sharding import InputError
 
 CARD = tiny.card()
+CARD = tiny.card(sparse=(*CARD.sparse[:2], dataclasses.replace(CARD.sparse[2], vocabulary_digest="11")))
 AGE, PRICE = CARD.dense
 USER, ITEM, TAGS = CARD.sparse
 
@@ -19,7 +20,7 @@ USER, ITEM, TAGS = CARD.sparse
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Recommender:
     folder = tmp_path_factory.mktemp("tiny")
-    config = tiny.config(tiny.write_dataset(folder / "data"), folder / "run")
+    config = tiny.config(tiny.write_dataset(folder / "data", sparse=CARD.sparse), folder / "run")
     return Recommender(config, card_of(config))
 
 
@@ -48,6 +49,10 @@ def open_with(model: Recommender, folder: Path, **changes) -> Source:
             "sparse.user.vocabulary is 'user.parquet', but the model was trained with None",
         ),
         (
+            {"sparse": (USER, ITEM, dataclasses.replace(TAGS, vocabulary_digest="22"))},
+            "sparse.tags.vocabulary_digest is '22', but the model was trained with '11': give a dataset that was prep",
+        ),
+        (
             {"sparse": (USER, ITEM, dataclasses.replace(TAGS, max_pooling_factor=31))},
             "sparse.tags.max_pooling_factor is 31, but the model was trained with 30 and takes no longer bags",
         ),
@@ -69,6 +74,9 @@ def test_split_when_its_card_means_something_else_to_the_model_then_the_error_na
         {"splits": {"test": SplitSummary(num_samples=tiny.NUM_SAMPLES["test"], positive_rate=0.1)}},
         {"sparse": (TAGS, SparseColumn(name="other", num_rows=3), USER, ITEM)},
         {"sparse": (USER, ITEM, dataclasses.replace(TAGS, mean_pooling_factor=9.0))},
+        # Of an earlier version, which took no digests; and of a later one than the model's.
+        {"sparse": (USER, ITEM, dataclasses.replace(TAGS, vocabulary_digest=None))},
+        {"sparse": (dataclasses.replace(USER, vocabulary_digest="22"), ITEM, TAGS)},
     ],
 )
 def test_split_when_its_card_describes_other_samples_alone_then_it_is_opened(model, tmp_path, changes):

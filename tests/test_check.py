@@ -13,6 +13,7 @@ import pytest
 from dlrm_jax.data.card import DatasetCard, DenseColumn, Frequencies, SparseColumn, SplitSummary, read_card, write_card
 from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.validate import validate_row_group, validate_schema
+from dlrm_jax.data.vocabulary_digest import vocabulary_digest
 from sharding.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
@@ -258,6 +259,25 @@ def test_check_when_the_card_disagrees_with_the_data_names_the_field(tmp_path, c
 def test_check_when_a_vocabulary_does_not_fit_names_it(tmp_path, vocabulary, message):
     make_dataset(tmp_path, replace_sparse(vocabulary="tags.parquet"))
     pq.write_table(pa.table(vocabulary), tmp_path / "tags.parquet")
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_dataset(tmp_path)
+
+
+def test_check_when_a_vocabulary_says_something_else_than_it_did_names_both_digests(tmp_path):
+    path = tmp_path / "tags.parquet"
+
+    def digest_of(ids: list[int], values: list[str | None], count: int, compression: str) -> str:
+        rows = pa.table({"id": ids, "value": values, "count": [count] * len(ids)})
+        pq.write_table(rows, path, compression=compression)
+        return vocabulary_digest(path)
+
+    digest = digest_of([0, 1, 2], [None, "a", "b"], 1, "zstd")
+    make_dataset(tmp_path, replace_sparse(vocabulary="tags.parquet", vocabulary_digest=digest))
+    assert digest_of([0, 1, 2], [None, "a", "b"], 7, "none") == digest
+    check_dataset(tmp_path)
+    other = digest_of([0, 1, 2], [None, "b", "a"], 1, "zstd")
+    assert other != digest
+    message = f"{path}: ids and values have digest {other}, but card.json says {digest} of 'tags': restore the file"
     with pytest.raises(InputError, match=re.escape(message)):
         check_dataset(tmp_path)
 

@@ -1,6 +1,7 @@
 """scripts/command_line.py and one_line_errors.py: repeated flags, flags that are not, devices, and unread output."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from configs import CONFIGS
-from scripts.command_line import configure_jax, parse_config
+from scripts.command_line import configure_jax, parse_config, parse_with_config, take_processes
 from scripts.one_line_errors import run
+from scripts.plan import Arguments
 from sharding.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,35 @@ def test_dictionary_when_its_flag_is_repeated_then_all_entries_count():
     assert (config.seed, config.model.top_mlp) == (3, (8, 1))
     with pytest.raises(InputError, match=r"--embedding.pooling bag_0 mean bag_1 median: --embedding.pooling takes"):
         parse(*pooling, "--embedding.pooling", "bag_1", "median")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seed 1 --seed 2", "--seed is given twice, as '--seed 1' and as '--seed 2': keep one"),
+        ("--seed=1 --seed 1", "--seed is given twice, as '--seed=1' and as '--seed 1'"),
+        ("--train.max-steps 1 --train.max_steps 2", "--train.max_steps is given twice, as '--train.max-steps 1' and"),
+        ("--model.top_mlp 8 1 --model.top_mlp 1", "as '--model.top_mlp 8 1' and as '--model.top_mlp 1'"),
+        (
+            "--embedding.default.frozen --embedding.default.no_frozen",
+            "--embedding.default.frozen is given twice, as '--embedding.default.frozen' and as '--embedding.default.no",
+        ),
+    ],
+)
+def test_flag_when_it_is_given_twice_then_the_error_names_both(flags, message):
+    for read in (lambda words: parse(*words), take_processes):
+        with pytest.raises(InputError, match=re.escape(message)):
+            read(flags.split())
+
+
+def test_flags_of_processes_when_given_twice_then_the_error_names_both():
+    with pytest.raises(InputError, match="--process_id is given twice, as '--process_id 1' and as '--process_id 2'"):
+        take_processes(["quickstart", "--process_id", "1", "--process_id", "2"])
+
+
+def test_constraints_when_they_are_repeated_then_all_count():
+    pins = ["--pin", "a=row_wise", "--pin", "b=node:1"]
+    assert parse_with_config(Arguments, ["quickstart", *pins], "").pin == ("a=row_wise", "b=node:1")
 
 
 def test_shared_tables_when_each_has_a_flag_then_all_count():
@@ -117,3 +148,13 @@ def test_script_when_it_is_interrupted_then_one_line_and_the_exit_code_of_ctrl_c
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "plan", "prepare"])
+def test_script_when_it_is_interrupted_while_it_imports_then_it_ends_as_later(tmp_path, name):
+    # In place of the library that takes longest.
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    script = ROOT / "scripts" / f"{name}.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -15,6 +15,7 @@ from dlrm_jax.config import (
     DataConfig,
     DenseOptimizerConfig,
     EmbeddingConfig,
+    ExchangeConfig,
     MeshConfig,
     TableConfig,
     TrainConfig,
@@ -32,6 +33,7 @@ from sharding import InputError
 from sharding.mesh import make_mesh
 
 CARD = tiny.card()
+CARD = tiny.card(sparse=(dataclasses.replace(CARD.sparse[0], vocabulary_digest="11"), *CARD.sparse[1:]))
 
 
 def replaced(config, field, value):
@@ -127,6 +129,15 @@ def data_of_devices(devices: int) -> DataConfig:
     return data
 
 
+@pytest.mark.parametrize("size", [10**10, 2**62, 2**70])
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])
+def test_batch_size_when_a_batch_exceeds_the_memory_then_one_line_says_so(tmp_path, name, size):
+    config = tiny.config(None, tmp_path / "run")
+    config = replaced(dataclasses.replace(config, stated=tiny.card()), f"data.{name}", size)
+    with pytest.raises(InputError, match=rf"^(the tables do not fit .* halve the batch|data.{name} is {size}, so)"):
+        tiny.train_quietly(config)
+
+
 def test_virtual_shards_when_processes_do_not_divide_them_then_what_is_advised_suits_all_three():
     data = DataConfig(path="data", batch_size=1152, eval_batch_size=4224)
     with pytest.raises(InputError, match=r"3 processes do not divide: .* for a new run 66 virtual shards"):
@@ -172,7 +183,11 @@ def test_specs_when_the_config_names_features_then_only_those_are_used_in_its_or
             EmbeddingConfig(features=("user",), pooling={"item": "mean"}),
             "embedding.pooling names 'item', which is not a feature in use; those are ['user']",
         ),
-        (EmbeddingConfig(shared={"t": ("user", "itm")}), "embedding.shared.t names 'itm', which is not a feature"),
+        (
+            EmbeddingConfig(shared={"t": ("user", "itm")}),
+            "embedding.shared.t names 'itm', which is not a feature in use; those are ['item', 'tags', 'user']; "
+            "another table takes another --embedding.shared",
+        ),
         (
             EmbeddingConfig(shared={"a": ("user",), "b": ("user",)}),
             "feature 'user' is in the shared tables 'a' and 'b'; keep one",
@@ -184,6 +199,12 @@ def test_specs_when_the_config_names_what_the_card_has_not_then_one_line_names_i
     with pytest.raises(InputError) as error:
         make_specs(config, CARD)
     assert message in str(error.value)
+
+
+def test_training_when_the_features_are_all_dense_then_one_line_says_that_a_model_embeds_at_least_one(tmp_path):
+    config = dataclasses.replace(tiny.config(None, tmp_path / "run"), stated=tiny.card(sparse=()))
+    with pytest.raises(InputError, match="dataset 'tiny' has no sparse features; a DLRM embeds at least one"):
+        tiny.train_quietly(config)
 
 
 def test_model_when_a_feature_is_unpooled_then_the_error_names_it():
@@ -240,6 +261,15 @@ def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
         ),
         ({"data": DataConfig(shuffle_window=64, prefetch=3, threads=1)}, []),  # whose dataset is still to be named
         ({"data": DataConfig(path="data", threads=1), "stated": CARD}, []),
+        (
+            {"exchange": ExchangeConfig(forward="int8", backward="float16", all_reduce="bfloat16")},
+            [
+                "exchange.forward int8 has no effect: one device sends nothing",
+                "exchange.backward float16 has no effect: one device",
+                "exchange.all_reduce bfloat16 has no effect: one device",
+            ],
+        ),
+        ({"exchange": ExchangeConfig(forward="int8"), "mesh": MeshConfig(chips=2)}, []),
         (
             {"dense_optimizer": DenseOptimizerConfig(name="adagrad", momentum=0.9, beta1=0.5)},
             ["dense_optimizer.momentum 0.9 has no effect", "dense_optimizer.beta1 0.5 has no effect"],
@@ -311,6 +341,10 @@ def test_workdir_when_the_experiment_is_another_then_it_refuses_naming_the_field
         (
             {"sparse": (SparseColumn(name="user", num_rows=41), *CARD.sparse[1:])},
             "dataset sparse.user.num_rows = 40, but now it is 41",
+        ),
+        (
+            {"sparse": (dataclasses.replace(CARD.sparse[0], vocabulary_digest="22"), *CARD.sparse[1:])},
+            'dataset sparse.user.vocabulary_digest = "11", but now it is "22"',
         ),
         ({"dense": CARD.dense[::-1]}, 'dataset dense[0] = "age", but now it is "price"'),
         (

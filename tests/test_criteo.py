@@ -49,6 +49,7 @@ def test_dataset_when_counts_spill_has_the_rows_of_an_in_memory_count(tmp_path, 
         assert [row for split in written for row in split[f"cat_{feature}"]] == expected
         vocabulary = pq.read_table(tmp_path / "out" / str(card.sparse[feature].vocabulary)).to_pydict()
         assert dict(zip(vocabulary["value"], vocabulary["id"], strict=True)) == rows
+        assert card.sparse[feature].vocabulary_digest is not None
         frequencies = card.sparse[feature].frequencies
         assert frequencies is not None
         assert dict(frequencies.top) == dict(Counter(expected[:1800]).most_common(64)) or frequencies.distinct > 64

@@ -18,6 +18,7 @@ from dlrm_jax.data.kuairand.history import PAST_RATES, RECENT_RATES, History, de
 from dlrm_jax.data.kuairand.log import log_files, read_days, spill_days
 from dlrm_jax.data.kuairand.vocabulary import ValueCounts
 from dlrm_jax.data.rejects import Rejects
+from dlrm_jax.data.vocabulary_digest import vocabulary_digest
 from sharding.errors import InputError
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "kuairand"
@@ -211,6 +212,7 @@ def test_dataset_when_prepared_then_columns_and_card_agree_and_nothing_forbidden
         assert rows.null_count().sum_horizontal()[0] == 0
     video, recent = card.feature("video_id"), card.feature("recent_clicked_videos")
     assert (recent.num_rows, recent.vocabulary) == (video.num_rows, video.vocabulary)
+    assert recent.vocabulary_digest == video.vocabulary_digest == vocabulary_digest(tmp_path / "out" / video.vocabulary)
     vocabulary = pl.read_parquet(tmp_path / "out" / (video.vocabulary or ""))
     assert vocabulary["id"].to_list() == list(range(video.num_rows))
     assert vocabulary["value"][0] is None

@@ -20,6 +20,7 @@ from dlrm_jax.predict import Predictor
 from scripts import eval as eval_script
 from scripts.one_line_errors import run
 from sharding import InputError
+from sharding.checkpoint import restore_tables
 
 ROWS = tiny.samples(tiny.NUM_SAMPLES["test"], 2)
 
@@ -151,6 +152,40 @@ def test_checkpoint_when_it_is_damaged_then_the_error_of_prediction_names_no_rem
     (folder / "tables" / "6" / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"not a complete folder .*; use another checkpoint: there is no other, so tr"):
         Predictor(folder)
+
+
+@pytest.fixture
+def removing_step_6(predictor, tmp_path, monkeypatch):
+    """A run with checkpoints of steps 4 and 6, of which the second is removed once its dense state has been read."""
+    run_folder = shutil.copytree(predictor._workdir.path, tmp_path / "run")
+    for part in ("checkpoints", "tables"):
+        shutil.copytree(run_folder / part / "6", run_folder / part / "4")
+
+    def restore(tables, folder):
+        if folder.name == "6":
+            shutil.rmtree(run_folder / "checkpoints" / "6")
+            shutil.rmtree(folder)
+        return restore_tables(tables, folder)
+
+    monkeypatch.setattr("dlrm_jax.checkpoint.restore_tables", restore)
+    return run_folder
+
+
+def test_checkpoint_when_a_training_removes_it_while_it_is_read_then_the_newest_that_is_there_is_read(removing_step_6):
+    assert Predictor(removing_step_6, checkpoint="latest").step == 4
+
+
+def test_checkpoint_when_it_was_named_and_is_removed_while_it_is_read_then_one_line_says_so(removing_step_6):
+    with pytest.raises(InputError, match=r"checkpoints/6: was removed while it was read, .* there are \[4\]$"):
+        Predictor(removing_step_6, checkpoint=6)
+
+
+def test_checkpoint_when_another_is_removed_while_they_are_listed_then_it_is_read_all_the_same(predictor, monkeypatch):
+    def removed(_):
+        raise FileNotFoundError("checkpoints/4")
+
+    monkeypatch.setattr(ocp.path.step.Metadata, "commit_timestamp", property(removed))
+    assert Predictor(predictor._workdir.path, checkpoint="latest").step == 6
 
 
 def test_checkpoint_when_orbax_cannot_read_it_then_the_error_says_that_it_is_damaged(predictor, monkeypatch):

@@ -120,6 +120,7 @@ def test_check_when_the_dataset_is_wrong_prints_one_line_and_exits_2(tmp_path, p
     ("arguments", "named"),
     [
         (("criteo", "x.tsv", "--out", "o", "--frequency_treshold", "3"), "--frequency_treshold"),
+        (("synthetic", "--out", "o", "--out=p"), "--out is given twice, as '--out o' and as '--out=p': keep one"),
         (("criteo", "x.tsv"), "--out"),
         (("check",), "path"),
         (("criteoo", "x.tsv", "--out", "o"), "criteoo"),

@@ -18,6 +18,7 @@ from sharding import (
     TableSpec,
     make_mesh,
 )
+from sharding.jagged import for_devices
 from sharding.plan import data_parallel, table_wise
 
 TABLE = TableSpec(name="t", num_rows=10, dim=4)
@@ -192,6 +193,48 @@ def test_a_batch_that_does_not_fit_then_refused(ids: KeyedJagged, message: str) 
 )
 def test_a_batch_whose_parts_do_not_fit_each_other_then_no_device_gets_it(ids: KeyedJagged, message: str) -> None:
     assert_refused(message, ShardedTables([TABLE], [FEATURE]).to_devices, ids)
+
+
+@pytest.mark.parametrize("capacity", [-1, 2.5])
+def test_room_that_cannot_be_then_refused(capacity: float) -> None:
+    message = f"capacity is {capacity}; it is the room for one device's ids, so give 0 or more"
+    assert_refused(message, ShardedTables([TABLE], [FEATURE]).to_devices, jagged(), capacity)
+
+
+def test_plain_objects_where_ours_are_wanted_then_one_line_says_which() -> None:
+    tables = ShardedTables([TABLE], [FEATURE])
+    state, routed = tables.init(), tables.route(tables.to_devices(jagged()))
+    plain = {"f": tables.lookup(state, routed)["f"]}
+    specs = ({"t": TABLE}, [FEATURE]), ([TABLE], {"f": FEATURE})
+    assert_refused("table 't' is of type str; give TableSpec", ShardedTables, *specs[0])
+    assert_refused("feature 'f' is of type str; give FeatureSpec", ShardedTables, *specs[1])
+    for call in (tables.to_devices, tables.route, tables.address):
+        assert_refused("the batch of ids is of type dict; give KeyedJagged", call, {"f": [[1]]})
+    assert_refused("capacities is of type dict; give Capacities", tables.route, jagged(), {"f": 4})
+    assert_refused("what was routed is of type dict; give Routed", tables.lookup, state, {"f": [[1]]})
+    assert_refused("gradients is of type dict; give Embeddings", tables.send_back, routed, plain)
+    assert_refused("gradients is of type dict; give Embeddings", tables.update, state, routed, plain, step=1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "ids", "message"),
+    [
+        (8, 2**31, f"8 samples with room for {2**31} ids are {2**31} ids on a device, but 32 bits number {2**31 - 1}"),
+        (2**31, 8, f"{2**31} samples with room for 8 ids are {2**31} bags on a device, but 32 bits number"),
+    ],
+)
+def test_a_batch_that_32_bits_do_not_number_then_refused(samples: int, ids: int, message: str) -> None:
+    values, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ids,), (1, samples)))
+    abstract = KeyedJagged(values=values, lengths=lengths, features=("f",))
+    assert_refused(message, jax.eval_shape, ShardedTables([TABLE], [FEATURE]).route, abstract)
+
+
+def test_more_ids_of_one_device_than_32_bits_number_then_refused() -> None:
+    # Of no memory: one element again and again.
+    values = np.broadcast_to(np.int32(1), (2**31,))
+    ids = jagged(values=values, lengths=np.array([[2**30, 2**30, 0, 0]], np.int32))
+    message = f"a device has {2**31} ids of the batch, but 32 bits number {2**31 - 1}: use fewer samples"
+    assert_refused(message, for_devices, ids, 2, 8)
 
 
 def test_a_batch_without_samples_then_each_device_has_none() -> None:

@@ -50,10 +50,8 @@ def train(monkeypatch, capsys):
 
 def flags(data: Path, workdir: Path, *more: object) -> list[str]:
     """One window a epoch, so that all rows are read before the first step."""
-    return [
-        *kill9.flags(data, workdir, epochs=1, checkpoint_every=1),
-        *("--data.shuffle_window", "2048", "--train.max_steps", "2", *map(str, more)),
-    ]
+    arguments = kill9.flags(data, workdir, epochs=1, checkpoint_every=1)
+    return kill9.last_of_each([*arguments, "--data.shuffle_window", 2048, "--train.max_steps", 2, *more])
 
 
 @pytest.fixture(scope="module")

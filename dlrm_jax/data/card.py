@@ -65,6 +65,7 @@ class SparseColumn:
         weights: Column of lists of floats, one weight for each id of the bag; None for an unweighted feature.
         vocabulary: Parquet file, relative to the dataset, with columns ``id``, ``value`` and ``count``; None if ids
             were not made from a vocabulary.
+        vocabulary_digest: What `data.vocabulary_digest` says of it; None where nobody took it.
         frequencies: How often ids occur; None if nobody counted.
     """
 
@@ -75,6 +76,7 @@ class SparseColumn:
     mean_pooling_factor: float = 1.0
     weights: str | None = None
     vocabulary: str | None = None
+    vocabulary_digest: str | None = None
     frequencies: Frequencies | None = None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dlrm_jax.data.card import CARD_FILE, DatasetCard
 from sharding.errors import InputError
 
 # Fields of a column that say what its values stand for. The others describe the samples at hand.
-_MEANING = ("mean", "std", "num_rows", "bag", "weights", "vocabulary")
+_MEANING = ("mean", "std", "num_rows", "bag", "weights", "vocabulary", "vocabulary_digest")
 
 
 def model_inputs(card: DatasetCard) -> dict[str, Any]:
@@ -46,6 +47,21 @@ def card_identity(card: DatasetCard) -> dict[str, Any]:
     return identity | {f"splits.{name}": dataclasses.asdict(summary) for name, summary in card.splits.items()}
 
 
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields of two cards that differ. A digest that one lacks, as cards of earlier versions do, does not.
+
+    Args:
+        was: What of a card is compared, by dotted name.
+        now: The same of the other.
+    """
+    return [
+        field
+        for field in dict.fromkeys([*was, *now])
+        if was.get(field) != now.get(field)
+        and not (field.endswith(".vocabulary_digest") and None in (was.get(field), now.get(field)))
+    ]
+
+
 def check_model_inputs(card: DatasetCard, trained: DatasetCard, directory: str | os.PathLike[str]) -> None:
     """Makes sure that the samples of a dataset mean to a model what those of its training did.
 
@@ -59,12 +75,11 @@ def check_model_inputs(card: DatasetCard, trained: DatasetCard, directory: str |
     """
     path = Path(directory, CARD_FILE)
     was, now = model_inputs(trained), model_inputs(card)
-    for field in dict.fromkeys([*was, *now]):
-        if was.get(field) != now.get(field):
-            raise InputError(
-                f"{path}: {field} is {_shown(now, field)}, but the model was trained with {_shown(was, field)}: give a "
-                "dataset that was prepared as that of the training was, or train again on this one"
-            )
+    for field in differing(was, now):
+        raise InputError(
+            f"{path}: {field} is {_shown(now, field)}, but the model was trained with {_shown(was, field)}: give a "
+            "dataset that was prepared as that of the training was, or train again on this one"
+        )
     for column, known in zip(card.sparse, trained.sparse, strict=True):
         if column.max_pooling_factor > known.max_pooling_factor:
             raise InputError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from dlrm_jax.data.card import CARD_FILE, DatasetCard, SparseColumn, read_card
 from dlrm_jax.data.stream import open_stream
 from dlrm_jax.data.validate import pooling_factors, validate_row_group, validate_schema
+from dlrm_jax.data.vocabulary_digest import vocabulary_digest
 from dlrm_jax.data.writer import rows_per_group
 from sharding.errors import InputError
 
@@ -132,6 +133,7 @@ def check_dataset(
     for column in card.sparse:
         if column.vocabulary is not None:
             _check_vocabulary(Path(directory, column.vocabulary), column)
+            _check_digest(Path(directory, column.vocabulary), column)
     return DatasetReport(card=card, splits=splits, warnings=tuple(_warnings(Path(directory), card, splits)))
 
 
@@ -254,6 +256,17 @@ def _check_vocabulary(path: Path, column: SparseColumn) -> None:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be read as Parquet ({reason}): write the file again") from error
+
+
+def _check_digest(path: Path, column: SparseColumn) -> None:
+    if column.vocabulary_digest is None:
+        return
+    digest = vocabulary_digest(path)
+    if digest != column.vocabulary_digest:
+        raise InputError(
+            f"{path}: ids and values have digest {digest}, but {CARD_FILE} says {column.vocabulary_digest} of "
+            f"{column.name!r}: restore the file, or set vocabulary_digest to null"
+        )
 
 
 def _warnings(directory: Path, card: DatasetCard, splits: dict[str, SplitReport]) -> Iterator[str]:

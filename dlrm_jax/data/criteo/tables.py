@@ -17,6 +17,7 @@ from dlrm_jax.data.criteo.vocabulary import (
 )
 from dlrm_jax.data.criteo_columns import NUM_SPARSE, SPARSE_NAMES
 from dlrm_jax.data.multi_hot import POOLING_FACTORS, expand_bags
+from dlrm_jax.data.vocabulary_digest import vocabulary_digest
 from dlrm_jax.data.writer import summarise_frequencies
 
 _BYTES_TO_SUMMARISE = 40  # for each row: the counts, their order, their sums
@@ -96,6 +97,7 @@ def _make_vocabulary(run: Run, feature: int, counted: CountedIds, num_samples: i
         max_pooling_factor=pooling_factor,
         mean_pooling_factor=float(pooling_factor),
         vocabulary=vocabulary,
+        vocabulary_digest=None if vocabulary is None else vocabulary_digest(run.out / vocabulary),
         frequencies=None if counts is None else summarise_frequencies(counts),
     )
 

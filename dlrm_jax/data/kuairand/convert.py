@@ -28,6 +28,7 @@ from dlrm_jax.data.kuairand.log import log_files, read_days, spill_days
 from dlrm_jax.data.kuairand.vocabulary import ValueCounts, Vocabulary
 from dlrm_jax.data.rejects import REJECTS_FILE, Rejects, check_share
 from dlrm_jax.data.resume import WORK_FOLDER, dataset_folder, finish_dataset
+from dlrm_jax.data.vocabulary_digest import vocabulary_digest
 from dlrm_jax.data.writer import ColumnStatistics, SplitWriter, dataset_schema, rows_per_group
 from sharding.errors import InputError
 
@@ -138,6 +139,10 @@ def _convert(
     for split in _SPLITS:
         if not sizes[split]:
             raise InputError(f"{folder}: no impression belongs to the {split} split; check the log's dates")
+    files_of = {name: f"vocabulary/{name}.parquet" for name in vocabularies}
+    for name, vocabulary in vocabularies.items():
+        vocabulary.write(out / files_of[name])
+    digests = {name: vocabulary_digest(out / file) for name, file in files_of.items()}
     draft = DatasetCard(
         name=f"kuairand-{features}",
         dense=tuple(DenseColumn(name=name) for name in _dense_names(features)),
@@ -146,15 +151,14 @@ def _convert(
                 name=name,
                 num_rows=vocabularies[shared].num_rows,
                 bag=name in _bags(features),
-                vocabulary=f"vocabulary/{shared}.parquet",
+                vocabulary=files_of[shared],
+                vocabulary_digest=digests[shared],
             )
             for name, shared in ({name: name for name in SINGLE_FEATURES} | _bags(features)).items()
         ),
         splits={},
         source=settings,
     )
-    for name, vocabulary in vocabularies.items():
-        vocabulary.write(out / "vocabulary" / f"{name}.parquet")
     history = History(settings["max_recent"]) if features == "full" else None
     return _write(read_joined(), out, draft, vocabularies, sizes, history, advance)
 
