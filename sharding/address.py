@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import Ids
-from pallas_kernels.bags import bags_of_ids
+from pallas_kernels import Ids, pooled_lookup
 from pallas_kernels.scans import offsets_of, places_of
 from sharding import words
 from sharding.capacities import Capacities
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged
-from sharding.layout import Layout
+from sharding.layout import LINE_SCALARS, Layout
 from sharding.mesh import device_number
 from sharding.owned import own
 from sharding.records import NO_ROW, Records, bag_offsets_at_home, bags_at_home, bags_at_owner, records_of
@@ -136,18 +135,22 @@ def address_local(
 
 
 def _divisors(ids: KeyedJagged, means: Sequence[FeatureSpec]) -> Float[Array, "b means"]:
-    """What each mean divides by: the ids of the bag, or the sum of their weights."""
+    """What each mean divides by: the ids of the bag, or the sum of their weights; a column of ones if there is none."""
     places = [ids.features.index(feature.name) for feature in means]
-    if not places:
-        return jnp.zeros((ids.batch_size, 0), jnp.float32)
-    if ids.weights is None:
-        totals = jnp.asarray(ids.lengths)[jnp.array(places)].astype(jnp.float32)
-    else:
-        bags = bags_of_ids(offsets_of(jnp.asarray(ids.lengths).reshape(-1)), ids.capacity)
-        sums = jax.ops.segment_sum(jnp.asarray(ids.weights), bags, ids.lengths.size, indices_are_sorted=True)
-        totals = sums.reshape(ids.lengths.shape)[jnp.array(places)]
+    if not places:  # jaxlib 0.11 dies of arrays without elements on several devices.
+        return jnp.ones((ids.batch_size, 1), jnp.float32)
+    totals = jnp.asarray(ids.lengths).astype(jnp.float32) if ids.weights is None else _sums_of_weights(ids)
     # A bag whose weights add up to nothing pools to zeros.
-    return jnp.where(totals == 0, jnp.inf, totals).T
+    of_means = totals[jnp.array(places)]
+    return jnp.where(of_means == 0, jnp.inf, of_means).T
+
+
+def _sums_of_weights(ids: KeyedJagged) -> Float[Array, "F b"]:
+    """By a lookup that names a row of ones again and again: in the order of the ids, which a GPU's own sum is not."""
+    ones, rows = jnp.ones((1, LINE_SCALARS), jnp.float32), jnp.zeros(ids.capacity, jnp.int32)
+    offsets = jnp.minimum(offsets_of(jnp.asarray(ids.lengths).reshape(-1)), ids.capacity)
+    sums = pooled_lookup(ones, rows, offsets, jnp.asarray(ids.weights), width=8)
+    return sums[:, 0].reshape(ids.lengths.shape)
 
 
 def _staying(records: Records, group: Group, samples: int, device: Int32[Array, ""], wide: bool) -> AddressedGroup:

@@ -6,7 +6,9 @@ test_sparse_update.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,11 +52,11 @@ def some(dtype, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def table_and_ids(width: int, dtype) -> tuple:
+def table_and_ids(width: int, dtype, num_ids: int = NUM_IDS_COMPILED) -> tuple:
     """Shapes of a store and of the ids."""
     itemsize = jnp.dtype(dtype).itemsize
     lines = TABLE_BYTES // 512 // (3 * width) * 3 * width
-    rows = some(jnp.int32, NUM_IDS_COMPILED)
+    rows = some(jnp.int32, num_ids)
     return some(dtype, lines, 512 // itemsize), rows, some(jnp.int32, NUM_BAGS_COMPILED + 1)
 
 
@@ -76,10 +78,12 @@ def test_lookup_for_an_h200_then_compiles_and_needs_no_memory(no_compilation_cac
         assert compiled_for_an_h200(look_up, store, rows, offsets, *weights).temp_size_in_bytes < 2**10
 
 
-def compiled_update(rule: str, width: int, dtype, storage_rounding: rounding.Rounding = "nearest"):
+def compiled_update(
+    rule: str, width: int, dtype, storage_rounding: rounding.Rounding = "nearest", num_ids: int = NUM_IDS_COMPILED
+):
     """Bytes of an update's program, and those of its stores."""
     optimizer = ROW_OPTIMIZERS[rule]
-    store, rows, offsets = table_and_ids(width, dtype)
+    store, rows, offsets = table_and_ids(width, dtype, num_ids)
     size = store.shape[0] * store.shape[1]
     element_state = tuple(some(jnp.float32, size // 128, 128) for _ in optimizer.element_state)
     if storage_rounding == "split":
@@ -89,9 +93,9 @@ def compiled_update(rule: str, width: int, dtype, storage_rounding: rounding.Rou
     ids = Ids(
         rows=rows,
         slots=rows,
-        logical_rows=some(jnp.uint32, NUM_IDS_COMPILED, 1),
+        logical_rows=some(jnp.uint32, num_ids, 1),
         offsets=offsets,
-        weights=some(jnp.float32, NUM_IDS_COMPILED),
+        weights=some(jnp.float32, num_ids),
     )
 
     def update(stores: Stores, ids: Ids, gradients, slots: Slots, step):
@@ -141,6 +145,57 @@ def test_update_for_an_h200_then_compiles_in_place(
     assert memory.alias_size_in_bytes == bytes_of_stores
     # The sums of blocks of long runs are a row for each 64 ids.
     assert memory.temp_size_in_bytes < NUM_IDS_COMPILED * (BYTES_AN_ID + 4 * width / 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A kernel, as LLVM hands it to ptxas and as ptxas reports it."""
+
+    ptx: str
+    registers: int
+    spilled_bytes: int
+
+
+@pytest.fixture
+def assembled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Assembled]:
+    """What the test compiles, by the name of the kernel. Of shapes of its own: what is compiled is kept."""
+    for name, value in {"PTX": "1", "PTXAS": "1", "TO": str(tmp_path)}.items():
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", value)
+
+    def read(kernel: str) -> Assembled:
+        (ptx,), (report,) = tmp_path.glob(f"{kernel}*.ptx"), tmp_path.glob(f"{kernel}*.ptxas")
+        said = report.read_text()
+        return Assembled(
+            ptx=ptx.read_text(),
+            registers=int(re.findall(r"Used (\d+) registers", said)[-1]),
+            spilled_bytes=sum(int(found) for found in re.findall(r"(\d+) bytes spill", said)),
+        )
+
+    return read
+
+
+def test_update_of_a_wide_row_then_all_rows_of_a_program_are_loaded_before_it_waits_for_one(
+    no_compilation_cache, assembled: Callable[[str], Assembled]
+) -> None:
+    """LLVM moves a load behind branches to where it is used: then rows wait for memory one after the other."""
+    compiled_update("rowwise_adagrad", 128, jnp.float32, num_ids=NUM_IDS_COMPILED + 1)
+    kernel = assembled("sparse_update")
+    assert kernel.registers <= 128  # Four programs a processor.
+    assert kernel.spilled_bytes == 0
+    # What each of eight rows needs: row, slot, state's place, bag, weight and number of ids; then row, state, gradient.
+    without_waiting = re.split(r"bar\.sync|\bbra\b", kernel.ptx)
+    assert max(part.count("ld.global") for part in without_waiting) >= 8 * 9
+
+
+def test_lookup_of_a_wide_row_then_eight_programs_share_a_processor(
+    no_compilation_cache, assembled: Callable[[str], Assembled]
+) -> None:
+    store, rows, offsets = table_and_ids(128, jnp.float32, NUM_IDS_COMPILED + 1)
+    look_up = functools.partial(mosaic_gpu.pooled_lookup, weights=None, width=128, longest_bag=None)
+    compiled_for_an_h200(look_up, store, rows, offsets)
+    kernel = assembled("pooled_lookup")
+    assert kernel.registers <= 64
+    assert kernel.spilled_bytes == 0
 
 
 def check_bits(
@@ -267,7 +322,7 @@ def test_lookup_of_a_million_bags_then_its_long_axis_is_the_one_that_cuda_lets_b
     store, rows, offsets = some(jnp.float32, 2**20, 128), some(jnp.int32, 2**25), some(jnp.int32, 2**20 + 1)
     assert jax.eval_shape(look_up, store, rows, offsets).shape == (2**20, 1024)
     with pytest.raises(AssertionError, match="65536"):
-        run_kernel(lambda *_: None, (), (), grid={"program": 65_536, "columns": 2}, name="too_long", barriers=False)
+        run_kernel(lambda *_: None, (), (), grid={"program": 65_536, "columns": 2}, name="too_long")
 
 
 def test_lookup_when_interpreted_then_adds_in_the_order_of_ids() -> None:

@@ -5,15 +5,16 @@ those ids in steps of `ids_in_flight`: it loads that many rows straight into reg
 them, so that the loads overlap, however short the bags are; the numbers of the next rows are loaded meanwhile. A bag
 is never shared between programs: its ids must be added one after the other.
 
-Bytes in flight: at width 128 in float32, 8 rows of 512 bytes a program and, by its registers, about ten programs a
-processor: 40 kB, or 5 MB on 132 processors, about what 4.8 TB/s at a latency of a microsecond ask for. Reasoning, not a
-measurement. Narrow rows are held several times over (`rows.row_layout`), so that instructions and not memory limit
-them: a row of 8 to 64 columns costs as many instructions as one of 128.
+Bytes in flight: at width 128 in float32, 8 rows of 512 bytes a program and, by its 59 registers a lane, eight programs
+a processor: 32 kB, or 4.3 MB on 132 processors, of the 4 to 5 MB that 4.8 TB/s at a latency of a microsecond ask for.
+Reasoning, not a measurement. Narrow rows are held several times over (`rows.row_layout`), so that instructions and not
+memory limit them: a row of 8 to 64 columns costs as many instructions as one of 128.
 
 Letters: n ids, G bags, w width of a row, R rows of the store seen as [-1, w].
 """
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -23,11 +24,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic_gpu.rows import FULL_GRID, columns_of_program, opaque_zero, row_layout, run_kernel, unfused
+from pallas_kernels.mosaic_gpu.rows import (
+    FULL_GRID,
+    columns_of_program,
+    opaque_zero,
+    row_layout,
+    run_kernel,
+    store,
+    unfused,
+)
 from pallas_kernels.stores import named_rows
 
-# Ids of one program, on average: enough that starting it costs little, few enough that long bags even out.
-_IDS_OF_PROGRAM = 64
+# Ids of one program, on average: enough that starting it, which waits for memory twice, costs little beside waiting for
+# rows; few enough that long bags even out.
+_IDS_OF_PROGRAM = 128
 
 
 def pooled_lookup(
@@ -58,7 +68,6 @@ def pooled_lookup(
         jax.ShapeDtypeStruct((num_bags, width), jnp.float32),
         grid={"columns": width // columns, "program": -(-num_bags // bags_of_program)},
         name="pooled_lookup",
-        barriers=False,  # A program never reads what it writes.
     )
 
 
@@ -81,23 +90,16 @@ def _pool(operands: tuple, pooled: Any, *, num_rows: int, bags_of_program: int, 
     start, stop = offsets[first_bag], jnp.minimum(offsets[last_bag], num_ids)
 
     def numbers(position):
-        """Rows and weights of the next ids; row -1 beyond the last id."""
-        ids = [position + k for k in range(ids_in_flight)]
-        places = [jnp.minimum(i, num_ids - 1) for i in ids]
-        found = [jnp.where(i < stop, rows[place], -1) for i, place in zip(ids, places, strict=True)]
-        return tuple(found), () if weights is None else tuple(weights[place] for place in places)
+        """Rows and weights of the next ids; those of the last id beyond it."""
+        places = [jnp.minimum(position + k, num_ids - 1) for k in range(ids_in_flight)]
+        return [rows[place] for place in places], [] if weights is None else [weights[place] for place in places]
 
-    def vectors(found, factors):
-        inside = [(row >= 0) & (row < num_rows) for row in found]
-        safe = [jnp.where(is_row, row, 0) for is_row, row in zip(inside, found, strict=True)]
+    def vectors(safe, factors):
         loaded = [plgpu.load(table.at[row, here], layout=layout, optimized=False) for row in safe]
         loaded = [vector.astype(jnp.float32) for vector in loaded]
-        if factors:
-            loaded = [unfused(vector * factor, zero) for vector, factor in zip(loaded, factors, strict=True)]
-        return [
-            lax.select(jnp.broadcast_to(is_row, vector.shape), vector, nothing)
-            for is_row, vector in zip(inside, loaded, strict=True)
-        ]
+        if not factors:
+            return loaded
+        return [unfused(vector * factor, zero) for vector, factor in zip(loaded, factors, strict=True)]
 
     def close_bags(bag, end, total, *, reached):
         """Writes the bags that end at or before an id."""
@@ -108,15 +110,18 @@ def _pool(operands: tuple, pooled: Any, *, num_rows: int, bags_of_program: int, 
 
         def close(carry):
             bag, _, total = carry
-            plgpu.store(pooled.at[bag, here], total, optimized=False)
+            store(pooled.at[bag, here], total)
             return bag + 1, offsets[jnp.minimum(bag + 2, num_bags)], nothing
 
         return lax.while_loop(is_over, close, (bag, end, total))
 
     def step(carry):
         position, (found, factors), bag, end, total = carry
-        loaded = vectors(found, factors)
+        # Not by a mask: a predicate for each load is more than there are, and the last loads would wait for the first.
+        safe = [jnp.clip(row, 0, num_rows - 1) for row in found]
+        loaded = vectors(safe, factors)
         following = numbers(position + ids_in_flight)
+        are_rows = [row == safe_row for row, safe_row in zip(found, safe, strict=True)]
 
         def within_one_bag(bag, end, total):
             for vector in loaded:
@@ -124,13 +129,15 @@ def _pool(operands: tuple, pooled: Any, *, num_rows: int, bags_of_program: int, 
             return bag, end, total
 
         def across_bags(bag, end, total):
-            for k, vector in enumerate(loaded):
+            for k, (vector, row) in enumerate(zip(loaded, found, strict=True)):
                 bag, end, total = close_bags(bag, end, total, reached=position + k)
-                total = total + vector
+                counts = (row >= 0) & (row < num_rows) & (position + k < stop)
+                total = total + lax.select(jnp.broadcast_to(counts, vector.shape), vector, nothing)
             return bag, end, total
 
-        stays = position + ids_in_flight <= end
-        bag, end, total = lax.cond(stays, within_one_bag, across_bags, bag, end, total)
+        stays = position + ids_in_flight <= jnp.minimum(end, stop)
+        is_plain = functools.reduce(operator.and_, are_rows, stays)
+        bag, end, total = lax.cond(is_plain, within_one_bag, across_bags, bag, end, total)
         return position + ids_in_flight, following, bag, end, total
 
     carry = start, numbers(start), first_bag, offsets[first_bag + 1], nothing

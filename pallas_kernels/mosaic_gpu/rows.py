@@ -5,6 +5,8 @@ several times over, by several warps or by several parts of a warp: its copies a
 same addresses, so that memory is asked for the row alone and not for the line it lies on.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
@@ -71,23 +74,51 @@ def unfused(product: Float[Array, "..."], zero: Int32[Array, ""]) -> Float[Array
     return lax.bitcast_convert_type(lax.bitcast_convert_type(product, jnp.int32) ^ zero, jnp.float32)
 
 
-def add_halves_of_blocks(scratch: Any, size: int, block: int) -> None:
+def store(reference: Any, values: Array) -> None:
+    """In a kernel: writes a vector."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(reference, values, optimized=False)
+    else:  # Before jax 0.12.
+        reference[...] = values
+
+
+def wait_for_warps() -> None:
+    """In a kernel: the warps of a program wait for each other, and see what the others wrote.
+
+    Needed before a warp reads what another wrote, and before it overwrites what another may not have read yet. The
+    interpreter, which has no warps, does not see where one is missing.
+    """
+    if not current_target().interpreted:
+        plgpu.inline_mgpu()(lambda context: mosaic.warpgroup_barrier())()
+
+
+def sum_blocks_of_columns(scratch: Any, other_scratch: Any, size: int, block: int) -> Any:
     """In a kernel: sums blocks of neighbouring numbers and leaves each sum where the block began.
 
-    As the balanced tree of `row_optimizers.sum_columns`. What is added is read from memory, hence never fused with the
-    product that it was.
+    As the balanced tree of `row_optimizers.sum_columns`, two levels at a time. What is added is read from memory,
+    hence never fused with the product that it was.
 
     Args:
-        scratch: Reference to shared memory, with half a block of room beyond the numbers.
+        scratch: Reference to shared memory that holds the numbers, with a block of room beyond them.
+        other_scratch: Another like it.
         size: How many numbers, a multiple of 128.
         block: Length of a block, a power of two.
+
+    Returns:
+        The one of the two that holds the sums.
     """
+    source, target = scratch, other_scratch
     while block > 1:
-        block //= 2
-        low, high = (
-            plgpu.load(scratch.at[pl.ds(shift, size)], layout=row_layout(size), optimized=False) for shift in (0, block)
-        )
-        plgpu.store(scratch.at[pl.ds(0, size)], low + high, optimized=False)
+        shifts = (0, 1) if block == 2 else (0, block // 2, block // 4, block // 4 + block // 2)
+        wait_for_warps()
+        parts = [
+            plgpu.load(source.at[pl.ds(shift, size)], layout=row_layout(size), optimized=False) for shift in shifts
+        ]
+        pairs = [low + high for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        store(target.at[pl.ds(0, size)], functools.reduce(operator.add, pairs))
+        source, target, block = target, source, block // len(shifts)
+    wait_for_warps()
+    return source
 
 
 def run_kernel(
@@ -97,7 +128,6 @@ def run_kernel(
     *,
     grid: Mapping[str, int],
     name: str,
-    barriers: bool,
     scratch_types: Sequence[Any] = (),
 ) -> Any:
     """Launches a kernel, or interprets it and looks for races where `target.interpreting` says so.
@@ -109,8 +139,6 @@ def run_kernel(
         grid: Programs along each named axis. The last may be long; all others together are CUDA's y and z, of at most
             65,535 each.
         name: Name of the kernel.
-        barriers: Whether a program's warps wait for each other around each store: needed where it reads what it
-            writes.
         scratch_types: Types of the scratch in shared memory.
 
     Returns:
@@ -130,7 +158,9 @@ def run_kernel(
         grid_names=tuple(grid),
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=not barriers
+            # Warps wait for each other where `wait_for_warps` says, and not around each store.
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=True,
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if current_target().interpreted else None,
         kernel_name=name,

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ids import Ids
-from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, unfused
+from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, store, unfused
 from pallas_kernels.scans import places_of
 from pallas_kernels.xla import RUN_BLOCK
 
@@ -60,6 +60,18 @@ class SortedGradients(NamedTuple):
     weights: Float[Array, " n"] | None
     gradients: Float[Array, "G w"]
     zero: Int32[Array, " 1"]
+
+
+class SortedId(NamedTuple):
+    """What leads to the gradient of one id.
+
+    Attributes:
+        bag: Its bag.
+        weight: Its weight, or None for 1.
+    """
+
+    bag: Int32[Array, ""]
+    weight: Float[Array, ""] | None
 
 
 def sort_ids(
@@ -124,7 +136,6 @@ def sum_blocks_of_long_runs(runs: Runs, ids: SortedGradients) -> Float[Array, "2
         jax.ShapeDtypeStruct((num_blocks, width), jnp.float32),
         grid={"block": num_blocks},
         name="sum_blocks_of_long_runs",
-        barriers=False,  # A program never reads what it writes.
     )
 
 
@@ -137,35 +148,64 @@ def _sum_block(operands: tuple, sums: Any) -> None:
     def _() -> None:
         columns = sums.shape[1]
         nothing = plgpu.layout_cast(jnp.zeros(columns, jnp.float32), row_layout(columns))
-        gradient = functools.partial(gradient_of_place, ids, zero=ids.zero[0])
-        plgpu.store(sums.at[block], add_in_order(nothing, start, ends[block] + 1, gradient), optimized=False)
+        zero = ids.zero[0]
+        total = add_in_order(
+            nothing,
+            start,
+            ends[block] + 1,
+            functools.partial(sorted_id, ids),
+            lambda one: weighted(gradient_of_bag(ids, one.bag), one.weight, zero),
+        )
+        store(sums.at[block], total)
 
 
-def gradient_of_place(ids: Any, place: Int32[Array, ""], *, zero: Int32[Array, ""]) -> Float[Array, " w"]:
-    """In a kernel: the gradient of one of the sorted ids, times its weight."""
-    columns = ids.gradients.shape[1]
-    gradient = plgpu.load(ids.gradients.at[ids.bags[place]], layout=row_layout(columns), optimized=False)
-    return gradient if ids.weights is None else unfused(gradient * ids.weights[place], zero)
+def sorted_id(ids: Any, place: Int32[Array, ""]) -> SortedId:
+    """In a kernel: one of the sorted ids."""
+    return SortedId(ids.bags[place], None if ids.weights is None else ids.weights[place])
 
 
-def add_in_order(
+def gradient_of_bag(ids: Any, bag: Int32[Array, ""]) -> Float[Array, " w"]:
+    """In a kernel: the gradient of a bag, loaded."""
+    return plgpu.load(ids.gradients.at[bag], layout=row_layout(ids.gradients.shape[1]), optimized=False)
+
+
+def weighted(gradient: Float[Array, " w"], weight: Float[Array, ""] | None, zero: Int32[Array, ""]) -> Array:
+    """In a kernel: the gradient of an id from that of its bag. See `rows.unfused`."""
+    return gradient if weight is None else unfused(gradient * weight, zero)
+
+
+def add_in_order[Name](
     total: Float[Array, " w"],
     start: Int32[Array, ""],
     stop: Int32[Array, ""],
-    vector_of: Callable[[Int32[Array, ""]], Float[Array, " w"]],
+    name_of: Callable[[Int32[Array, ""]], Name],
+    vector_of: Callable[[Name], Float[Array, " w"]],
     *,
     in_flight: int = 4,
 ) -> Float[Array, " w"]:
-    """In a kernel: ``total + vector_of(start) + ... + vector_of(stop - 1)``, with some of them loaded at a time."""
+    """In a kernel: ``total`` plus the vectors of the numbers from `start` to ``stop - 1``, added in that order.
+
+    Args:
+        total: What they are added to. Never -0.
+        start: The first number.
+        stop: The number after the last.
+        name_of: What names the vector of a number; loaded one step ahead.
+        vector_of: The vector of a name.
+        in_flight: Vectors that are loaded at a time.
+    """
     nothing = jnp.zeros_like(total)
 
+    def names(first: Int32[Array, ""]) -> list[Name]:
+        return [name_of(jnp.minimum(first + k, stop - 1)) for k in range(in_flight)]
+
     def step(carry: tuple) -> tuple:
-        place, total = carry
-        vectors = [vector_of(jnp.minimum(place + k, stop - 1)) for k in range(in_flight)]
+        first, here, total = carry
+        vectors = [vector_of(name) for name in here]
+        following = names(first + in_flight)
         for k, vector in enumerate(vectors):
             # A sum that began with +0 is never -0, so that adding +0 changes nothing.
-            inside = jnp.broadcast_to(place + k < stop, total.shape)
+            inside = jnp.broadcast_to(first + k < stop, total.shape)
             total = total + lax.select(inside, vector, nothing)
-        return place + in_flight, total
+        return first + in_flight, following, total
 
-    return lax.while_loop(lambda carry: carry[0] < stop, step, (start, total))[1]
+    return lax.while_loop(lambda carry: carry[0] < stop, step, (start, names(start), total))[2]

@@ -6,9 +6,10 @@ of each), so that the loads overlap; then it adds the remaining gradients of eac
 columns, of all of them together, in shared memory; then the rule, and the new values are written where the old ones
 were. A row of the gradients is read where it lies and its sum never leaves the registers.
 
-Bytes in flight: a program holds up to four rows with their state and gradients. At width 128 in float32 with row-wise
-state its 78 registers a lane let six programs share a processor: 24 kB, or 3 MB on 132 of them, of the 4 to 5 MB that
-4.8 TB/s at a latency of a microsecond ask for. Reasoning, not a measurement.
+Bytes in flight: a program holds up to eight rows with their state and gradients. At width 128 in float32 with row-wise
+state its 128 registers a lane let four programs share a processor: 32 kB, or 4.3 MB on 132 of them, of the 4 to 5 MB
+that 4.8 TB/s at a latency of a microsecond ask for. Reasoning, not a measurement. A row costs about 94 instructions a
+warp, where that bandwidth leaves time for a hundred.
 
 Letters: n ids, G bags, S slots, w width of a row, k statistics, C pieces of RUN_BLOCK ids.
 """
@@ -28,15 +29,27 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
-from pallas_kernels.mosaic_gpu.rows import FULL_GRID, LANES, add_halves_of_blocks, opaque_zero, row_layout, run_kernel
+from pallas_kernels.mosaic_gpu.rows import (
+    FULL_GRID,
+    LANES,
+    opaque_zero,
+    row_layout,
+    run_kernel,
+    store,
+    sum_blocks_of_columns,
+    wait_for_warps,
+)
 from pallas_kernels.mosaic_gpu.runs import (
     Runs,
     SortedGradients,
+    SortedId,
     add_in_order,
-    gradient_of_place,
+    gradient_of_bag,
     place_of_block,
     sort_ids,
+    sorted_id,
     sum_blocks_of_long_runs,
+    weighted,
 )
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer, RowValues
 from pallas_kernels.slots import Slots
@@ -45,9 +58,9 @@ from pallas_kernels.traced_rules import TracedRule, trace_rule, without_is_finit
 from pallas_kernels.xla import RUN_BLOCK
 
 # Registers of a lane that hold rows, and the most rows that a program takes at a time.
-_REGISTERS, _MOST_ROWS = 48, 4
+_REGISTERS, _MOST_ROWS = 48, 8
 # How often a program takes rows, where there is work for a full grid.
-_STEPS_OF_PROGRAM = 4
+_STEPS_OF_PROGRAM = 8
 
 
 def sparse_update(
@@ -121,7 +134,10 @@ class _Operands(NamedTuple):
         ids: Their gradients.
         block_sums: Gradients of long runs, see `runs.place_of_block`.
         scalars: See `TracedRule.scalars_of_slots`.
-        places: First row, first number of row-wise state and first column of each slot.
+        lengths: Ids of each run.
+        first_ids: First id of each run.
+        numbers: Place of the row-wise state of each run, if the rule has any.
+        first_columns: First column of each slot.
         statistics: The statistics of each run, where the caller has them.
         keys: Keys of the random bits of each run, for stochastic rounding.
     """
@@ -131,7 +147,10 @@ class _Operands(NamedTuple):
     ids: SortedGradients
     block_sums: Float[Array, "2C w"]
     scalars: Float[Array, "S h"]
-    places: Int32[Array, "S 3"]
+    lengths: Int32[Array, " n"]
+    first_ids: SortedId
+    numbers: Int32[Array, " n"] | None
+    first_columns: Int32[Array, " S"]
     statistics: Float[Array, "n k"] | None = None
     keys: UInt32[Array, " n"] | None = None
 
@@ -146,44 +165,61 @@ def _operands(
     *,
     num_rows: int,
 ) -> _Operands:
-    runs, sorted_gradients = sort_ids(ids, gradients, opaque_zero(ids.rows), num_rows=num_rows)
-    first_column = lax.bitcast_convert_type(slots.first_column, jnp.int32)
+    runs, sorted_ids = sort_ids(ids, gradients, opaque_zero(ids.rows), num_rows=num_rows)
+    # Of each run, so that a program need not look up what it has just looked up.
+    starts = jnp.minimum(runs.starts[:-1], ids.rows.shape[0] - 1)
+    numbers = runs.rows - slots.first_row[runs.slots] + slots.first_scalar[runs.slots]
     return _Operands(
         stores=stores,
         runs=runs,
-        ids=sorted_gradients,
-        block_sums=sum_blocks_of_long_runs(runs, sorted_gradients),
+        ids=sorted_ids,
+        lengths=runs.starts[1:] - runs.starts[:-1],
+        first_ids=SortedId(
+            bag=sorted_ids.bags[starts], weight=None if sorted_ids.weights is None else sorted_ids.weights[starts]
+        ),
+        numbers=numbers if stores.row_state else None,
+        first_columns=lax.bitcast_convert_type(slots.first_column, jnp.int32),
+        block_sums=sum_blocks_of_long_runs(runs, sorted_ids),
         scalars=kernel.rule.scalars_of_slots(slots, step.astype(jnp.float32)),
-        places=jnp.stack([slots.first_row, slots.first_scalar, first_column], axis=1),
     )
+
+
+class _Place(NamedTuple):
+    """Where a row and its gradients are.
+
+    Attributes:
+        run: Number of its run.
+        row: The row.
+        slot: Its slot.
+        number: Place of its row-wise state, if it has any.
+        length: How many ids name it.
+        first: The first of them.
+    """
+
+    run: Int32[Array, ""]
+    row: Int32[Array, ""]
+    slot: Int32[Array, ""]
+    number: Int32[Array, ""] | None
+    length: Int32[Array, ""]
+    first: SortedId
 
 
 class _Row(NamedTuple):
     """One row in a program's registers.
 
     Attributes:
-        run: Number of its run.
-        is_there: Whether there is such a run; otherwise all else is that of another, and nothing is to be written.
-        row: The row.
-        slot: Its slot.
-        number: Place of its row-wise state.
-        start: First place of its ids among the sorted ids.
-        end: The place after their last.
+        place: Where it is.
         values: Weights and state.
-        scalars: The scalars of its slot.
-        gradient: Its first gradient, then the sum of them.
+        gradient: The gradient of the bag of its first id.
     """
 
-    run: Int32[Array, ""]
-    is_there: Bool[Array, ""]
-    row: Int32[Array, ""]
-    slot: Int32[Array, ""]
-    number: Int32[Array, ""]
-    start: Int32[Array, ""]
-    end: Int32[Array, ""]
+    place: _Place
     values: RowValues
-    scalars: list[Float[Array, ""]]
     gradient: Float[Array, " w"]
+
+
+# Values, gradient and the scalars of the slot of a row.
+_Inputs = tuple[RowValues, Float[Array, " w"], list[Float[Array, ""]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,143 +266,181 @@ class _Kernel:
         """Updates the stores of `operands` if they are references, or else returns sums over blocks of columns."""
         num_ids = operands.runs.rows.shape[0]
         in_flight = self.rows_in_flight
-        steps = max(1, min(_STEPS_OF_PROGRAM, num_ids // (in_flight * FULL_GRID)))
-        runs_of_program = in_flight * steps
+        programs = -(-num_ids // (in_flight * max(1, min(_STEPS_OF_PROGRAM, num_ids // (in_flight * FULL_GRID)))))
 
         def body(operands: _Operands, *refs: Any) -> None:
-            sums, scratch = (None, *refs) if out_type == () else refs
-            first = lax.axis_index("program") * runs_of_program
-            stop = jnp.minimum(first + runs_of_program, operands.runs.count[0])
+            *sums, scratch, other_scratch = refs
+            count, zero = operands.runs.count[0], operands.ids.zero[0]
+            # Of the rows that there are, not of the ids: all programs have work where many ids name few rows.
+            steps = (count + programs * in_flight - 1) // (programs * in_flight)
+            first = lax.axis_index("program") * steps * in_flight
+            stop = jnp.minimum(first + steps * in_flight, count)
 
             def step(base: Int32[Array, ""]) -> Int32[Array, ""]:
-                rows = [self._load(operands, base, base + i, stop) for i in range(in_flight)]
-                rows = [self._add_gradients(operands, row) for row in rows]
-                if sums is not None:
-                    self._sum_columns(scratch, rows)
-                    self._write_sums(sums, scratch, rows)
+                # Beyond the last row, that one again: what is written twice is the same.
+                places = [self._place(operands, jnp.minimum(base + i, stop - 1)) for i in range(in_flight)]
+                rows = [self._load(operands, place) for place in places]
+                # No load moves beyond this; else the compiler makes some wait until others have arrived.
+                wait_for_warps()
+                gradients = self._gradients(operands, rows, zero)
+                inputs = [self._inputs(operands, row, gradient) for row, gradient in zip(rows, gradients, strict=True)]
+                if sums:
+                    found = self._block_sums(scratch, other_scratch, inputs)
+                    wait_for_warps()
+                    self._write_sums(sums[0], places, found)
                     return base + in_flight
-                statistics = self._statistics(operands, scratch, rows)
-                for row, sums_of_row in zip(rows, statistics, strict=True):
-                    self._write(operands, row, self.rule.apply(row.values, row.gradient, row.scalars, sums_of_row))
+                statistics = self._statistics(operands, scratch, other_scratch, places, inputs)
+                new = [
+                    self._rounded(operands, place, self.rule.apply(*of_row, sums_of_row))
+                    for place, of_row, sums_of_row in zip(places, inputs, statistics, strict=True)
+                ]
+                # Until all have read: several warps read a narrow row, and all of them row-wise state and scratch.
+                wait_for_warps()
+                for place, values in zip(places, new, strict=True):
+                    self._write(operands, place, values)
                 return base + in_flight
 
             lax.while_loop(lambda base: base < stop, step, first)
 
-        return run_kernel(
-            body,
-            operands,
-            out_type,
-            grid={"program": -(-num_ids // runs_of_program)},
-            name=name,
-            barriers=True,
-            # A sum of two halves of a block reads up to half a block beyond the last column.
-            scratch_types=[plgpu.SMEM((self.scratch_size + STATISTICS_BLOCK // 2,), jnp.float32)],
-        )
+        # Sums of blocks read up to a block beyond the last column.
+        scratch = plgpu.SMEM((self.scratch_size + STATISTICS_BLOCK,), jnp.float32)
+        return run_kernel(body, operands, out_type, grid={"program": programs}, name=name, scratch_types=[scratch] * 2)
 
     def _vector(self, ref: Any, row: Int32[Array, ""]) -> Array:
         return plgpu.load(ref.at[row], layout=row_layout(self.width), optimized=False)
 
-    def _load(self, operands: _Operands, base: Array, run: Array, stop: Array) -> _Row:
-        """Loads a row and the first of its gradients; of a run that is not there, those of another that is."""
-        stores, runs = operands.stores, operands.runs
-        is_there = run < stop
-        run = jnp.where(is_there, run, base)
-        row, slot, start = runs.rows[run], runs.slots[run], runs.starts[run]
-        number = row - operands.places[slot, 0] + operands.places[slot, 1]
-        weights, element_state = self._vector(stores.weights, row), [self._vector(x, row) for x in stores.element_state]
-        values = RowValues(
-            weights=rounding.joined(weights, element_state.pop()) if self.is_split else weights.astype(jnp.float32),
-            element_state=tuple(element_state),
-            row_state=tuple(state[number] for state in stores.row_state),
-        )
-        return _Row(
-            row=row,
+    def _place(self, operands: _Operands, run: Int32[Array, ""]) -> _Place:
+        runs, first = operands.runs, operands.first_ids
+        return _Place(
             run=run,
-            is_there=is_there,
-            values=values,
-            scalars=[operands.scalars[slot, i] for i in range(operands.scalars.shape[1])],
-            number=number,
-            slot=slot,
-            start=start,
-            end=runs.starts[run + 1],
-            gradient=gradient_of_place(operands.ids, start, zero=operands.ids.zero[0]),
+            row=runs.rows[run],
+            slot=runs.slots[run],
+            number=None if operands.numbers is None else operands.numbers[run],
+            length=operands.lengths[run],
+            first=SortedId(first.bag[run], None if first.weight is None else first.weight[run]),
         )
 
-    def _add_gradients(self, operands: _Operands, row: _Row) -> _Row:
-        """Adds the gradients of a row that were not loaded with it."""
+    def _load(self, operands: _Operands, place: _Place) -> _Row:
+        """Loads a row and the first of its gradients."""
+        stores = operands.stores
+        weights = self._vector(stores.weights, place.row)
+        element_state = [self._vector(state, place.row) for state in stores.element_state]
+        return _Row(
+            place=place,
+            values=RowValues(
+                weights=rounding.joined(weights, element_state.pop()) if self.is_split else weights.astype(jnp.float32),
+                element_state=tuple(element_state),
+                row_state=tuple(state[place.number] for state in stores.row_state),
+            ),
+            gradient=gradient_of_bag(operands.ids, place.first.bag),
+        )
+
+    def _gradients(
+        self, operands: _Operands, rows: Sequence[_Row], zero: Int32[Array, ""]
+    ) -> Sequence[Float[Array, " w"]]:
+        """The sums of the gradients of each row.
+
+        One branch for all rows: where each had its own, the compiler moved all loads behind it, and the rows waited
+        for memory one after the other.
+        """
         nothing = plgpu.layout_cast(jnp.zeros(self.width, jnp.float32), row_layout(self.width))
-        zero = operands.ids.zero[0]
+        firsts = tuple(nothing + weighted(row.gradient, row.place.first.weight, zero) for row in rows)
+        most = functools.reduce(jnp.maximum, [row.place.length for row in rows])
+
+        def sums() -> tuple[Float[Array, " w"], ...]:
+            return tuple(
+                self._sum_of_run(operands, row.place, first, zero) for row, first in zip(rows, firsts, strict=True)
+            )
+
+        return lax.cond(most > 1, sums, lambda: firsts)
+
+    def _sum_of_run(
+        self, operands: _Operands, place: _Place, first: Float[Array, " w"], zero: Int32[Array, ""]
+    ) -> Float[Array, " w"]:
+        start, length = operands.runs.starts[place.run], place.length
 
         def add_ids() -> Float[Array, " w"]:
-            first = nothing + row.gradient
             return add_in_order(
-                first, row.start + 1, row.end, lambda place: gradient_of_place(operands.ids, place, zero=zero)
+                first,
+                start + 1,
+                start + length,
+                functools.partial(sorted_id, operands.ids),
+                lambda one: weighted(gradient_of_bag(operands.ids, one.bag), one.weight, zero),
             )
 
         def add_blocks() -> Float[Array, " w"]:
-            def sum_of_block(block: Int32[Array, ""]) -> Float[Array, " w"]:
-                place = place_of_block(row.start + block * RUN_BLOCK, block == 0)
-                return self._vector(operands.block_sums, place)
+            return add_in_order(
+                jnp.zeros_like(first),
+                jnp.int32(0),
+                (length + RUN_BLOCK - 1) // RUN_BLOCK,
+                lambda block: place_of_block(start + block * RUN_BLOCK, block == 0),
+                functools.partial(self._vector, operands.block_sums),
+            )
 
-            blocks = (row.end - row.start + RUN_BLOCK - 1) // RUN_BLOCK
-            return add_in_order(nothing, jnp.int32(0), blocks, sum_of_block, in_flight=8)
+        return lax.cond(length > RUN_BLOCK, add_blocks, add_ids)
 
-        return row._replace(gradient=lax.cond(row.end - row.start > RUN_BLOCK, add_blocks, add_ids))
+    def _inputs(self, operands: _Operands, row: _Row, gradient: Float[Array, " w"]) -> _Inputs:
+        """What a rule is given of a row, beside statistics."""
+        return row.values, gradient, [operands.scalars[row.place.slot, i] for i in range(operands.scalars.shape[1])]
 
-    def _sum_columns(self, scratch: Any, rows: Sequence[_Row]) -> None:
-        """Leaves in scratch the sums of each block of columns, where its first column was."""
-        for i, row in enumerate(rows):
-            for j, summand in enumerate(self.rule.summands(row.values, row.gradient, row.scalars)):
-                plgpu.store(scratch.at[pl.ds(self._place(i, j), self.width)], summand, optimized=False)
-        add_halves_of_blocks(scratch, self.scratch_size, min(STATISTICS_BLOCK, self.width))
+    def _block_sums(self, scratch: Any, other_scratch: Any, inputs: Sequence[_Inputs]) -> list[list[list[Array]]]:
+        """The sums of each block of columns, of each statistic, of each row."""
+        num_statistics, block = self.rule.num_statistics, min(STATISTICS_BLOCK, self.width)
+        for i, of_row in enumerate(inputs):
+            for j, summand in enumerate(self.rule.summands(*of_row)):
+                here = pl.ds((i * num_statistics + j) * self.width, self.width)
+                store(scratch.at[here], summand)
+        sums = sum_blocks_of_columns(scratch, other_scratch, self.scratch_size, block)
+        return [
+            [
+                [sums[(i * num_statistics + j) * self.width + column] for column in range(0, self.width, block)]
+                for j in range(num_statistics)
+            ]
+            for i in range(len(inputs))
+        ]
 
-    def _place(self, row: int, statistic: int, column: int = 0) -> int:
-        return (row * self.rule.num_statistics + statistic) * self.width + column
-
-    def _statistics(self, operands: _Operands, scratch: Any, rows: Sequence[_Row]) -> list[list[Float[Array, ""]]]:
+    def _statistics(
+        self,
+        operands: _Operands,
+        scratch: Any,
+        other_scratch: Any,
+        places: Sequence[_Place],
+        inputs: Sequence[_Inputs],
+    ) -> list[list[Float[Array, ""]]]:
         """The sums over all columns that the rule asks for, of each row."""
         numbers = range(self.rule.num_statistics)
         if operands.statistics is not None:
-            return [[operands.statistics[row.run, j] for j in numbers] for row in rows]
+            return [[operands.statistics[place.run, j] for j in numbers] for place in places]
         if not numbers:
-            return [[] for _ in rows]
-        self._sum_columns(scratch, rows)
+            return [[] for _ in places]
+        # The blocks in column order, as in `row_optimizers.sum_blocks`.
+        found = self._block_sums(scratch, other_scratch, inputs)
+        return [[functools.reduce(operator.add, blocks) for blocks in sums_of_row] for sums_of_row in found]
 
-        def total(i: int, j: int) -> Float[Array, ""]:
-            """The blocks, in column order, as in `row_optimizers.sum_blocks`."""
-            blocks = [scratch[self._place(i, j, column)] for column in range(0, self.width, STATISTICS_BLOCK)]
-            return functools.reduce(operator.add, blocks)
+    def _write_sums(self, sums: Any, places: Sequence[_Place], found: Sequence[Sequence[Sequence[Array]]]) -> None:
+        for place, sums_of_row in zip(places, found, strict=True):
+            for j, blocks in enumerate(sums_of_row):
+                for k, block in enumerate(blocks):
+                    sums[place.run, j, k] = block
 
-        return [[total(i, j) for j in numbers] for i in range(len(rows))]
-
-    def _write_sums(self, sums: Any, scratch: Any, rows: Sequence[_Row]) -> None:
-        for i, row in enumerate(rows):
-
-            @pl.when(row.is_there)
-            def _(i: int = i, row: _Row = row) -> None:
-                for j in range(self.rule.num_statistics):
-                    for block, column in enumerate(range(0, self.width, STATISTICS_BLOCK)):
-                        sums[row.run, j, block] = scratch[self._place(i, j, column)]
-
-    def _write(self, operands: _Operands, row: _Row, new: RowValues) -> None:
-        stores = operands.stores
-        weights, element_state = new.weights, new.element_state
+    def _rounded(self, operands: _Operands, place: _Place, new: RowValues) -> RowValues:
+        """New values as they are stored."""
         if self.is_split:
-            weights, low = rounding.halves(weights)
-            element_state = (*element_state, low)
-        elif self.is_stochastic:
+            weights, low = rounding.halves(new.weights)
+            return new._replace(weights=weights, element_state=(*new.element_state, low))
+        if self.is_stochastic:
             assert operands.keys is not None
             columns = plgpu.broadcasted_iota(jnp.int32, (self.width,), 0, layout=row_layout(self.width))
-            columns = lax.bitcast_convert_type(columns + operands.places[row.slot, 2], jnp.uint32)
-            bits = rounding.column_bits(operands.keys[row.run], columns)
-            weights = without_is_finite(lambda x, b: rounding.stochastic_round(x, b, self.dtype), weights, bits)
+            columns = lax.bitcast_convert_type(columns + operands.first_columns[place.slot], jnp.uint32)
+            bits = rounding.column_bits(operands.keys[place.run], columns)
+            weights = without_is_finite(lambda x, b: rounding.stochastic_round(x, b, self.dtype), new.weights, bits)
+            return new._replace(weights=weights)
+        return new._replace(weights=new.weights.astype(self.dtype))
 
-        @pl.when(row.is_there)
-        def _() -> None:
-            # The first store waits until all warps have read what they need of all rows in flight. That of a number of
-            # row-wise state would not wait: it comes last.
-            plgpu.store(stores.weights.at[row.row], weights.astype(self.dtype), optimized=False)
-            for state, values in zip(stores.element_state, element_state, strict=True):
-                plgpu.store(state.at[row.row], values, optimized=False)
-            for state, value in zip(stores.row_state, new.row_state, strict=True):
-                state[row.number] = value
+    def _write(self, operands: _Operands, place: _Place, new: RowValues) -> None:
+        stores = operands.stores
+        store(stores.weights.at[place.row], new.weights)
+        for state, values in zip(stores.element_state, new.element_state, strict=True):
+            store(state.at[place.row], values)
+        for state, value in zip(stores.row_state, new.row_state, strict=True):
+            state[place.number] = value
