@@ -76,7 +76,7 @@ class Recommender:
             forward_codec=config.exchange.forward,
             backward_codec=config.exchange.backward,
         )
-        check_kernels(config.kernels, mesh, self.tables.layout.groups)
+        check_kernels(config.kernels, mesh, self.tables.layout)
         self.features = self.tables.feature_order
         self.card = dataclasses.replace(card, sparse=tuple(card.feature(name) for name in self.features))
         self._graph, self._abstract_params = nnx.split(nnx.eval_shape(self._build))

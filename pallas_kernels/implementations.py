@@ -23,6 +23,8 @@ _OF_PLATFORM: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("mosaic_tpu", "sparsecore", "xla"),
 }
 _OF_LINES: tuple[Implementation, ...] = ("mosaic_tpu", "sparsecore")
+# "SparseCore only supports 16 GiB of HBM per tensor" (libtpu 0.0.50).
+_MOST_BYTES: dict[Implementation, int] = {"sparsecore": 2**34}
 
 
 def implementation_of(
@@ -33,6 +35,7 @@ def implementation_of(
     optimizer: RowOptimizer | None = None,
     storage_rounding: Rounding = "nearest",
     in_lines: bool = True,
+    largest_store: int = 0,
     target: Target | None = None,
 ) -> ModuleType:
     """The module that serves a call, with `xla`'s signatures.
@@ -43,7 +46,8 @@ def implementation_of(
         width: Stored width of a row.
         optimizer: The rule of an update; None for a lookup.
         storage_rounding: How an update is rounded.
-        in_lines: Whether the store is one of lines of 512 bytes, which kernels for TPUs ask for.
+        in_lines: Whether all stores are of lines of 512 bytes, which kernels for TPUs ask for.
+        largest_store: Bytes of the largest store, of weights or of state, on one device; 0 if it is not known yet.
         target: The device; the one that this is traced for unless given.
 
     Raises:
@@ -68,6 +72,8 @@ def implementation_of(
         )
         if candidate in _OF_LINES and not in_lines:
             reason = "the store has no lines of 512 bytes"
+        if largest_store > _MOST_BYTES.get(candidate, largest_store):
+            reason = f"a store of {largest_store} bytes is too large: at most {_MOST_BYTES[candidate]}"
         if reason is None:
             return module
         if name is not None:

@@ -45,11 +45,20 @@ def pooled_lookup(
     check_store(store, width)
     check_ids(rows, offsets, weights)
     chosen = implementation_of(
-        implementation, dtype=store.dtype, width=width, in_lines=store.shape[1] * store.dtype.itemsize == LINE_BYTES
+        implementation, dtype=store.dtype, width=width, in_lines=is_in_lines(store), largest_store=store.nbytes
     )
     if is_empty(rows, offsets):
         return jnp.zeros((offsets.size - 1, width), jnp.float32)
     return chosen.pooled_lookup(store, rows, offsets, weights, width=width, longest_bag=longest_bag)
+
+
+def is_in_lines(store: Array) -> bool:
+    """Whether a store is one of lines of `LINE_BYTES`.
+
+    Args:
+        store: Weights or state.
+    """
+    return store.shape[1:] == (LINE_BYTES // store.dtype.itemsize,)
 
 
 def is_empty(rows: Array, offsets: Array) -> bool:

@@ -33,8 +33,9 @@ def current_target() -> Target:
         return stand_in
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
+        # A device, the name of a platform, or None.
         default = jax.config.jax_default_device
-        device = default if isinstance(default, jax.Device) else jax.local_devices()[0]
+        device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return Target(platform=platform, device_kind=device.device_kind)
 

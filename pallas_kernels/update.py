@@ -5,12 +5,13 @@ Letters: n ids, G bags, w width of a row, k statistics.
 
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int32
 
 from pallas_kernels.ids import Ids
 from pallas_kernels.implementations import Implementation, implementation_of
-from pallas_kernels.lookup import check_ids, check_store, is_empty
+from pallas_kernels.lookup import check_ids, check_store, is_empty, is_in_lines
 from pallas_kernels.rounding import Rounding, draws_bits
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
@@ -134,7 +135,13 @@ def _checked(
     check_ids(ids.rows, ids.offsets, ids.weights)
     _check_gradients(ids, gradients, width)
     return implementation_of(
-        implementation, dtype=stores.weights.dtype, width=width, optimizer=optimizer, storage_rounding=storage_rounding
+        implementation,
+        dtype=stores.weights.dtype,
+        width=width,
+        optimizer=optimizer,
+        storage_rounding=storage_rounding,
+        in_lines=all(is_in_lines(store) for store in jax.tree.leaves(stores)),
+        largest_store=max(store.nbytes for store in jax.tree.leaves(stores)),
     )
 
 

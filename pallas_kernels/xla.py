@@ -14,7 +14,7 @@ from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
-from pallas_kernels.stores import MOST_ROWS, Stores, place_of_rows, rows_view
+from pallas_kernels.stores import MOST_ROWS, Stores, named_rows, place_of_rows, rows_view
 
 # A row's gradients are added one after the other in blocks of this many, counted from the row's first; then the
 # blocks are added one after the other. A fixed cut lets a kernel share out a hot row and still add the same bits.
@@ -48,6 +48,9 @@ def pooled_lookup(
 ) -> Float[Array, "G w"]:
     """See `pallas_kernels.pooled_lookup`."""
     num_ids, num_bags = rows.shape[0], offsets.shape[0] - 1
+    if weights is not None:
+        # A row that does not exist is 0, and 0 times infinity would be something.
+        weights = jnp.where((rows >= 0) & (rows < named_rows(store, width)), weights, 0.0)
 
     def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
         vectors = _get(store, rows[ids], width).astype(jnp.float32)

@@ -97,6 +97,12 @@ class StoreLayout:
         """Lines of each device in an array of one number an element."""
         return self.elements_per_device * jnp.dtype(dtype).itemsize // LINE_BYTES
 
+    @property
+    def largest_array(self) -> int:
+        """Bytes of each device in the largest of its arrays: weights, or state of one number an element."""
+        dtypes = (self.dtype, *(array.dtype for array in self.element_state))
+        return max(self.state_lines(dtype) for dtype in dtypes) * LINE_BYTES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:

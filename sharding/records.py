@@ -129,7 +129,8 @@ def bag_offsets_at_home(records: Records, group: Group) -> Int32[Array, " bags+1
                 of_bags = (jnp.arange(lookup.vectors)[None] < of_bags[:, None]).astype(jnp.int32).reshape(-1)
             parts.append(of_bags)
         lengths = jnp.concatenate(parts)
-    return offsets_of(lengths.reshape(-1))
+    # One below 0 has been counted as invalid; kernels wait for ever where offsets fall.
+    return offsets_of(jnp.maximum(lengths, 0).reshape(-1))
 
 
 def _as_int32(word: UInt32[Array, " n"]) -> Int32[Array, " n"]:

@@ -87,8 +87,8 @@ def _words_of_sent_row(group: Group, codec: Codec) -> float:
     return 2 * stored / _WORD_BYTES if stored <= coded else coded / _WORD_BYTES + _words_of_read(codec, group.width)
 
 
-def _vectors_per_id(group: Group, target: Target, weighted: bool) -> float:
-    """Float32 vectors of a row's width that the update of a group holds for each id."""
+def _vectors_per_id(group: Group, store: StoreLayout, target: Target, weighted: bool) -> float:
+    """Float32 vectors of a row's width that the update of a group, which lies in a store, holds for each id."""
     table = group.table
     if table.rule is None:
         return 0.0
@@ -98,6 +98,7 @@ def _vectors_per_id(group: Group, target: Target, weighted: bool) -> float:
         width=group.width,
         optimizer=table.rule,
         storage_rounding=table.rounding,
+        largest_store=store.largest_array,
         target=target,
     )
     # The others write sums of blocks of long runs alone.
@@ -135,6 +136,7 @@ def storage_of(
     forward, backward = codecs
     weights = element_state = row_state = 0
     alone = np.zeros(layout.num_devices)
+    stores = {store.name: store for store in layout.stores}
     for store in layout.stores:
         weights += store.lines_per_device * LINE_BYTES
         element_state += sum(store.state_lines(array.dtype) for array in store.element_state) * LINE_BYTES
@@ -158,7 +160,7 @@ def storage_of(
         rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
         if group.family == "rows_by_id":
             sent_back += most["ids"] * _words_of_read(backward, group.width)
-        rows = max(rows, _vectors_per_id(group, target, weighted) * held * group.width, rows_sent)
+        rows = max(rows, _vectors_per_id(group, stores[group.store], target, weighted) * held * group.width, rows_sent)
         # At home: the vectors, and their gradients.
         home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
         vectors += 2 * samples_per_device * home

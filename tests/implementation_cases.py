@@ -42,7 +42,13 @@ def sparsecores_of(kind: str) -> contextlib.AbstractContextManager[None]:
 
 
 def skip_unless_served(
-    implementation: str, *, dtype=jnp.float32, width: int, rule: str | None = None, storage_rounding: str = "nearest"
+    implementation: str,
+    *,
+    dtype=jnp.float32,
+    width: int,
+    rule: str | None = None,
+    storage_rounding: str = "nearest",
+    largest_store: int = 0,
 ) -> None:
     """Skips, with the implementation's own words, a case that it leaves to another."""
     with device_of(implementation):
@@ -53,6 +59,7 @@ def skip_unless_served(
                 width=width,
                 optimizer=None if rule is None else ROW_OPTIMIZERS[rule],
                 storage_rounding=storage_rounding,
+                largest_store=largest_store,
             )
         except ValueError as error:
             pytest.skip(str(error))

@@ -224,16 +224,20 @@ def test_model_when_its_kernels_are_for_other_devices_then_one_line_says_which_a
 def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
     default = TableConfig(dim=8, dtype="bfloat16", rounding="split")
     config = replaced(tiny.config(None, Path("run")), "embedding", EmbeddingConfig(default=default))
-    groups = Recommender(config, CARD).tables.layout.groups
+    layout = Recommender(config, CARD).tables.layout
     mesh = make_mesh()
     with interpreting("NVIDIA A100-SXM4-40GB"), pytest.raises(InputError, match="kernels need an H100 or later"):
         check_kernels("mosaic_gpu", mesh)
     with interpreting("NVIDIA H200"):
-        check_kernels("mosaic_gpu", mesh, groups)
+        check_kernels("mosaic_gpu", mesh, layout)
     with interpreting("TPU v5"):
         check_kernels("mosaic_tpu", mesh)
         with pytest.raises(InputError, match="'mosaic_tpu' cannot serve this call: split weights are not served"):
-            check_kernels("mosaic_tpu", mesh, groups)
+            check_kernels("mosaic_tpu", mesh, layout)
+        check_kernels("sparsecore", mesh, layout)
+        large = dataclasses.replace(layout.stores[0], lines_per_device=2**25 + 2)
+        with pytest.raises(InputError, match="a store of 17179870208 bytes is too large"):
+            check_kernels("sparsecore", mesh, dataclasses.replace(layout, stores=(large,)))
 
 
 @pytest.mark.parametrize(

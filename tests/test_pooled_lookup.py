@@ -1,6 +1,8 @@
 """pooled_lookup, every implementation, against numpy."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,13 @@ import pytest
 from hypothesis import given, settings
 from implementation_cases import device_of, each_implementation, skip_unless_served
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, WIDTHS, Batch, batches, lines_of, pooled, table_of
+from update_cases import a_batch
 
 from pallas_kernels import pooled_lookup
+from pallas_kernels.implementations import IMPLEMENTATIONS
+from pallas_kernels.target import Target, current_target
 
+KIND = "TPU v6 lite"
 LONGEST_BAG = 9
 
 
@@ -111,6 +117,28 @@ def test_lookup_of_a_row_outside_the_store_then_zeros(implementation: str, row: 
     np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_lookup_when_bags_end_beyond_the_ids_then_those_that_there_are(implementation: str) -> None:
+    # As where a device has not room for all ids: their lengths are known, and it says so.
+    ids = a_batch()
+    offsets = ids.offsets * 8
+    cut = Batch(rows=ids.rows, offsets=np.minimum(offsets, NUM_IDS), weights=ids.weights)
+    result = look_up(implementation, table_of(16), dataclasses.replace(ids, offsets=offsets), ids.weights)
+    np.testing.assert_array_equal(result, pooled(table_of(16), cut, ids.weights, np.float32))
+
+
+@each_implementation
+@pytest.mark.parametrize("longest_bag", [None, 4])
+@pytest.mark.parametrize("weight", [np.inf, np.nan])
+def test_lookup_of_rows_outside_the_store_when_weights_are_not_finite_then_zeros(
+    implementation: str, weight: float, longest_bag: int | None
+) -> None:
+    offsets = np.minimum(np.arange(NUM_BAGS + 1, dtype=np.int32) * 4, 4)
+    ids = Batch(rows=np.array(NOWHERE, np.int32), offsets=offsets, weights=np.full(4, weight, np.float32))
+    result = look_up(implementation, table_of(16), ids, ids.weights, longest_bag=longest_bag)
+    np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
+
+
 @each_implementation
 def test_lookup_one_id_a_bag_then_the_rows_themselves(implementation: str) -> None:
     rows = np.random.default_rng(0).integers(0, NUM_ROWS, NUM_IDS).astype(np.int32)
@@ -167,10 +195,20 @@ def test_lookup_when_arrays_do_not_fit_each_other_then_an_error_says_how(change:
         pooled_lookup(jnp.zeros((6, 128)), **arguments, width=128)
 
 
+def test_the_target_when_the_default_device_is_named_by_its_platform_then_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices_of(backend: str | None = None) -> list[SimpleNamespace]:
+        return [SimpleNamespace(platform=backend or "tpu", device_kind=backend or KIND)]
+
+    monkeypatch.setattr(jax, "local_devices", devices_of)
+    assert current_target() == Target(platform="tpu", device_kind=KIND)
+    with jax.default_device("cpu"):
+        assert current_target() == Target(platform="cpu", device_kind="cpu")
+
+
 @each_implementation
 def test_lookup_in_a_store_of_more_rows_than_an_int32_names_then_traced(implementation: str) -> None:
-    skip_unless_served(implementation, dtype=jnp.dtype(jnp.float32), width=8)
     store = jax.ShapeDtypeStruct((2**27 + 1, 128), jnp.float32)
+    skip_unless_served(implementation, dtype=store.dtype, width=8, largest_store=store.size * store.dtype.itemsize)
     rows, offsets = (jax.ShapeDtypeStruct((length,), jnp.int32) for length in (NUM_IDS, NUM_BAGS + 1))
     look_up = functools.partial(pooled_lookup, width=8, implementation=implementation)
     with device_of(implementation):

@@ -277,6 +277,7 @@ def test_lengths_that_do_not_fit_the_values_then_reported_and_without_effect(
     assert routed.invalid == invalid
     assert routed.needs[0] == needed
     assert bool(routed.overflow) == (needed > 4)
+    assert (np.diff(routed.groups[0].owned.offsets) >= 0).all()
     assert not np.asarray(tables.lookup(tables.init(), routed)["item_id"]).any()
 
 

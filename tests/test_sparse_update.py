@@ -209,6 +209,28 @@ def test_a_rows_gradients_then_added_in_the_stated_order_bit_for_bit(implementat
     np.testing.assert_array_equal(numbers_of_rows(after, width)[0], expected)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "sparsecore"])
+@pytest.mark.parametrize(
+    ("rule", "changed", "shape"),
+    [("sgd", "weights", (96, 16)), ("adagrad", "element_state", (6, 256)), ("rowwise_adagrad", "row_state", (384, 1))],
+)
+def test_an_update_of_stores_that_have_no_lines_then_another_implementation_serves(
+    implementation: str, rule: str, changed: str, shape: tuple[int, int]
+) -> None:
+    stores = fresh_stores(rule, table_of(16))
+    stores = dataclasses.replace(
+        stores, **{changed: jax.tree.map(lambda x: x.reshape(shape), getattr(stores, changed))}
+    )
+    call = {"slots": slots_of(16), "step": 1, "seed": 0, "optimizer": ROW_OPTIMIZERS[rule], "width": 16}
+    arrays = jax.tree.map(jnp.asarray, (stores, ids_of(a_batch()), gradients_of(16)))
+    with device_of(implementation):
+        found = sparse_update(*arrays, **call)
+        with pytest.raises(ValueError, match="the store has no lines of 512 bytes"):
+            sparse_update(*arrays, **call, implementation=implementation)
+    for now, wanted in zip(bits_of(found), bits_of(sparse_update(*arrays, **call, implementation="xla")), strict=True):
+        np.testing.assert_array_equal(now, wanted)
+
+
 @each_implementation
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", "lamb"])
 def test_an_update_five_times_then_the_same_bits(implementation: str, rule: str) -> None:

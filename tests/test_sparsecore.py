@@ -1,5 +1,6 @@
 """sparsecore beyond the inherited tests: races, shares, and programs for TPUs that are not here."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,12 +18,13 @@ from implementation_cases import device_of
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_IDS, NUM_ROWS, Batch, batches, lines_of, pooled, table_of
 from test_storage_rounding import split_stores
-from tpu_programs import SMALL, compiled_for, compiled_lookup, compiled_update, update_shapes
+from tpu_programs import SMALL, compiled_for, compiled_lookup, compiled_update, shape_of, update_shapes
 from update_cases import ROWS_PER_SHARD, fresh_stores, gradients_of, ids_of, slots_of
 
 from configs.quickstart import quickstart
 from dlrm_jax.config import TableConfig
-from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, sparsecore, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, sparse_update, sparsecore, xla
+from pallas_kernels.implementations import implementation_of
 from pallas_kernels.mosaic_tpu.lines import row_shape
 from pallas_kernels.mosaic_tpu.units import units_of_rows
 from pallas_kernels.rounding import joined
@@ -234,6 +236,34 @@ def test_unable_then_says_why(call: dict, reason: str | None) -> None:
     said = sparsecore.unable(**({"device_kind": KIND, "dtype": jnp.float32, "width": 64} | call))
     assert (said is None) == (reason is None)
     assert (reason or "") in (said or "")
+
+
+@pytest.mark.parametrize(("lines", "served"), [(2**25, "sparsecore"), (2**25 + 2, "xla")])
+def test_an_update_of_split_weights_when_a_store_has_more_than_16_gib_then_xla_serves(lines: int, served: str) -> None:
+    rule, asked = ROW_OPTIMIZERS["sgd"], {"dtype": jnp.dtype(jnp.bfloat16), "width": 64, "storage_rounding": "split"}
+    with device_of("sparsecore"):
+        chosen = implementation_of(None, **asked, optimizer=rule, largest_store=lines * 512)
+        assert chosen.__name__ == f"pallas_kernels.{served}"
+        weights, low = (jax.ShapeDtypeStruct((lines, 256), dtype) for dtype in (jnp.bfloat16, jnp.uint16))
+        stores = Stores(weights=weights, element_state=(low,))
+        asked = {"width": 64, "optimizer": rule, "storage_rounding": "split", "step": 1, "seed": 0}
+        ids, gradients = ids_of(hot_ids(NUM_IDS, 8)), gradients_of(64)
+        update = functools.partial(sparse_update, **asked)
+        assert jax.eval_shape(update, stores, ids, gradients, slots=slots_of(64)).weights.shape == weights.shape
+        asked_for = functools.partial(update, implementation="sparsecore")
+        with contextlib.nullcontext() if served == "sparsecore" else pytest.raises(ValueError, match="is too large"):
+            jax.eval_shape(asked_for, stores, ids, gradients, slots=slots_of(64))
+
+
+@pytest.mark.parametrize(("lines", "refused"), [(2**25, False), (2**25 + 2, True)])
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_lookup_for_a_tpu_then_the_compiler_takes_16_gib_and_no_more(lines: int, refused: bool) -> None:
+    def look_up(store, rows, offsets):
+        return sparsecore.pooled_lookup(store, rows, offsets, None, width=128, longest_bag=None)
+
+    shapes = shape_of(lines, 128), shape_of(64, dtype=jnp.int32), shape_of(9, dtype=jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="16 GiB") if refused else contextlib.nullcontext():
+        compiled_for("v5p", look_up, shapes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,26 @@ def test_an_update_of_a_16_bit_store_then_float32s_result_rounded(implementation
     np.testing.assert_array_equal(rounded[untouched], rows[untouched].astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("implementation", "rounding"), [("mosaic_tpu", "nearest"), ("sparsecore", "nearest"), ("sparsecore", "split")]
+)
+def test_an_update_when_rows_end_in_the_midst_of_a_unit_then_that_of_xla(implementation: str, rounding: str) -> None:
+    # Rows of 384 lie four to six lines, and 94 are 141 lines.
+    rows = table_of(384)[:94]
+    stores = split_stores("sgd", rows) if rounding == "split" else Stores(weights=lines_of(rows.astype(jnp.bfloat16)))
+    named = np.array([93, 5, 92, 93], np.int32)
+    ids = Batch(rows=named, offsets=np.arange(5, dtype=np.int32), weights=np.ones(4, np.float32))
+    here, there = (
+        update(name, "sgd", stores, ids, gradients_of(384)[:4], storage_rounding=rounding)
+        for name in (implementation, "xla")
+    )
+    assert (bits_of(there)[0] != bits_of(stores)[0]).any()
+    # Compilers fuse products and sums of a rule as they please; the last bit of bfloat16.
+    np.testing.assert_allclose(
+        np.asarray(here.weights, np.float32), np.asarray(there.weights, np.float32), rtol=2.0**-7
+    )
+
+
 def split_stores(rule: str, rows: np.ndarray) -> Stores:
     """The halves of float32 rows, and the state that belongs to them."""
     words = rows.view(np.uint32)

@@ -51,8 +51,8 @@ def pooled_lookup(
     bags = min(max(8, _OUT_BYTES // (4 * shape.padded_width) // 8 * 8), round_up(num_bags, 8))
     chunk = 2 ** (max(32, _SEGMENTS_OF_CHUNK // shape.segments_per_row).bit_length() - 1)
     steps = -(-num_bags // bags)
-    # Bags of padding are empty.
-    ends = jnp.pad(offsets, (0, steps * bags - num_bags), mode="edge")
+    # Bags of padding are empty. Where not all ids had room, offsets go on beyond those that are there.
+    ends = jnp.pad(jnp.clip(offsets, 0, num_ids), (0, steps * bags - num_bags), mode="edge")
     word = jnp.float32 if store.dtype == jnp.float32 else jnp.uint32
     streams = [rows] if weights is None else [rows, weights]
     num_chunks = -(-num_ids // chunk)

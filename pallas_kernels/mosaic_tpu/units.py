@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Shaped
 
-from pallas_kernels.mosaic_tpu.lines import LANES, SEGMENTS_OF_PAIR, RowShape, segment_of
+from pallas_kernels.mosaic_tpu.lines import LANES, SEGMENTS_OF_PAIR, RowShape, pad_to, round_up, segment_of
 
 # Chunks whose units are in VMEM: the one being written back, the one being changed, the one being fetched.
 BUFFERS = 3
@@ -85,6 +85,19 @@ def units_of_rows(shape: RowShape, dtype: jnp.dtype, num_stores: int) -> Units:
         copies=segments if dtype == jnp.float32 else segments // 2,
         num_stores=num_stores,
     )
+
+
+def whole_units(store: Shaped[Array, "lines line"], shape: RowShape) -> Shaped[Array, "lines line"]:
+    """The store; one of 16 bits whose last rows leave a unit incomplete is copied, with more lines: keep units whole.
+
+    Args:
+        store: Weights, or what belongs to each of them.
+        shape: How rows lie on segments.
+    """
+    if store.dtype.itemsize == 4:
+        return store
+    segments = math.lcm(shape.segments_per_row, SEGMENTS_OF_PAIR)
+    return pad_to(store, round_up(store.shape[0], segments // 2))
 
 
 def units_of_scalars(num_stores: int) -> Units:

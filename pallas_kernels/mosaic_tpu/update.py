@@ -21,10 +21,9 @@ from pallas_kernels.mosaic_tpu.lines import (
     pad_to,
     round_up,
     row_shape,
-    whole_pairs,
 )
 from pallas_kernels.mosaic_tpu.sorted_ids import SortedIds, sort_ids
-from pallas_kernels.mosaic_tpu.units import BUFFERS, units_of_rows, units_of_scalars
+from pallas_kernels.mosaic_tpu.units import BUFFERS, units_of_rows, units_of_scalars, whole_units
 from pallas_kernels.mosaic_tpu.update_kernel import Call, update_chunk
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.scans import next_marked
@@ -142,7 +141,7 @@ def _run(
     slot_keys: UInt32[Array, " S"],
 ) -> tuple[Array, ...]:
     shape, chunk, streams = call.shape, call.chunk, _in_chunks(ids, call)
-    arrays = tuple(jax.tree.leaves(dataclasses.replace(stores, weights=whole_pairs(stores.weights))))
+    arrays = tuple(jax.tree.leaves(dataclasses.replace(stores, weights=whole_units(stores.weights, shape))))
     num_chunks = streams["row"].shape[0] - 1
     here = pl.BlockSpec((1, 1, chunk), lambda c: (c, 0, 0), memory_space=pltpu.SMEM)
     after = pl.BlockSpec((1, 1, chunk), lambda c: (c + 1, 0, 0), memory_space=pltpu.SMEM)

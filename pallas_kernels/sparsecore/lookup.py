@@ -57,8 +57,9 @@ def pooled_lookup(
     blocks = -(-num_bags // bags)
     chunk = rows_within(_SEGMENTS_OF_CHUNK, shape)
     chunks = -(-num_ids // chunk)
-    # Bags of padding are empty. A scalar is read as the first of a vector, so there is one vector more.
-    bounds = jnp.pad(offsets, (0, blocks * bags + 2 * LANES - num_bags), mode="edge")
+    # Bags of padding are empty. Where not all ids had room, offsets go on beyond those that are there. A scalar is read
+    # as the first of a vector, so there is one vector more.
+    bounds = jnp.pad(jnp.clip(offsets, 0, num_ids), (0, blocks * bags + 2 * LANES - num_bags), mode="edge")
     streams = [rows] if weights is None else [rows, weights]
     num_lines, halves = shape.segments_per_row, 1 if store.dtype == jnp.float32 else 2
     body = functools.partial(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
-from pallas_kernels.mosaic_tpu.lines import LANES, pad_to, round_up, row_shape
+from pallas_kernels.mosaic_tpu.lines import LANES, RowShape, row_shape
+from pallas_kernels.mosaic_tpu.units import whole_units
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
 from pallas_kernels.sparsecore.subcores import rows_within, subcore_mesh
@@ -49,7 +50,7 @@ def sparse_update(
     """See `pallas_kernels.sparse_update`."""
     stochastic = rounding.draws_bits(storage_rounding, stores.weights.dtype)
     step_word, tables = step.astype(jnp.uint32), slots.table[ids.slots]
-    refs = jax.tree.map(jax.new_ref, _on_lines(stores))
+    refs = jax.tree.map(jax.new_ref, _on_lines(stores, row_shape(width)))
     _run(
         refs,
         ids,
@@ -81,7 +82,7 @@ def row_statistics(
     """See `pallas_kernels.row_statistics`."""
     num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
     call, work, (lines,) = _run(
-        _on_lines(stores),
+        _on_lines(stores, row_shape(width)),
         ids,
         gradients,
         None,
@@ -100,18 +101,13 @@ def row_statistics(
     return jnp.swapaxes(of_ids.reshape(num_ids, -1, blocks), 1, 2)
 
 
-def _on_lines(stores: Stores) -> Stores:
-    """Weights and elementwise state in whole pairs of lines, row-wise state as [numbers]."""
+def _on_lines(stores: Stores, shape: RowShape) -> Stores:
+    """Weights and elementwise state in whole units of lines, row-wise state as [numbers]."""
     return Stores(
-        weights=_whole_pairs(stores.weights),
-        element_state=tuple(_whole_pairs(state) for state in stores.element_state),
+        weights=whole_units(stores.weights, shape),
+        element_state=tuple(whole_units(state, shape) for state in stores.element_state),
         row_state=tuple(state.reshape(-1) for state in stores.row_state),
     )
-
-
-def _whole_pairs(store: Array) -> Array:
-    """The store; one of 16 bits with an odd number of lines is copied, with one more line: keep the number even."""
-    return store if store.dtype.itemsize == 4 else pad_to(store, round_up(store.shape[0], 2))
 
 
 def _run(
