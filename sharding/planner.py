@@ -7,7 +7,7 @@ and nothing depends on the clock: the same input has the same plan.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sharding.assignment import Assignment, initial_assignment
 from sharding.candidates import Candidate, Choices, at_stages, make_choices
@@ -16,13 +16,15 @@ from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layou
 from sharding.errors import InputError
 from sharding.layout import make_layout
 from sharding.load import FeatureLoad, loads_by_feature
-from sharding.lower_bound import Relaxed, relax
 from sharding.partition import PARTITIONERS
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
 from sharding.search import improve
 from sharding.shortage import shortage_error
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.topology import Topology
+
+if TYPE_CHECKING:
+    from sharding.lower_bound import Relaxed
 
 PartitionerName = Literal["best", "greedy", "ldm"]
 # Times that a plan is made again with less memory for stores, because its buffers take more than was left to them.
@@ -246,10 +248,13 @@ class _Search:
             memory_limit=self.limit,
         )
 
-    def relaxed(self, choices: Choices, memory: float, *, quick: bool = False) -> Relaxed | None:
+    def relaxed(self, choices: Choices, memory: float, *, quick: bool = False) -> "Relaxed | None":
         if not all(choices.of_table):
             return None
         topology = self.step.topology
+        # Late, since it needs HiGHS: a machine that trains by a given plan, or alone, need not have that.
+        from sharding.lower_bound import relax
+
         return relax(choices, topology.num_devices, memory, quick=quick)
 
     def best_start(
@@ -288,7 +293,7 @@ class _Search:
                     found.append(cut)
         return found
 
-    def starts(self, choices: Choices, relaxed: Relaxed, memory: float) -> list[tuple[Assignment, str]]:
+    def starts(self, choices: Choices, relaxed: "Relaxed", memory: float) -> list[tuple[Assignment, str]]:
         """What each partitioner makes of the kinds that the relaxation chose; without those that do not fit."""
         found = []
         seen: list[list[Candidate]] = []

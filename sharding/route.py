@@ -95,6 +95,11 @@ def check_batch(
     missing = sorted({feature.name for feature in features} - set(ids.features))
     if missing:
         raise InputError(f"the batch has no ids of feature {missing[0]!r}; it has {ids.features}")
+    if 0 in (ids.batch_size, ids.capacity) and layout.num_devices > 1 and jax.__version_info__ < (0, 12):
+        raise InputError(
+            f"{ids.batch_size} samples with room for {ids.capacity} ids: arrays without elements end jax "
+            f"{jax.__version__} on several devices; give at least one of each to every device, or install jax 0.12"
+        )
     if ids.values.ndim == 2 and not layout.wide:
         raise InputError("ids are two words of 32 bits, but no table has more than 2**31 - 1 rows: give them as int32")
     if ids.parts != layout.num_devices:

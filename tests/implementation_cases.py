@@ -12,8 +12,9 @@ from pallas_kernels import ROW_OPTIMIZERS
 from pallas_kernels.implementations import IMPLEMENTATIONS, implementation_of
 from pallas_kernels.target import interpreting
 
-# The devices that kernels are interpreted for.
+# The devices that kernels are interpreted for, unless their platform is JAX's default: JAX_PLATFORMS=cuda,cpu.
 DEVICE_KINDS = {"mosaic_gpu": "NVIDIA H200", "mosaic_tpu": "TPU v6 lite", "sparsecore": "TPU v6 lite"}
+PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "sparsecore": "tpu"}
 
 # Interpreted, a kernel takes seconds a call: the files of their own have a quick selection.
 each_implementation = pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def device_of(implementation: str) -> Iterator[None]:
     """What a call of an implementation is traced in."""
     kind = DEVICE_KINDS.get(implementation)
     with contextlib.ExitStack() as stack:
-        if kind is not None:
+        if kind is not None and PLATFORMS[implementation] != jax.default_backend():
             stack.enter_context(interpreting(kind))
             if implementation == "sparsecore":
                 stack.enter_context(sparsecores_of(kind))

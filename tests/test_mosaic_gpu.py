@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementation_cases import device_of
 from jax.sharding import NamedSharding, PartitionSpec
 from kernel_cases import NOWHERE, NUM_BAGS, NUM_ROWS, Batch, lines_of, table_of
 from update_cases import a_batch, fresh_stores, gradients_of, ids_of, slots_of
 
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, mosaic_gpu, rounding, xla
 from pallas_kernels.mosaic_gpu.rows import run_kernel
-from pallas_kernels.target import interpreting
 from pallas_kernels.traced_rules import trace_rule
 from sharding.aot import target_mesh
 from sharding.topology import parse_topology
@@ -226,7 +226,7 @@ def check_bits(
 
     arguments = stores, ids_of(ids, ids.weights), gradients_of(width)
     expected = jax.jit(functools.partial(run, xla))(*arguments)
-    with interpreting(H200):
+    with device_of("mosaic_gpu"):
         result = jax.jit(functools.partial(run, mosaic_gpu))(*arguments)
     for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
@@ -327,7 +327,7 @@ def test_lookup_of_a_million_bags_then_its_long_axis_is_the_one_that_cuda_lets_b
 
 def test_lookup_when_interpreted_then_adds_in_the_order_of_ids() -> None:
     ids = hot_batch(96)
-    with interpreting(H200):
+    with device_of("mosaic_gpu"):
         result = jax.jit(functools.partial(mosaic_gpu.pooled_lookup, width=64, longest_bag=None))(
             lines_of(table_of(64)), ids.rows, ids.offsets, ids.weights
         )

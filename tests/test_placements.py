@@ -129,6 +129,7 @@ def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel
 USER = TableSpec(name="user", num_rows=50, dim=32)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.11 dies of arrays without elements")
 @pytest.mark.parametrize(("capacity", "codec"), [(0, "float32"), (4, "float32"), (4, "int8"), (4, "float16")])
 @pytest.mark.parametrize(
     ("nodes", "placement"),

@@ -144,6 +144,14 @@ def test_a_batch_that_does_not_divide_over_the_devices_then_refused() -> None:
     assert_refused("3 samples do not divide over 2 devices", tables.to_devices, ids)
 
 
+def test_a_batch_of_nothing_on_several_devices_when_jax_would_die_of_it_then_refused(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
+    tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
+    ids = tables.to_devices(jagged(lengths=np.zeros((1, 0), np.int32)))
+    assert_refused(r"0 samples with room for \d+ ids: .* install jax 0.12", tables.route, ids)
+
+
 def test_a_batch_that_is_not_laid_out_for_the_devices_then_refused() -> None:
     plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
     tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
