@@ -149,7 +149,7 @@ def test_a_batch_of_nothing_on_several_devices_when_jax_would_die_of_it_then_ref
     plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
     tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
     ids = tables.to_devices(jagged(lengths=np.zeros((1, 0), np.int32)))
-    assert_refused(r"0 samples with room for \d+ ids: .* install jax 0.12", tables.route, ids)
+    assert_refused("0 samples with room for 8 ids: arrays without elements end jax", tables.route, ids)
 
 
 def test_a_batch_that_is_not_laid_out_for_the_devices_then_refused() -> None:
