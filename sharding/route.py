@@ -151,7 +151,8 @@ def _accept(delivered: DeliveredGroup, group: Group, samples: int, device: Int32
         present = bags >= 0
     else:
         index, ends = jnp.arange(len(rows), dtype=jnp.int32), jnp.cumsum(received, dtype=jnp.int32)
-        senders = jnp.minimum(jnp.searchsorted(ends, index, side="right"), group.num_devices - 1).astype(jnp.int32)
+        before = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
+        senders = jnp.minimum(before, group.num_devices - 1)
         present = index < ends[-1]
     weights = jax.lax.bitcast_convert_type(bits[0], jnp.float32) if bits else None
     owned, places = canonical(

@@ -245,6 +245,7 @@ def test_more_ids_of_one_device_than_32_bits_number_then_refused() -> None:
     assert_refused(message, for_devices, ids, 2, 8)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.11 dies of arrays without elements")
 def test_a_batch_without_samples_then_each_device_has_none() -> None:
     plan = ShardingPlan(nodes=1, chips=2, placements=(data_parallel(TABLE),))
     tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
