@@ -171,7 +171,7 @@ def _staying(records: Records, group: Group, samples: int, device: Int32[Array, 
 
 def _leaving(records: Records, group: Group, samples: int) -> AddressedGroup:
     """A group whose ids travel."""
-    asked = _distinct(records, group.num_devices) if group.family == "rows_by_id" else None
+    asked = _distinct(records, group) if group.family == "rows_by_id" else None
     home = None
     if asked is not None or group.adds_statistics:
         home = HomeIds(
@@ -204,15 +204,22 @@ def _by_owner(records: Records, group: Group) -> ByOwner:
     return ByOwner(records=order, owners=owners, starts=_starts(owners, group.num_devices), places=places)
 
 
-def _distinct(records: Records, num_devices: int) -> ByOwner:
+def _distinct(records: Records, group: Group) -> ByOwner:
     """One record of each distinct row, sorted by owner."""
-    num_records = records.rows.shape[0]
+    num_records, num_devices = records.rows.shape[0], group.num_devices
     index = jnp.arange(num_records, dtype=jnp.int32)
     owners = jnp.where(records.present & (records.rows != NO_ROW), records.owners, num_devices)
-    # By one key at a time, which compilers of accelerators do better than by two.
-    rows, sorted_owners, order = jax.lax.sort((records.rows, owners, index), num_keys=1, is_stable=True)
-    sorted_owners, rows, order = jax.lax.sort((sorted_owners, rows, order), num_keys=1, is_stable=True)
-    changed = (sorted_owners[1:] != sorted_owners[:-1]) | (rows[1:] != rows[:-1])
+    end = max(lookup.shard.first_row + lookup.shard.rows_per_owner for lookup in group.lookups)
+    if end * num_devices <= NO_ROW:
+        # One number for owner and row. GPUs sort by one key beside one value in another way, several times as fast.
+        keys = jnp.where(owners < num_devices, owners * end + records.rows, NO_ROW)
+        keys, order = jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+        sorted_owners, changed = jnp.minimum(keys // end, num_devices), keys[1:] != keys[:-1]
+    else:
+        # By one key at a time, which compilers of accelerators do better than by two.
+        rows, sorted_owners, order = jax.lax.sort((records.rows, owners, index), num_keys=1, is_stable=True)
+        sorted_owners, rows, order = jax.lax.sort((sorted_owners, rows, order), num_keys=1, is_stable=True)
+        changed = (sorted_owners[1:] != sorted_owners[:-1]) | (rows[1:] != rows[:-1])
     # Records of nobody are all alike.
     changed = changed & (sorted_owners[1:] < num_devices)
     begins = jnp.concatenate([jnp.ones(min(num_records, 1), bool), changed])
