@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Ids, pooled_lookup
-from pallas_kernels.scans import offsets_of, places_of
+from pallas_kernels.scans import counts_below, offsets_of, places_of
 from sharding import words
 from sharding.capacities import Capacities
 from sharding.groups import Group
@@ -237,6 +237,4 @@ def _distinct(records: Records, group: Group) -> ByOwner:
 
 def _starts(owners: Int32[Array, " n"], num_devices: int) -> Int32[Array, " W+1"]:
     """Where each owner's begin among sorted ones, and the end of the last."""
-    # Unrolled it is one kernel on a GPU; as a loop it was three for each of some twenty steps.
-    wanted = jnp.arange(num_devices + 1, dtype=jnp.int32)
-    return jnp.searchsorted(owners, wanted, side="left", method="scan_unrolled").astype(jnp.int32)
+    return counts_below(owners, jnp.arange(num_devices + 1, dtype=jnp.int32))
