@@ -17,6 +17,8 @@ _UNREAD_DENSE = {
     "lamb": {"momentum"},
 }
 _UNREAD_ROWS = {"sgd": _MOMENTS | {"eps"}, "adagrad": _MOMENTS, "rowwise_adagrad": _MOMENTS}
+# What a frozen table does not read: it is never updated.
+_OF_UPDATES = _MOMENTS | {"optimizer", "learning_rate", "weight_decay", "eps", "rounding"}
 _NOT_CROSS = {"cross_layers", "cross_rank"}
 _UNREAD_MODEL = {"dot": _NOT_CROSS, "cat": _NOT_CROSS}
 # Not data.eval_batch_size, which scripts/eval.py reads, too.
@@ -50,6 +52,11 @@ def without_effect(config: Config, num_devices: int | None = None) -> Iterator[s
         "embedding.default": config.embedding.default,
         **{f"embedding.tables.{name}": table for name, table in tables.items()},
     }.items():
+        if table.initial_values is not None:
+            yield from _in_vain(where, table, {"initializer"}, "rows begin with initial_values")
+        if table.frozen:
+            yield from _in_vain(where, table, _OF_UPDATES, "the table is frozen")
+            continue
         yield from _unread(where, table, "optimizer", _UNREAD_ROWS)
         if table.rounding == "stochastic" and table.dtype == "float32":
             yield f"{where}.rounding stochastic has no effect: float32 tables are not rounded"

@@ -30,7 +30,7 @@ from dlrm_jax.sources import open_split
 from dlrm_jax.train_state import TrainState, abstract_train_state, make_dense_optimizer
 from dlrm_jax.workdir import Workdir
 from pallas_kernels.implementations import Implementation
-from sharding import InputError, KeyedJagged
+from sharding import InputError
 from sharding.jagged import check_arrays, ids_of_values
 
 
@@ -88,7 +88,7 @@ class Predictor:
             InputError: A column is missing, of a wrong type, or holds what the dataset card does not allow.
         """
         if isinstance(samples, Batch):
-            _check_ids(samples.ids, self.recommender)
+            _check_batch(samples, self.recommender)
             batch, num_samples = samples, len(samples.label)
         else:
             table = _to_table(samples)
@@ -204,14 +204,28 @@ def _without_null_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _check_ids(ids: KeyedJagged, recommender: Recommender) -> None:
-    """Raises InputError if an id of a batch is outside its table."""
+def _check_batch(batch: Batch, recommender: Recommender) -> None:
+    """Raises InputError if an id of a batch is outside its table, a bag too long, or a dense feature not finite."""
+    ids = batch.ids
     check_arrays(ids)
+    unusable = np.argwhere(~np.isfinite(batch.dense))
+    if unusable.size:
+        sample, number = unusable[0]
+        name, value = recommender.card.dense[number].name, batch.dense[sample, number]
+        raise InputError(f"sample {sample}: {name!r} is {value}, but dense features are finite: repair the value")
     ends = np.cumsum(ids.lengths.sum(axis=1))
     for name, last, lengths in zip(ids.features, ends, ids.lengths, strict=True):
         if name not in recommender.features:
             continue
-        num_rows = recommender.card.feature(name).num_rows
+        column = recommender.card.feature(name)
+        num_rows = column.num_rows
+        too_long = np.flatnonzero(lengths > column.max_pooling_factor)
+        if too_long.size:
+            sample = too_long[0]
+            raise InputError(
+                f"sample {sample}: feature {name!r} has {lengths[sample]} ids, but max_pooling_factor is "
+                f"{column.max_pooling_factor}: shorten the bag"
+            )
         values = ids_of_values(ids.values[last - lengths.sum() : last])
         outside = np.flatnonzero((values < 0) | (values >= num_rows))
         if outside.size:

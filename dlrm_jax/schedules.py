@@ -10,6 +10,8 @@ from sharding.errors import InputError
 
 # Of the base learning rates.
 _NOTHING = 1e-3
+# The last step that its number, an int32, counts.
+_LAST_STEP = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class ScheduleConfig:
             value = getattr(self, name)
             if value < 0:
                 raise InputError(f"schedule.{name} is {value}, but must be at least 0: raise it")
+            if value > _LAST_STEP:
+                raise InputError(f"schedule.{name} is {value}, but must be at most {_LAST_STEP}: lower it")
         if not 0.0 <= self.min_multiplier <= 1.0:
             raise InputError(f"schedule.min_multiplier is {self.min_multiplier}, but must be in [0, 1]: change it")
         if self.decay_steps and self.decay_start_step < self.warmup_steps:

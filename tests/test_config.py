@@ -29,7 +29,7 @@ from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import check_parts
 from dlrm_jax.workdir import Workdir
 from pallas_kernels.target import interpreting
-from sharding import InputError
+from sharding import Initializer, InputError
 from sharding.mesh import make_mesh
 
 CARD = tiny.card()
@@ -283,6 +283,20 @@ def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
         (
             {"embedding": EmbeddingConfig(tables={"item": TableConfig(beta2=0.5, rounding="stochastic")})},
             ["embedding.tables.item.beta2 0.5 has no effect", "embedding.tables.item.rounding stochastic has no eff"],
+        ),
+        (
+            {
+                "embedding": EmbeddingConfig(
+                    default=TableConfig(frozen=True, optimizer="adam", beta1=0.5, dtype="bfloat16", rounding="split"),
+                    tables={"item": TableConfig(initial_values="i.npy", initializer=Initializer(scale=0.1))},
+                )
+            },
+            [
+                "embedding.default.optimizer adam has no effect: the table is frozen",
+                "embedding.default.beta1 0.5 has no effect",
+                "embedding.default.rounding split has no effect",
+                "embedding.tables.item.initializer Initializer(kind='uniform', scale=0.1) has no effect: rows begin",
+            ],
         ),
     ],
 )

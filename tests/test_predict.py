@@ -235,6 +235,20 @@ def test_batch_when_an_id_is_outside_its_table_then_one_line_names_sample_featur
         predictor.predict(dataclasses.replace(batch, ids=wide))
 
 
+def test_batch_when_its_predictions_would_be_no_numbers_then_one_line_names_the_sample(predictor):
+    batch = predictor.batch(ROWS.to_arrow())
+    tags = batch.ids.features.index("tags")
+    lengths = batch.ids.lengths.copy()
+    # The ids are as many as before, and all in their table.
+    lengths[tags, 5], lengths[tags, 6] = tiny.MAX_TAGS + 1, lengths[tags, 5:7].sum() - tiny.MAX_TAGS - 1
+    with pytest.raises(InputError, match=r"^sample 5: feature 'tags' has 31 ids, but max_pooling_factor is 30"):
+        predictor.predict(dataclasses.replace(batch, ids=dataclasses.replace(batch.ids, lengths=lengths)))
+    dense = batch.dense.copy()
+    dense[7, 1] = np.nan
+    with pytest.raises(InputError, match=r"^sample 7: 'price' is nan, but dense features are finite: repair"):
+        predictor.predict(dataclasses.replace(batch, dense=dense))
+
+
 def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(predictor, monkeypatch, capsys):
     monkeypatch.setattr(eval_script, "configure_jax", lambda mesh: None)
 

@@ -79,6 +79,9 @@ def test_schedule_when_given_to_optax_under_jit_then_updates_are_scaled_by_it():
     [
         ({"warmup_steps": -1}, "schedule.warmup_steps is -1"),
         ({"decay_steps": -5}, "schedule.decay_steps is -5"),
+        ({"warmup_steps": 2**31}, "schedule.warmup_steps is 2147483648, but must be at most 2147483647"),
+        ({"decay_start_step": 2**31, "decay_steps": 5}, "schedule.decay_start_step is 2147483648"),
+        ({"decay_steps": 2**31}, "schedule.decay_steps is 2147483648"),
         ({"decay_steps": 5, "min_multiplier": 1.5}, "schedule.min_multiplier is 1.5"),
         ({"warmup_steps": 10, "decay_start_step": 9, "decay_steps": 5}, "schedule.decay_start_step is 9"),
         ({"decay_start_step": 9}, "decay_steps is 0"),
