@@ -28,6 +28,7 @@ from sharding.topology import Topology
 from sharding.vectors import blocks_of
 
 _FLOAT_BYTES = 4
+_BFLOAT16_BYTES = 2
 # A multiplication and an addition, in the forward pass and for both gradients.
 _FLOPS_PER_PRODUCT = 6
 
@@ -130,8 +131,8 @@ def dense_load(
 ) -> DenseLoad:
     """The dense part of a model: ``flops = 6 (sum of its matrices' numbers + products of the interaction)`` a sample.
 
-    Memory is that of parameters, gradients and optimizer state, and of what the backward pass keeps of the forward
-    pass, the shapes of which JAX's differentiation says.
+    Memory is that of parameters, gradients, optimizer state and what feedback owes, and of what the backward pass keeps
+    of the forward pass, the shapes of which JAX's differentiation says.
 
     Args:
         config: The experiment.
@@ -169,9 +170,12 @@ def dense_load(
         vectors = sum(count for count, _ in shapes) + bool(num_dense)
         width = config.model.bottom_mlp[-1] if config.model.bottom_mlp else num_dense or max(dim for _, dim in shapes)
         products += num_pairs(vectors, self_interaction=config.model.self_interaction) * width
-    copies = 2 + _state_numbers(config.dense_optimizer)
+    how = config.exchange.all_reduce
+    # What rounding took is owed to the next step.
+    copies = 2 + _state_numbers(config.dense_optimizer) + (how == "bfloat16_feedback")
     return DenseLoad(
         parameters=parameters,
+        gradient_bytes=_FLOAT_BYTES if how == "float32" else _BFLOAT16_BYTES,
         flops_per_sample=float(_FLOPS_PER_PRODUCT * products),
         memory_bytes=copies * parameters * _FLOAT_BYTES + samples * (kept(2) - kept(1)),
         dtype=config.model.dtype,

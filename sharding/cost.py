@@ -21,7 +21,7 @@ from sharding.cost_settings import STAGES, CostSettings, DenseLoad
 from sharding.layout import Family, Group, Layout, Shard, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.plan import ShardingPlan, check_plan
-from sharding.storage import Storage, storage_of
+from sharding.storage import Storage, bytes_per_row, storage_of
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology
 
@@ -132,8 +132,7 @@ class Step:
                 rates[update, HOME_IDS] += devices * (_SORT_BYTES + vector)
             else:
                 rates[update, IDS] += _SORT_BYTES + vector
-            state = len(rule.element_state) * vector + len(rule.row_state) * _FLOAT_BYTES
-            rates[update, DISTINCT] += 2 * (row + state)
+            rates[update, DISTINCT] += 2 * bytes_per_row(table, width)
             # To the sender one number a block of columns, back their sum.
             numbers = statistics_of(table) * (width / STATISTICS_BLOCK + 1)
             travels("statistics", CUT_IDS, numbers * _FLOAT_BYTES, all_to_all)
@@ -148,7 +147,7 @@ class Step:
     def fixed_seconds(self) -> Float[np.ndarray, " T"]:
         """Seconds of the dense part, by stage. Its all-reduce adds inside nodes first and gathers there last."""
         nodes, chips = self.topology.nodes, self.topology.chips
-        size = self.dense.parameters * _FLOAT_BYTES
+        size = self.dense.parameters * self.dense.gradient_bytes
         seconds = np.zeros(len(STAGES))
         seconds[STAGES.index("all-reduce inside")] = 2 * size * (chips - 1) / chips
         seconds[STAGES.index("all-reduce between")] = 2 * size / chips * (nodes - 1) / nodes

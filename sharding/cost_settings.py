@@ -74,13 +74,15 @@ class DenseLoad:
     """The dense part, which is data-parallel.
 
     Attributes:
-        parameters: Numbers that are all-reduced in float32.
+        parameters: Numbers whose gradients are all-reduced.
+        gradient_bytes: Bytes of each of these on its way.
         flops_per_sample: Arithmetic of forward and backward for one sample.
         memory_bytes: Bytes on each device: parameters, gradients, optimizer state, activations.
         dtype: Dtype of its matrix products.
     """
 
     parameters: int = 0
+    gradient_bytes: int = 4
     flops_per_sample: float = 0.0
     memory_bytes: int = 0
     dtype: str = "float32"

@@ -75,6 +75,7 @@ class Instruction:
         called: Names of the computations that it runs.
         attributes: The rest of the line.
         is_root: Whether its results are the computation's.
+        trip_count: How often a loop runs, if that can be known.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Instruction:
     called: tuple[str, ...]
     attributes: str
     is_root: bool
+    trip_count: int | None = None
 
     @property
     def result_bytes(self) -> int:
@@ -101,12 +103,6 @@ class Instruction:
         """Path of named scopes and JAX operations that it comes from; empty if the compiler made it."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
-
-    @property
-    def trip_count(self) -> int | None:
-        """How often a loop runs, if the compiler knows."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
 
     def attribute(self, name: str) -> str | None:
         """Text of an attribute that is a word or in braces: "{1}" of ``dimensions={1}``; None without it."""
@@ -205,6 +201,9 @@ def parse_program(text: str) -> Program:
         else:
             instruction = _parse_instruction(line, instructions)
             if instruction is not None:
+                if instruction.opcode == "while":
+                    trips = _trip_count(instruction, instructions, computations)
+                    instruction = dataclasses.replace(instruction, trip_count=trips)
                 instructions[instruction.name] = instruction
     if entry is None:
         raise InputError("this is not the text of a program: it has no ENTRY computation")
@@ -224,6 +223,9 @@ def _parse_instruction(line: str, earlier: Mapping[str, Instruction]) -> Instruc
     called = [*_CALLS.findall(attributes)]
     for branches in _BRANCHES.findall(attributes):
         called += _NAME.findall(branches)
+    if opcode == "call-update":
+        # It hands its operands to a call that has started.
+        called += earlier[operands[0]].called
     return Instruction(
         name=start[2],
         opcode=opcode,
@@ -234,6 +236,45 @@ def _parse_instruction(line: str, earlier: Mapping[str, Instruction]) -> Instruc
         attributes=f"{inside}){attributes}" if leaf else attributes,
         is_root=start[1] is not None,
     )
+
+
+def _trip_count(
+    loop: Instruction, earlier: Mapping[str, Instruction], computations: Mapping[str, Computation]
+) -> int | None:
+    """How often a loop runs: what the compiler says, or else, as for TPUs, while a counter is below a constant."""
+    said = _TRIPS.search(loop.attributes)
+    if said:
+        return int(said[1])
+    # What a computation calls is before it in the text.
+    condition, body = (computations[(loop.attribute(name) or "").lstrip("%")] for name in ("condition", "body"))
+    first, last = earlier[loop.operands[0]], body.root
+    if condition.root.attribute("direction") != "LT" or {first.opcode, last.opcode} != {"tuple"}:
+        return None
+    counter, limit = (_copied(name, condition.by_name) for name in condition.root.operands)
+    if counter.opcode != "get-tuple-element":
+        return None
+    (place,) = counter.numbers("index")
+    after = _copied(last.operands[place], body.by_name)
+    if after.opcode != "add":
+        return None
+    before, added = (_copied(name, body.by_name) for name in after.operands)
+    start, end, step = map(_constant, (_copied(first.operands[place], earlier), limit, added))
+    if before.opcode != "get-tuple-element" or before.numbers("index") != (place,):
+        return None
+    return None if start is None or end is None or not step else max(0, -(-(end - start) // step))
+
+
+def _copied(name: str, by_name: Mapping[str, Instruction]) -> Instruction:
+    """An instruction or, of a copy, what is copied."""
+    while by_name[name].opcode in ("copy", "bitcast"):
+        (name,) = by_name[name].operands
+    return by_name[name]
+
+
+def _constant(instruction: Instruction) -> int | None:
+    """The whole number that an instruction is."""
+    text = instruction.attributes.partition(")")[0]
+    return int(text) if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", text) else None
 
 
 def _split_type(text: str) -> tuple[str, str]:

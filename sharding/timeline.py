@@ -63,6 +63,7 @@ class Exchange:
         scope: The named scopes of the step that it belongs to, such as "dense/return_1".
         asynchronous: Whether the device computes while it is under way.
         window: What the device computes between its start and its end in the program.
+        lane: The links that need longest for it.
         start: When its links begin with it, in seconds from the start of the step.
         seconds: How long they take.
         hidden_seconds: Of these, seconds in which the device computes. A link has one exchange at a time, so that no
@@ -74,6 +75,7 @@ class Exchange:
     scope: str
     asynchronous: bool
     window: Work
+    lane: str
     start: float
     seconds: float
     hidden_seconds: float
@@ -131,9 +133,12 @@ class Timeline:
 
     @property
     def largest_hidden_share(self) -> float:
-        """A bound on `hidden_share`: what the most computing can hide of the busiest links."""
-        busiest = max(self.busy_seconds(lane) for lane in (INSIDE, BETWEEN))
-        return min(1.0, self.compute_seconds / busiest) if busiest else 1.0
+        """A bound on `hidden_share`: of each kind of link, computing hides at most as long as it takes."""
+        of_lane = (
+            sum(exchange.seconds for exchange in self.exchanges if exchange.lane == lane) for lane in (INSIDE, BETWEEN)
+        )
+        total = self.exchange_seconds
+        return sum(min(seconds, self.compute_seconds) for seconds in of_lane) / total if total else 1.0
 
     def scope_seconds(self) -> Mapping[str, float]:
         """Seconds that the device computes for each scope."""
@@ -203,6 +208,7 @@ class _UnderWay:
     name: str
     collective: Collective
     scope: str
+    lane: str
     start: float
     seconds: float
     before: Work
@@ -241,6 +247,7 @@ class _Clock:
                 scope=one.scope,
                 asynchronous=asynchronous,
                 window=window,
+                lane=one.lane,
                 start=one.start,
                 seconds=one.seconds,
                 hidden_seconds=_overlap(computing, one.start, one.start + one.seconds),
@@ -267,7 +274,7 @@ class _Clock:
             if instruction.opcode == "conditional":
                 # The longest branch.
                 inner = [max(inner, key=lambda branch: len(branch.instructions))]
-            for _ in range((instruction.trip_count or 1) if instruction.opcode == "while" else 1):
+            for _ in range(1 if instruction.trip_count is None else instruction.trip_count):
                 for computation_inside in inner:
                     yield from self._schedule(computation_inside)
 
@@ -335,6 +342,7 @@ class _Clock:
             name=name,
             collective=collective,
             scope="/".join(scopes),
+            lane=max(lanes, key=lanes.__getitem__, default=INSIDE),
             start=start,
             seconds=max(lanes.values(), default=0.0),
             before=self._done,

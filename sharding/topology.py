@@ -347,7 +347,8 @@ def _tpu_topology(name: str, nodes: int, chips: int) -> Topology:
     # A node is a part of the slice, without rings unless it is all of it.
     part = torus.slice_shape(-(-chips // tpu.devices_per_chip), tpu.dimensions) or whole
     part_rings = rings if part == whole else (False,) * len(part)
-    in_node = torus.all_to_all_bandwidth(part, part_rings, tpu.link_bandwidth, num_parts=math.prod(part))
+    # Parts are devices: what goes to the other device of a chip counts as sent, too.
+    in_node = torus.all_to_all_bandwidth(part, part_rings, tpu.link_bandwidth, num_parts=chips)
     between_nodes = torus.all_to_all_bandwidth(whole, rings, tpu.link_bandwidth, num_parts=nodes)
     return Topology(
         name=name,

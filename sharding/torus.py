@@ -74,7 +74,7 @@ def all_to_all_bandwidth(
         shape: Chips along each dimension.
         rings: Which dimensions are rings.
         link_bandwidth: Of one link in one direction.
-        num_parts: Parts of the chips: the chips themselves, or nodes.
+        num_parts: Parts of the chips: devices, or nodes.
 
     Returns:
         The bandwidth; that of all links together where there is but one part.

@@ -18,12 +18,14 @@ _SORT_BITS = 8
 # Instructions that move nothing: they name, group or view arrays.
 _FREE = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "add-dependency"),
-    *("partition-id", "replica-id", "domain", "copy-done", "slice-done", "async-done", "async-update"),
-    *("call-start", "call-done"),
+    *("partition-id", "replica-id", "domain", "copy-done", "slice-done", "async-done", "async-update", "call-done"),
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
-# Fused beside other work: their time is that of links.
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+# Alone, in two parts or fused beside other work: their time is that of links.
+_COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+    *("ragged-all-to-all", "collective-permute", "collective-broadcast"),
+)
 # Dtypes of ids.
 _IDS = ("s32", "u32")
 # Calls that only name memory.
@@ -76,23 +78,25 @@ class Work:
 def work_of(instruction: Instruction, program: Program) -> Work:
     """What an instruction does; nothing for a collective, whose time is that of links.
 
-    A loop does what its body does, as often as the compiler says that it runs (once if it does not say). Of the
-    branches of a condition the one that moves most bytes counts.
+    A loop does what its body does, as often as it runs (once if that cannot be known). Of the branches of a condition
+    the one that moves most bytes counts.
 
     Args:
         instruction: The instruction.
         program: The program that it is of.
     """
     opcode = instruction.opcode
-    if opcode in _FREE:
+    if opcode in _FREE or opcode.removesuffix("-start").removesuffix("-done") in _COLLECTIVES:
         return Work()
     if opcode == "while":
         body = _computation(instruction, program, "body")
-        return _total(body, program).times(instruction.trip_count or 1)
+        return _total(body, program).times(1 if instruction.trip_count is None else instruction.trip_count)
     if opcode == "conditional":
         branches = [_total(branch, program) for branch in program.called_by(instruction)]
         return max(branches, key=lambda work: work.num_bytes, default=Work())
-    if opcode in ("call", "async-start"):
+    if opcode == "call-start" and not instruction.operands:
+        return Work()  # A call-update hands it its operands.
+    if opcode in ("call", "async-start", "call-start", "call-update"):
         # Work in the background competes for the same memory: it is charged where it starts.
         return sum((_total(called, program) for called in program.called_by(instruction)), Work())
     if opcode == "custom-call" and instruction.attribute("custom_call_target") in _NO_KERNELS:
@@ -220,7 +224,7 @@ def _bytes(instruction: Instruction) -> float:
         case "custom-call" if "RadixSort" in (instruction.attribute("custom_call_target") or ""):
             return _sort_bytes(instruction)
         case "slice" | "dynamic-slice" | "gather":
-            return 2.0 * _far(instruction.results)
+            return _moved(instruction.results, instruction.inputs[0]) + _far(instruction.results)
         case "copy-start":
             # It returns the copy, then its operand.
             return _far(instruction.results[:2])
@@ -228,10 +232,11 @@ def _bytes(instruction: Instruction) -> float:
             slices = instruction.results[-2]
             return float(slices.num_bytes * (2 - slices.near))
         case "dynamic-update-slice" | "scatter":
-            return 2.0 * _far(_updates(instruction))
+            updates = _updates(instruction)
+            return _far(updates) + _moved(updates, instruction.results)
         case "broadcast" | "iota":
             return _far(instruction.results)
-        case "custom-call" | "call-update":
+        case "custom-call":
             return _kernel_bytes(instruction)
     return _far(instruction.results) + sum(_far(arrays) for arrays in instruction.inputs)
 
@@ -244,6 +249,11 @@ def _sort_bytes(instruction: Instruction) -> float:
 def _far(arrays: Sequence[ArrayShape]) -> float:
     """Bytes of the arrays that are in main memory."""
     return float(sum(array.num_bytes for array in arrays if not array.near))
+
+
+def _moved(parts: Sequence[ArrayShape], whole: Sequence[ArrayShape]) -> float:
+    """Bytes of parts of arrays, unless those are not in main memory."""
+    return float(sum(array.num_bytes for array in parts)) if _far(whole) else 0.0
 
 
 def _updates(instruction: Instruction) -> tuple[ArrayShape, ...]:
@@ -266,8 +276,7 @@ def _kernel_bytes(instruction: Instruction) -> float:
         row_bytes = array.num_bytes / array.shape[0] if array.shape[0] else 0.0
         return min(float(array.num_bytes), num_ids * row_bytes)
 
-    # A call-update repeats its operands before its results.
-    results = instruction.results[-1:] if instruction.opcode == "call-update" else instruction.results
+    results = instruction.results
     if _is_library_product(instruction):
         results = results[:1]  # The other is room to work in.
     arrays = [array for arrays in instruction.inputs for array in arrays]
@@ -285,13 +294,13 @@ def _fusion_bytes(instruction: Instruction, program: Program) -> float:
         return sum(map(_bytes, sorts))
     total = 0.0
     for parameter, arrays in zip(computation.parameters, instruction.inputs, strict=False):
-        total += min(_far(arrays), _read(parameter, computation))
+        total += min(_far(arrays), _read(parameter, computation, program))
     for written, result in zip(_written(computation), instruction.results, strict=False):
         total += min(_far((result,)), written)
     return total
 
 
-def _read(parameter: Instruction, computation: Computation) -> float:
+def _read(parameter: Instruction, computation: Computation, program: Program) -> float:
     """Bytes of a parameter that a computation reads."""
     total = 0.0
     for view, user in _uses(parameter, computation):
@@ -299,6 +308,10 @@ def _read(parameter: Instruction, computation: Computation) -> float:
             total += sum(array.num_bytes for array in user.results)
         elif user.opcode in ("scatter", "dynamic-update-slice") and view.name in user.operands[: _targets(user)]:
             total += 0.0 if user.opcode == "dynamic-update-slice" else sum(a.num_bytes for a in _updates(user))
+        elif user.opcode == "fusion" and program.called_by(user):
+            inner = program.called_by(user)[0]
+            given = zip(inner.parameters, user.operands, strict=False)
+            total += sum(_read(place, inner, program) for place, name in given if name == view.name)
         elif (user.opcode == "tuple" and user.is_root) or user.opcode in _COLLECTIVES:
             continue
         else:

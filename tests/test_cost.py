@@ -216,6 +216,32 @@ def test_dense_part_when_given_then_its_all_reduce_and_arithmetic_are_counted_an
     assert hidden.total_seconds == pytest.approx(cost.total_seconds - stage(cost, "dense"))
 
 
+def test_dense_gradients_when_they_travel_in_two_bytes_then_links_carry_half():
+    plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(TABLE, 0),))
+    plain, half = (
+        plan_cost(
+            plan,
+            [TABLE],
+            [FEATURE],
+            MACHINE,
+            batch_size=BATCH,
+            dense=DenseLoad(parameters=1000, gradient_bytes=num_bytes),
+        )
+        for num_bytes in (4, 2)
+    )
+    for link in ("inside", "between"):
+        assert stage(half, f"all-reduce {link}") == pytest.approx(stage(plain, f"all-reduce {link}") / 2)
+
+
+def test_update_of_split_weights_then_both_halves_are_read_and_written():
+    split = dataclasses.replace(TABLE, dtype="bfloat16", rounding="split")
+    nearest = dataclasses.replace(split, rounding="nearest")
+    of_split, of_nearest = (cost_of(table_wise(table, 0), table) for table in (split, nearest))
+    distinct = FeatureLoad(feature="f", pooling_factor=IDS).distinct(1000, 192)
+    more = stage(of_split, "update") - stage(of_nearest, "update")
+    assert more == pytest.approx(distinct * 2 * 32 * 2 * HBM)
+
+
 def test_padding_when_one_device_has_everything_then_the_others_wait():
     cost = cost_of(table_wise(TABLE, 0))
     assert cost.padding == pytest.approx(0.75)

@@ -199,6 +199,20 @@ def test_planning_input_when_the_config_names_codecs_then_the_planner_costs_thos
     assert (known.settings.forward_codec, known.settings.backward_codec) == ("float16", "int8")
 
 
+def test_planning_input_when_dense_gradients_travel_in_bfloat16_then_half_of_the_bytes_are_costed():
+    config = CONFIGS["dcnv2_mlperf"]()
+    card = config.stated
+    assert card is not None
+    full, half, feedback = (
+        planning_input(dataclasses.replace(config, exchange=ExchangeConfig(all_reduce=how)), card, 8).dense
+        for how in ("float32", "bfloat16", "bfloat16_feedback")
+    )
+    assert (full.gradient_bytes, half.gradient_bytes, feedback.gradient_bytes) == (4, 2, 2)
+    # What rounding took is kept.
+    assert feedback.memory_bytes - half.memory_bytes == 4 * half.parameters
+    assert half.memory_bytes == full.memory_bytes
+
+
 def test_plan_when_codes_travel_then_its_exchanges_take_less_time(plan):
     asked = (*CONFIG, "--topology", "h200:1x2", "--data.batch_size", "65536")
     milliseconds = []

@@ -115,6 +115,14 @@ ROW = 16 * 4
     [
         ("%v = f32[32,16]{1,0} gather(%table, %ids), slice_sizes={1,16}", 2 * 32 * ROW),
         ("%v = f32[1,16]{1,0} dynamic-slice(%table, %ids), dynamic_slice_sizes={1,16}", 2 * ROW),
+        # What is in the vector memory of a TPU is not read from, or written to, the main one.
+        ("%v = f32[4,16]{1,0:S(1)} slice(%table), slice={[0:4], [0:16]}", 4 * ROW),
+        ("%n = f32[8,16]{1,0:S(1)} parameter(2)\n%v = f32[4,16]{1,0} slice(%n), slice={[0:4], [0:16]}", 4 * ROW),
+        (
+            "%n = f32[4,16]{1,0:S(1)} parameter(2)\n%i = s32[] parameter(3)\n"
+            "%v = f32[1000000,16]{1,0} dynamic-update-slice(%table, %n, %i, %i)",
+            4 * ROW,
+        ),
         # A lookup: a row for each id, the ids, and what is written.
         ('%v = f32[8,16]{1,0} custom-call(%table, %ids), custom_call_target="mosaic_gpu_v2"', 32 * ROW + 128 + 8 * ROW),
         # An update in place: the same rows are read and written.
@@ -132,7 +140,7 @@ ROW = 16 * 4
         ),
         ('%v = f32[8,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
     ],
-    ids=["gather", "slice", "lookup", "update", "sort", "library's sort", "allocation"],
+    ids=["gather", "slice", "near slice", "of near", "from near", "lookup", "update", "sort", "library", "allocation"],
 )
 def test_bytes_of_what_touches_a_part_of_a_table_then_that_part_counts(line: str, num_bytes: int) -> None:
     assert work(TABLE + line).num_bytes == num_bytes
@@ -144,6 +152,12 @@ FUSIONS = """%gathers (t: f32[1000000,16], i: s32[32]) -> f32[32,16] {
   %same = f32[1000000,16]{1,0} bitcast(%t)
   %rows = f32[32,16]{1,0} gather(%same, %i), slice_sizes={1,16}
   ROOT %neg = f32[32,16]{1,0} negate(%rows)
+}
+
+%nests (t.2: f32[1000000,16], i.2: s32[32]) -> f32[32,16] {
+  %t.2 = f32[1000000,16]{1,0} parameter(0)
+  %i.2 = s32[32]{0} parameter(1)
+  ROOT %inner = f32[32,16]{1,0} fusion(%t.2, %i.2), kind=kLoop, calls=%gathers
 }
 
 %writes (t.1: f32[1000000,16], i.1: s32[32], u: f32[32,16]) -> f32[1000000,16] {
@@ -168,6 +182,7 @@ FUSIONS = """%gathers (t: f32[1000000,16], i: s32[32]) -> f32[32,16] {
     ("line", "num_bytes", "kernels"),
     [
         ("%v = f32[32,16]{1,0} fusion(%table, %ids), kind=kLoop, calls=%gathers", 2 * 32 * ROW + 128, 1),
+        ("%v = f32[32,16]{1,0} fusion(%table, %ids), kind=kLoop, calls=%nests", 2 * 32 * ROW + 128, 1),
         # In place: what is written is read first.
         (
             "%g = f32[32,16]{1,0} parameter(2)\n"
@@ -184,13 +199,81 @@ FUSIONS = """%gathers (t: f32[1000000,16], i: s32[32]) -> f32[32,16] {
             7,
         ),
     ],
-    ids=["gather", "scatter", "loop"],
+    ids=["gather", "gather in a fusion of its own", "scatter", "loop"],
 )
 def test_bytes_of_a_fusion_or_loop_then_those_that_its_computation_touches(
     line: str, num_bytes: int, kernels: int
 ) -> None:
     found = work(TABLE + line, FUSIONS)
     assert (found.num_bytes, found.kernels) == (num_bytes, kernels)
+
+
+OFFLOADED = """%sorts (k: s32[32], v: s32[32]) -> (s32[32], s32[32]) {
+  %k = s32[32]{0} parameter(0)
+  %v = s32[32]{0} parameter(1)
+  ROOT %sorted = (s32[32]{0}, s32[32]{0}) sort(%k, %v), dimensions={0}, to_apply=%add
+}, execution_thread="sparsecore"
+
+%called (k.1: s32[32], v.1: s32[32]) -> (s32[32], s32[32]) {
+  %k.1 = s32[32]{0} parameter(0)
+  %v.1 = s32[32]{0} parameter(1)
+  %begun = ((s32[32]{0}, s32[32]{0}), (s32[32]{0}, s32[32]{0}), u32[]) call-start(%k.1, %v.1), to_apply=%sorts
+  ROOT %ended = (s32[32]{0}, s32[32]{0}) call-done(%begun)
+}, execution_thread="sparsecore"
+
+"""
+
+
+def test_a_sort_when_a_tpu_runs_it_on_its_sparse_cores_then_its_bytes_are_those_of_a_sort() -> None:
+    program = program_of(
+        """%ids = s32[32]{0} parameter(0)
+        %start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+        %update = ((s32[32]{0}, s32[32]{0}), (s32[32]{0}, s32[32]{0})) call-update(%start, %ids, %ids)
+        %done = (s32[32]{0}, s32[32]{0}) call-done(%update)""",
+        OFFLOADED,
+    )
+    found = {each.opcode: work_of(each, program).num_bytes for each in program.entry.instructions}
+    # Four passes over keys and values, where they are handed over.
+    assert found == {"parameter": 0, "call-start": 0, "call-update": 4 * 2 * 256, "call-done": 0}
+
+
+COUNTED = """%body (state: (s32[], f32[32,16])) -> (s32[], f32[32,16]) {
+  %state = (s32[], f32[32,16]{1,0}) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %one = s32[]{:T(128)} constant(STEP)
+  %same = s32[]{:T(128)} copy(%step)
+  %later = s32[]{:T(128)} add(%same, %one)
+  %value = f32[32,16]{1,0} get-tuple-element(%state), index=1
+  %next = f32[32,16]{1,0} negate(%value)
+  ROOT %both = (s32[], f32[32,16]{1,0}) tuple(%later, %next)
+}
+
+%below (state.1: (s32[], f32[32,16])) -> pred[] {
+  %state.1 = (s32[], f32[32,16]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(11), metadata={op_name="jit(step)/while/cond/lt"}
+  %counter = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "trips"),
+    [("constant(0)", "1", 11), ("constant(1)", "4", 3), ("constant(12)", "1", 0), ("parameter(3)", "1", 1)],
+)
+def test_a_loop_when_the_compiler_does_not_say_how_often_it_runs_then_its_counter_does(
+    first: str, step: str, trips: int
+) -> None:
+    loop = f"""%first = s32[]{{:T(128)}} {first}
+        %n = s32[]{{:T(128)}} copy(%first)
+        %g = f32[32,16]{{1,0}} parameter(0)
+        %t = (s32[], f32[32,16]{{1,0}}) tuple(%n, %g)
+        %v = (s32[], f32[32,16]{{1,0}}) while(%t), condition=%below, body=%body"""
+    once = work(loop.replace(first, "constant(10)"), COUNTED.replace("STEP", "1"))
+    # Copying and adding to the counter are work, too.
+    assert once.num_bytes == 2 * 32 * ROW + 8 + 12
+    assert work(loop, COUNTED.replace("STEP", step)) == once.times(trips)
 
 
 SIZE = 8 * 4 * 4

@@ -101,6 +101,12 @@ def test_an_exchange_that_ends_as_soon_as_it_has_started_then_it_is_not_asynchro
     assert found.exposed_seconds == pytest.approx(1)
 
 
+def test_an_exchange_that_xla_writes_in_two_but_runs_as_one_then_its_end_computes_nothing() -> None:
+    start = f'all-to-all-start(%buffer), {CHIPS}, backend_config={{"collective_backend_config":{{"is_sync":true}}}}'
+    found = timeline(f"COMPUTE 1\n%x = (({BUFFER}), {BUFFER}) {start}\nCOMPUTE 1\nEND x")
+    assert (found.seconds, found.compute_seconds, found.exposed_seconds) == pytest.approx((3, 2, 1))
+
+
 def test_two_exchanges_of_one_link_when_their_windows_overlap_then_no_computing_counts_twice() -> None:
     found = timeline("START x chip\nSTART y chip\nCOMPUTE 1\nEND x\nEND y")
     # The first has it all; the second begins when the link is free.
@@ -175,6 +181,13 @@ def test_bounds_then_no_step_is_shorter_than_its_computing_and_its_busiest_link(
     assert found.shortest_seconds == pytest.approx(4)
     assert found.largest_hidden_share == pytest.approx(0.75)
     assert found.hidden_share == pytest.approx(0.25)
+
+
+def test_the_largest_hidden_share_when_both_links_are_busy_then_each_may_hide_behind_the_same_computing() -> None:
+    found = timeline("START x node\nSTART y chip\nCOMPUTE 2\nEND y\nEND x")
+    # Half of 4 s, and all of 1 s.
+    assert found.hidden_share == pytest.approx(3 / 5)
+    assert found.largest_hidden_share == pytest.approx(3 / 5)
 
 
 @pytest.mark.parametrize(
