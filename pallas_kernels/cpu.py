@@ -2,7 +2,7 @@
 
 The sources lie in `cpu/`; `cpu/build.py` compiles them when the package is built. Threads are those of XLA's own pool.
 Each result is the same for every number of threads: a bag or a row is added up in the order that `xla` states, by one
-thread or in the stated blocks, and each line has one writer.
+thread or in the stated blocks, and each row has one writer.
 
 Beside `xla` the same bits, with one exception: XLA's CPU compiler fuses a product with the sum it goes into, or not, as
 each program's shapes suggest, so each step of a rule's arithmetic may differ in its last bit, and a difference of

@@ -50,7 +50,12 @@ def dot_interaction(
 
     Returns:
         x and the dot products, in their dtype.
+
+    Raises:
+        ValueError: x and the embeddings differ in dtype.
     """
+    if x.dtype != embeddings.dtype:
+        raise ValueError(f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give both in one dtype")
     return _by_platform(cpu.dot_interaction, _products, self_interaction, x, embeddings)
 
 

@@ -3,6 +3,7 @@
 Letters: n ids, G bags, w width of a row, k statistics.
 """
 
+import dataclasses
 from types import ModuleType
 
 import jax
@@ -63,9 +64,10 @@ def sparse_update(
         ValueError: A width or state that does not fit stores and rule, arrays of other shapes or dtypes, or an
             implementation that does not exist or cannot serve.
     """
-    kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
+    kernels = _checked(stores, ids, gradients, slots, optimizer, width, storage_rounding, implementation)
     if draws_bits(storage_rounding, stores.weights.dtype):
         ids.given_logical_rows()
+    _check_statistics(statistics, ids, optimizer)
     if is_empty(ids.rows, ids.offsets):
         return stores
     return kernels.sparse_update(
@@ -104,7 +106,7 @@ def row_statistics(
     Returns:
         For each id its row's partial sums: one for each block of 16 columns and each of the rule's k statistics.
     """
-    kernels = _checked(stores, ids, gradients, optimizer, width, storage_rounding, implementation)
+    kernels = _checked(stores, ids, gradients, slots, optimizer, width, storage_rounding, implementation)
     if is_empty(ids.rows, ids.offsets):
         blocks = max(1, width // STATISTICS_BLOCK)
         return jnp.zeros((ids.rows.size, blocks, len(optimizer.statistics)), jnp.float32)
@@ -124,6 +126,7 @@ def _checked(
     stores: Stores,
     ids: Ids,
     gradients: Array,
+    slots: Slots,
     optimizer: RowOptimizer,
     width: int,
     storage_rounding: Rounding,
@@ -134,6 +137,7 @@ def _checked(
     _check_state(stores, optimizer, storage_rounding)
     check_ids(ids.rows, ids.offsets, ids.weights)
     _check_gradients(ids, gradients, width)
+    _check_slots(slots)
     return implementation_of(
         implementation,
         dtype=stores.weights.dtype,
@@ -156,10 +160,38 @@ def _check_gradients(ids: Ids, gradients: Array, width: int) -> None:
         raise ValueError(
             f"{ids.rows.size} ids have {ids.slots.dtype} slots of shape {ids.slots.shape}; give int32, one each"
         )
+    logical = ids.logical_rows
+    if logical is not None and (
+        logical.shape not in ((ids.rows.size, 1), (ids.rows.size, 2)) or logical.dtype != jnp.uint32
+    ):
+        raise ValueError(
+            f"{ids.rows.size} ids have {logical.dtype} logical rows of shape {logical.shape}; give uint32, one or two "
+            "words each"
+        )
     wanted = (ids.offsets.size - 1, width)
     if gradients.shape != wanted or gradients.dtype != jnp.float32:
         raise ValueError(
             f"gradients are {gradients.dtype} of shape {gradients.shape}; give float32 of {wanted}: bags, stored width"
+        )
+
+
+def _check_slots(slots: Slots) -> None:
+    shape = slots.first_row.shape
+    for field in dataclasses.fields(slots):
+        given = getattr(slots, field.name).shape
+        if len(given) != 1 or given == (0,) or given != shape:
+            raise ValueError(
+                f"{field.name} of the slots has shape {given}, and first_row {shape}; give one number for each of at "
+                "least one slot"
+            )
+
+
+def _check_statistics(statistics: Array | None, ids: Ids, optimizer: RowOptimizer) -> None:
+    wanted = (ids.rows.size, len(optimizer.statistics))
+    if statistics is not None and (statistics.shape != wanted or statistics.dtype != jnp.float32):
+        raise ValueError(
+            f"statistics are {statistics.dtype} of shape {statistics.shape}; give float32 of {wanted}: ids, the sums "
+            f"that {optimizer.name} asks for"
         )
 
 

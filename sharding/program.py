@@ -219,7 +219,7 @@ def _parse_instruction(line: str, earlier: Mapping[str, Instruction]) -> Instruc
     inside, attributes = _split_parentheses(rest)
     # Of a parameter or constant, what stands there is a number.
     leaf = opcode in ("parameter", "constant")
-    operands = () if leaf else tuple(_NAME.findall(inside))
+    operands = tuple(_NAME.findall("" if leaf else inside))
     called = [*_CALLS.findall(attributes)]
     for branches in _BRANCHES.findall(attributes):
         called += _NAME.findall(branches)

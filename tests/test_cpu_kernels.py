@@ -133,6 +133,37 @@ def test_an_update_on_one_thread_or_several_then_the_same_bits() -> None:
     assert len(results) == 1
 
 
+WITHOUT_A_THREAD = """
+import resource
+import jax, jax.numpy as jnp
+from pallas_kernels import pooled_lookup
+store, rows, offsets = jnp.full((2**18, 128), 2.0), jnp.arange(8, dtype=jnp.int32), jnp.array([0, 8], jnp.int32)
+look_up = jax.jit(lambda *a: pooled_lookup(*a, width=128, implementation="cpu")).lower(store, rows, offsets).compile()
+jax.block_until_ready(store)
+pages = int(open("/proc/self/statm").read().split()[0])
+# Less than the stack of one more thread.
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, -1))
+pooled = look_up(store, rows, offsets)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(pooled.sum())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux moves stores to huge pages")
+def test_a_lookup_in_a_large_store_when_no_thread_can_be_started_then_its_result() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", WITHOUT_A_THREAD]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("2048.0\n", 0), result.stderr
+
+
+def test_build_when_the_folder_cannot_be_written_then_says_why(tmp_path: Path, monkeypatch) -> None:
+    build = cpu._build_module()
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "gone")
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "gone" / build.LIBRARY.name)
+    assert "No such file or directory" in str(build.build())
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("self_interaction", [False, True])
 @pytest.mark.parametrize("has_x", [False, True])

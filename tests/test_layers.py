@@ -74,6 +74,11 @@ def test_dot_interaction_when_run_then_x_and_the_pairs_in_row_major_order_and_th
         np.testing.assert_allclose(given.astype(jnp.float32), wanted, **tolerance)
 
 
+def test_dot_interaction_when_x_and_embeddings_differ_in_dtype_then_an_error_names_both():
+    with pytest.raises(ValueError, match="x is float32, but the embeddings are bfloat16; give both in one dtype"):
+        dot_interaction(jnp.ones((5, 8)), jnp.ones((5, 2, 8), BF16), False)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, CLOSE), (BF16, BF16_CLOSE)])
 def test_matmul_when_run_then_values_and_gradients_match_float64(dtype, tolerance):
     x, kernel, cotangent = random(6, 16), random(16, 3, seed=1), random(6, 3, seed=2)

@@ -268,6 +268,15 @@ def test_an_update_five_times_then_the_same_bits(implementation: str, rule: str)
         ("call", {"gradients": jnp.zeros((1, 16), jnp.bfloat16)}, "gradients are bfloat16"),
         ("ids", {"slots": jnp.zeros(2, jnp.int32)}, r"1 ids have int32 slots of shape \(2,\); give int32, one each"),
         ("ids", {"weights": jnp.ones(2)}, r"1 ids have float32 weights of shape \(2,\); give float32, one each"),
+        (
+            "ids",
+            {"logical_rows": jnp.zeros(1, jnp.uint32)},
+            r"1 ids have uint32 logical rows of shape \(1,\); give uint32, one or two words each",
+        ),
+        ("ids", {"logical_rows": jnp.zeros((2, 1), jnp.uint32)}, r"1 ids have uint32 logical rows of shape \(2, 1\)"),
+        ("ids", {"logical_rows": jnp.zeros((1, 1), jnp.int32)}, r"1 ids have int32 logical rows of shape \(1, 1\)"),
+        ("slots", {"eps": jnp.zeros(2)}, r"eps of the slots has shape \(2,\), and first_row \(3,\); give one number"),
+        ("call", {"slots": jax.tree.map(lambda x: x[:0], slots_of(16))}, "first_row of the slots has shape .* least"),
         ("call", {"step": 0}, "step is 0; updates are counted from 1"),
     ],
 )
@@ -289,6 +298,23 @@ def test_an_update_when_the_call_is_wrong_then_an_error_says_how(
     call |= change if of == "call" else {of: dataclasses.replace(call[of], **change)}
     with pytest.raises(ValueError, match=message):
         operation(**call)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2,), (2, 2), (2, 1, 1)])
+def test_an_update_when_statistics_are_not_those_of_the_ids_then_an_error_says_what_they_are(shape) -> None:
+    two = jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"statistics are float32 of shape .*; give float32 of \(2, 1\)"):
+        sparse_update(
+            Stores(weights=jnp.zeros((8, 128)), row_state=(jnp.zeros((3, 128)),)),
+            Ids(rows=two, slots=two, offsets=jnp.array([0, 2], jnp.int32)),
+            jnp.zeros((1, 16)),
+            slots=slots_of(16),
+            step=1,
+            seed=0,
+            optimizer=ROW_OPTIMIZERS["rowwise_adagrad"],
+            width=16,
+            statistics=jnp.zeros(shape),
+        )
 
 
 def test_an_update_that_draws_bits_when_ids_have_no_logical_rows_then_an_error_says_so() -> None:

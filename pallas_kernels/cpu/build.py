@@ -42,9 +42,16 @@ def build() -> str | None:
     """Compiles the library to `LIBRARY`.
 
     Returns:
-        None, or in a sentence why there is no library: no compiler, no headers, a machine that is not supported, or
-        the compiler's first error.
+        None, or in a sentence why there is no library: no compiler, no headers, a machine that is not supported, a
+        folder that cannot be written, or the compiler's first error.
     """
+    try:
+        return _build()
+    except OSError as error:
+        return str(error)
+
+
+def _build() -> str | None:
     LIBRARY.unlink(missing_ok=True)
     machine = platform.machine()
     if machine not in MACHINE_FLAGS:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <mutex>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -27,7 +28,7 @@ constexpr int kCollapse = 25;
 constexpr int kRest = 4;
 
 // Asks for huge pages once for each store, on a thread of its own: the numbers move while they are used. Nothing of
-// this changes a result, and nothing happens where the system does not offer such pages or has none left.
+// this changes a result, and nothing happens where the system does not offer such pages or has none left, or no thread.
 inline void use_huge_pages(const void* data, int64_t num_bytes) {
   if (num_bytes < kHugeStore) return;
   static std::mutex mutex;
@@ -38,7 +39,7 @@ inline void use_huge_pages(const void* data, int64_t num_bytes) {
   }
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
-  std::thread([begin, end] {
+  const auto move = [begin, end] {
     if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
     // Page by page with rests between them, since moving one holds up whoever allocates memory. Memory that was given
     // back meanwhile ends it.
@@ -47,7 +48,11 @@ inline void use_huge_pages(const void* data, int64_t num_bytes) {
       if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) != 0) return;
       std::this_thread::sleep_for(kRest * (std::chrono::steady_clock::now() - started));
     }
-  }).detach();
+  };
+  try {
+    std::thread(move).detach();
+  } catch (const std::system_error&) {
+  }
 }
 
 #else

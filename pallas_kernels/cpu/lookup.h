@@ -7,7 +7,7 @@
 namespace dlrm {
 
 // Ids and bags that one task takes: large enough to hide what a task costs, small enough to balance.
-constexpr int64_t kWorkOfTask = 4096;
+constexpr int64_t kWorkOfTask = 1024;
 
 // Of a row ahead only so many bytes are asked for, and so of more rows at a time: the processor itself fetches lines that
 // follow each other.

@@ -112,7 +112,6 @@ struct PartialRowwiseAdam {
   }
   static void apply(const Row& row, const Hyper& hyper, const float* sums) {
     *row.scalar = moved(*row.scalar, hyper.beta2, sums[0] / hyper.dim - *row.scalar);
-    const float inverse1 = 1.0f / hyper.correction1;
     const float root = std::sqrt(*row.scalar / hyper.correction2) + hyper.eps;
     const float inverse = 1.0f / (hyper.correction1 * root);
     for (int64_t j = 0; j < row.width; ++j) {

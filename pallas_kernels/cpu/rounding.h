@@ -79,7 +79,8 @@ struct Stochastic<F16> : Nearest<F16> {
       // 13 bits fewer of fraction than float32: as many random bits carry with the probability of rounding up.
       const float normal = float_of((magnitude + (bits & 0x1fff)) & 0xffffe000);
       // Below 2**-14 numbers are subnormal and the spacing stays at 2**-24.
-      const float scaled = std::min(float_of(magnitude), 0x1p-14f) * 0x1p24f;
+      // In this order the minimum with a NaN is a number, which an integer can hold.
+      const float scaled = std::min(0x1p-14f, float_of(magnitude)) * 0x1p24f;
       const float below = static_cast<float>(static_cast<int32_t>(scaled));
       const float uniform = static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f;
       const float subnormal = (uniform < scaled - below ? below + 1.0f : below) * 0x1p-24f;
