@@ -29,10 +29,9 @@ def check_kernels(kernels: Implementation | None, mesh: Mesh, layout: Layout | N
             implementation_of(kernels, dtype=_DTYPE, width=_WIDTH)
             if layout is None:
                 return
-            stores = {store.name: store for store in layout.stores}
             for group in layout.groups:
                 dtype, table = jnp.dtype(group.dtype), group.table
-                most = stores[group.store].largest_array
+                most = layout.store_of(group).largest_array
                 implementation_of(kernels, dtype=dtype, width=group.width, largest_store=most)
                 if table.rule is not None:
                     implementation_of(

@@ -5,6 +5,7 @@
 Prints a table, and as its last line the same figures as JSON.
 """
 
+# First, and for what its import does: how Ctrl-C ends the script while the others are imported.
 import scripts.interrupts  # noqa: F401
 
 # isort: split

@@ -15,6 +15,7 @@ TABLE may have * and ?, and stands for each table that it fits. Kinds: table_wis
 table_row_wise, grid, data_parallel. These flags may be repeated.
 """
 
+# First, and for what its import does: how Ctrl-C ends the script while the others are imported.
 import scripts.interrupts  # noqa: F401
 
 # isort: split

@@ -5,6 +5,7 @@ scripts/prepare.py {criteo FILES..., kuairand FOLDER, synthetic} --out DIR
 scripts/prepare.py check DIR
 """
 
+# First, and for what its import does: how Ctrl-C ends the script while the others are imported.
 import scripts.interrupts  # noqa: F401
 
 # isort: split

@@ -9,6 +9,7 @@ Several processes, each started with the same command, train together: JAX finds
 Kubernetes and Cloud TPU; elsewhere add --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
+# First, and for what its import does: how Ctrl-C ends the script while the others are imported.
 import scripts.interrupts  # noqa: F401
 
 # isort: split

@@ -149,7 +149,7 @@ def _sums_of_weights(ids: KeyedJagged) -> Float[Array, "F b"]:
     """By a lookup that names a row of ones again and again: in the order of the ids, which a GPU's own sum is not."""
     ones, rows = jnp.ones((1, LINE_SCALARS), jnp.float32), jnp.zeros(ids.capacity, jnp.int32)
     # Lengths that are no lengths have been counted as invalid.
-    offsets = jnp.minimum(offsets_of(jnp.maximum(ids.lengths, 0).reshape(-1)), ids.capacity)
+    offsets = offsets_of(jnp.maximum(ids.lengths, 0).reshape(-1))
     sums = pooled_lookup(ones, rows, offsets, jnp.asarray(ids.weights), width=8)
     return sums[:, 0].reshape(ids.lengths.shape)
 

@@ -117,6 +117,10 @@ class Layout:
         """Whether naming a row of a table takes two words of 32 bits. No plan changes that."""
         return any(shard.table.num_rows > MOST_ROWS for store in self.stores for shard in store.shards)
 
+    def store_of(self, group: Group) -> StoreLayout:
+        """The store that the rows of a group lie in."""
+        return next(store for store in self.stores if store.name == group.store)
+
     def shards(self, table: str) -> tuple[StoreLayout, tuple[Shard, ...]]:
         """The shards of a table, by column, and their store.
 

@@ -75,7 +75,7 @@ class Instruction:
         called: Names of the computations that it runs.
         attributes: The rest of the line.
         is_root: Whether its results are the computation's.
-        trip_count: How often a loop runs, if that can be known.
+        trip_count: How often a loop runs; 1 where that cannot be known, and of all else.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Instruction:
     called: tuple[str, ...]
     attributes: str
     is_root: bool
-    trip_count: int | None = None
+    trip_count: int = 1
 
     @property
     def result_bytes(self) -> int:
@@ -203,7 +203,7 @@ def parse_program(text: str) -> Program:
             if instruction is not None:
                 if instruction.opcode == "while":
                     trips = _trip_count(instruction, instructions, computations)
-                    instruction = dataclasses.replace(instruction, trip_count=trips)
+                    instruction = dataclasses.replace(instruction, trip_count=1 if trips is None else trips)
                 instructions[instruction.name] = instruction
     if entry is None:
         raise InputError("this is not the text of a program: it has no ENTRY computation")

@@ -136,7 +136,6 @@ def storage_of(
     forward, backward = codecs
     weights = element_state = row_state = 0
     alone = np.zeros(layout.num_devices)
-    stores = {store.name: store for store in layout.stores}
     for store in layout.stores:
         weights += store.lines_per_device * LINE_BYTES
         element_state += sum(store.state_lines(array.dtype) for array in store.element_state) * LINE_BYTES
@@ -160,7 +159,9 @@ def storage_of(
         rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
         if group.family == "rows_by_id":
             sent_back += most["ids"] * _words_of_read(backward, group.width)
-        rows = max(rows, _vectors_per_id(group, stores[group.store], target, weighted) * held * group.width, rows_sent)
+        rows = max(
+            rows, _vectors_per_id(group, layout.store_of(group), target, weighted) * held * group.width, rows_sent
+        )
         # At home: the vectors, and their gradients.
         home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
         vectors += 2 * samples_per_device * home

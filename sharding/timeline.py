@@ -274,7 +274,7 @@ class _Clock:
             if instruction.opcode == "conditional":
                 # The longest branch.
                 inner = [max(inner, key=lambda branch: len(branch.instructions))]
-            for _ in range(1 if instruction.trip_count is None else instruction.trip_count):
+            for _ in range(instruction.trip_count):
                 for computation_inside in inner:
                     yield from self._schedule(computation_inside)
 

@@ -90,7 +90,7 @@ def work_of(instruction: Instruction, program: Program) -> Work:
         return Work()
     if opcode == "while":
         body = _computation(instruction, program, "body")
-        return _total(body, program).times(1 if instruction.trip_count is None else instruction.trip_count)
+        return _total(body, program).times(instruction.trip_count)
     if opcode == "conditional":
         branches = [_total(branch, program) for branch in program.called_by(instruction)]
         return max(branches, key=lambda work: work.num_bytes, default=Work())

@@ -300,34 +300,30 @@ def test_an_update_when_the_call_is_wrong_then_an_error_says_how(
         operation(**call)
 
 
+def small_update(stores: Stores, num_ids: int, rule: str, **options) -> Stores:
+    """An update of the first row of stores of width 16."""
+    zeros = jnp.zeros(num_ids, jnp.int32)
+    return sparse_update(
+        stores,
+        Ids(rows=zeros, slots=zeros, offsets=jnp.array([0, num_ids], jnp.int32)),
+        jnp.zeros((1, 16)),
+        slots=slots_of(16),
+        step=1,
+        seed=0,
+        optimizer=ROW_OPTIMIZERS[rule],
+        width=16,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2,), (2, 2), (2, 1, 1)])
 def test_an_update_when_statistics_are_not_those_of_the_ids_then_an_error_says_what_they_are(shape) -> None:
-    two = jnp.zeros(2, jnp.int32)
+    stores = Stores(weights=jnp.zeros((8, 128)), row_state=(jnp.zeros((3, 128)),))
     with pytest.raises(ValueError, match=r"statistics are float32 of shape .*; give float32 of \(2, 1\)"):
-        sparse_update(
-            Stores(weights=jnp.zeros((8, 128)), row_state=(jnp.zeros((3, 128)),)),
-            Ids(rows=two, slots=two, offsets=jnp.array([0, 2], jnp.int32)),
-            jnp.zeros((1, 16)),
-            slots=slots_of(16),
-            step=1,
-            seed=0,
-            optimizer=ROW_OPTIMIZERS["rowwise_adagrad"],
-            width=16,
-            statistics=jnp.zeros(shape),
-        )
+        small_update(stores, 2, "rowwise_adagrad", statistics=jnp.zeros(shape))
 
 
 def test_an_update_that_draws_bits_when_ids_have_no_logical_rows_then_an_error_says_so() -> None:
-    one = jnp.zeros(1, jnp.int32)
+    stores = Stores(weights=jnp.zeros((8, 128), jnp.bfloat16))
     with pytest.raises(ValueError, match="stochastic rounding needs the logical row of each id"):
-        sparse_update(
-            Stores(weights=jnp.zeros((8, 128), jnp.bfloat16)),
-            Ids(rows=one, slots=one, offsets=jnp.array([0, 1], jnp.int32)),
-            jnp.zeros((1, 16)),
-            slots=slots_of(16),
-            step=1,
-            seed=0,
-            optimizer=ROW_OPTIMIZERS["sgd"],
-            width=16,
-            storage_rounding="stochastic",
-        )
+        small_update(stores, 1, "sgd", storage_rounding="stochastic")

@@ -129,10 +129,10 @@ def _pool(operands: tuple, pooled: Any, *, num_rows: int, bags_of_program: int, 
             return bag, end, total
 
         def across_bags(bag, end, total):
-            for k, (vector, row) in enumerate(zip(loaded, found, strict=True)):
+            for k, (vector, is_row) in enumerate(zip(loaded, are_rows, strict=True)):
                 bag, end, total = close_bags(bag, end, total, reached=position + k)
-                counts = (row >= 0) & (row < num_rows) & (position + k < stop)
-                total = total + lax.select(jnp.broadcast_to(counts, vector.shape), vector, nothing)
+                counts = jnp.broadcast_to(is_row & (position + k < stop), vector.shape)
+                total = total + lax.select(counts, vector, nothing)
             return bag, end, total
 
         stays = position + ids_in_flight <= jnp.minimum(end, stop)
