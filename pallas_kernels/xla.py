@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
+from pallas_kernels.ordered_sums import segment_sums
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
@@ -52,9 +53,10 @@ def pooled_lookup(
         # A row that does not exist is 0, and 0 times infinity would be something.
         weights = jnp.where((rows >= 0) & (rows < named_rows(store, width)), weights, 0.0)
 
-    def contribution(ids: Int32[Array, "..."]) -> Float[Array, "... w"]:
+    def contribution(ids: Int32[Array, " k"] | slice) -> Float[Array, "k w"]:
         vectors = _get(store, rows[ids], width).astype(jnp.float32)
-        return vectors if weights is None else vectors * weights[ids][:, None]
+        # A product that is added where it is made may be rounded once or twice, as the compiler pleases.
+        return vectors if weights is None else jax.lax.optimization_barrier(vectors * weights[ids][:, None])
 
     if longest_bag is not None:
 
@@ -65,8 +67,7 @@ def pooled_lookup(
 
         pooled = jnp.zeros((num_bags, width), jnp.float32)
         return jax.lax.fori_loop(0, longest_bag, add, pooled, unroll=min(longest_bag, MAX_UNROLL))
-    vectors = contribution(jnp.arange(num_ids))
-    return jax.ops.segment_sum(vectors, bags_of_ids(offsets, num_ids), num_bags, indices_are_sorted=True)
+    return segment_sums(contribution, bags_of_ids(offsets, num_ids), num_bags)
 
 
 class _TouchedRows(NamedTuple):
@@ -103,21 +104,22 @@ def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _T
     long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
 
     # In each branch, so that XLA for GPUs reads them where it adds them and writes them nowhere.
-    def contributions() -> Float[Array, "n w"]:
-        of_ids = gradients.at[bags[order]].get(mode="fill", fill_value=0)
+    def contributions(places: Int32[Array, " k"] | slice) -> Float[Array, "k w"]:
+        of_ids = gradients.at[bags[order[places]]].get(mode="fill", fill_value=0)
         if ids.weights is None:
             return of_ids
-        # A product that is added where it is made may be rounded once or twice, as the compiler pleases.
-        return jax.lax.optimization_barrier(of_ids * ids.weights[order][:, None])
+        return jax.lax.optimization_barrier(of_ids * ids.weights[order[places]][:, None])  # as in a lookup
 
     def add_blocks() -> Float[Array, "n w"]:
         block_places, upto_block = places_of(cut)
-        sums = jax.ops.segment_sum(contributions(), upto_block - 1, num_ids, indices_are_sorted=True)
-        runs_of_blocks = runs.at[block_places].get(mode="fill", fill_value=num_ids)
-        return jax.ops.segment_sum(sums, runs_of_blocks, num_ids, indices_are_sorted=True)
+        sums = segment_sums(contributions, upto_block - 1, num_ids, longest=RUN_BLOCK)
+        # Those of padding are dropped.
+        of_rows = jnp.where(sorted_rows < num_rows, runs, num_ids)
+        runs_of_blocks = of_rows.at[block_places].get(mode="fill", fill_value=num_ids)
+        return segment_sums(lambda places: sums[places], runs_of_blocks, num_ids, ids_of_vector=RUN_BLOCK)
 
     def add_runs() -> Float[Array, "n w"]:
-        return jax.ops.segment_sum(contributions(), runs, num_ids, indices_are_sorted=True)
+        return segment_sums(contributions, runs, num_ids, longest=RUN_BLOCK)
 
     sums = jax.lax.cond(long_runs, add_blocks, add_runs)
     first_ids = order.at[first_places].get(mode="fill", fill_value=0)
