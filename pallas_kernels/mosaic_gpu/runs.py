@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.ids import Ids
-from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, store, unfused
+from pallas_kernels.mosaic_gpu.rows import row_layout, run_kernel, store, unfused, wait_for_warps
 from pallas_kernels.scans import places_of
 from pallas_kernels.xla import RUN_BLOCK
 
@@ -202,6 +202,8 @@ def add_in_order[Name](
         first, here, total = carry
         vectors = [vector_of(name) for name in here]
         following = names(first + in_flight)
+        # No load moves beyond this; else the compiler moves these to where the next step waits for them.
+        wait_for_warps()
         for k, vector in enumerate(vectors):
             # A sum that began with +0 is never -0, so that adding +0 changes nothing.
             inside = jnp.broadcast_to(first + k < stop, total.shape)

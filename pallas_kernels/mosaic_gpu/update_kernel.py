@@ -1,10 +1,11 @@
 """The kernel of an update: it takes rows with their state and their gradients, and writes new ones in their place.
 
 A *program* (one warpgroup of 128 lanes) owns some consecutive rows of those that the batch touches: nobody else reads
-or writes them. It takes a few at a time. First it loads all that it needs of them (weights, state, the first gradient
-of each), so that the loads overlap; then it adds the remaining gradients of each, in order; then come the sums over
-columns, of all of them together, in shared memory; then the rule, and the new values are written where the old ones
-were. A row of the gradients is read where it lies and its sum never leaves the registers.
+or writes them. It takes a few at a time. First it loads all that it needs of them (the first gradient of each, weights,
+state), so that the loads overlap; where some have several ids, it adds the gradients of each before it loads weights
+and state, in order, the next ones of all rows together; then come the sums over columns, of all of them together, in
+shared memory; then the rule, and the new values are written where the old ones were. A row of the gradients is read
+where it lies and its sum never leaves the registers.
 
 Bytes in flight: a program holds up to eight rows with their state and gradients. At width 128 in float32 with row-wise
 state its 128 registers a lane let four programs share a processor: 32 kB, or 4.3 MB on 132 of them, of the 4 to 5 MB
@@ -53,6 +54,8 @@ from pallas_kernels.xla import RUN_BLOCK
 
 # Registers of a lane that hold rows, and the most rows that a program takes at a time.
 _REGISTERS, _MOST_ROWS = 48, 8
+# Ids of each row that are added at a time with those of the other rows.
+_TOGETHER = 4
 # How often a program takes rows, where there is work for a full grid.
 _STEPS_OF_PROGRAM = 8
 
@@ -106,19 +109,13 @@ class _Place(NamedTuple):
     length: Int32[Array, ""]
     first: SortedId
 
+    def opaque(self, zero: Int32[Array, ""]) -> "_Place":
+        """The same place. What is used behind a branch is no longer seen to be loaded.
 
-class _Row(NamedTuple):
-    """One row in a program's registers.
-
-    Attributes:
-        place: Where it is.
-        values: Weights and state.
-        gradient: The gradient of the bag of its first id.
-    """
-
-    place: _Place
-    values: RowValues
-    gradient: Float[Array, " w"]
+        Else the compiler widens it to 64 bits where it is loaded: two more instructions and a register for each.
+        """
+        number = None if self.number is None else self.number ^ zero
+        return self._replace(row=self.row ^ zero, slot=self.slot ^ zero, number=number)
 
 
 # Values, gradient and the scalars of the slot of a row.
@@ -184,11 +181,18 @@ class UpdateKernel:
             def step(base: Int32[Array, ""]) -> Int32[Array, ""]:
                 # Beyond the last row, that one again: what is written twice is the same.
                 places = [self._place(operands, jnp.minimum(base + i, stop - 1)) for i in range(in_flight)]
-                rows = [self._load(operands, place) for place in places]
+                places = [place.opaque(zero) for place in places]
+                gradients, factors = self._gradients(operands, places, zero)
+                values = [self._load(operands, place) for place in places]
                 # No load moves beyond this; else the compiler makes some wait until others have arrived.
                 wait_for_warps()
-                gradients = self._gradients(operands, rows, zero)
-                inputs = [self._inputs(operands, row, gradient) for row, gradient in zip(rows, gradients, strict=True)]
+                sums_of_gradients = [
+                    self._nothing() + weighted(gradient, factor, zero)
+                    for gradient, factor in zip(gradients, factors, strict=True)
+                ]
+                inputs = [
+                    self._inputs(operands, *of_row) for of_row in zip(places, values, sums_of_gradients, strict=True)
+                ]
                 if sums:
                     found = self._block_sums(scratch, other_scratch, inputs)
                     wait_for_warps()
@@ -214,6 +218,9 @@ class UpdateKernel:
     def _vector(self, ref: Any, row: Int32[Array, ""]) -> Array:
         return plgpu.load(ref.at[row], layout=row_layout(self.width), optimized=False)
 
+    def _nothing(self) -> Float[Array, " w"]:
+        return plgpu.layout_cast(jnp.zeros(self.width, jnp.float32), row_layout(self.width))
+
     def _place(self, operands: Operands, run: Int32[Array, ""]) -> _Place:
         runs, first = operands.runs, operands.first_ids
         return _Place(
@@ -225,49 +232,66 @@ class UpdateKernel:
             first=SortedId(first.bag[run], None if first.weight is None else first.weight[run]),
         )
 
-    def _load(self, operands: Operands, place: _Place) -> _Row:
-        """Loads a row and the first of its gradients."""
+    def _load(self, operands: Operands, place: _Place) -> RowValues:
+        """Loads a row."""
         stores = operands.stores
         weights = self._vector(stores.weights, place.row)
         element_state = [self._vector(state, place.row) for state in stores.element_state]
-        return _Row(
-            place=place,
-            values=RowValues(
-                weights=rounding.joined(weights, element_state.pop()) if self.is_split else weights.astype(jnp.float32),
-                element_state=tuple(element_state),
-                row_state=tuple(state[place.number] for state in stores.row_state),
-            ),
-            gradient=gradient_of_bag(operands.ids, place.first.bag),
+        return RowValues(
+            weights=rounding.joined(weights, element_state.pop()) if self.is_split else weights.astype(jnp.float32),
+            element_state=tuple(element_state),
+            row_state=tuple(state[place.number] for state in stores.row_state),
         )
 
     def _gradients(
-        self, operands: Operands, rows: Sequence[_Row], zero: Int32[Array, ""]
-    ) -> Sequence[Float[Array, " w"]]:
-        """The sums of the gradients of each row.
+        self, operands: Operands, places: Sequence[_Place], zero: Int32[Array, ""]
+    ) -> tuple[tuple[Float[Array, " w"], ...], tuple[Float[Array, ""] | None, ...]]:
+        """The gradient of each row and what to multiply it with: those of its only id, or the sum of all of them and 1.
 
-        One branch for all rows: where each had its own, the compiler moved all loads behind it, and the rows waited
-        for memory one after the other.
+        Where no row has a second id, nothing waits here for gradients, so that the rows are loaded meanwhile. Else the
+        next few ids of all rows are added together, for rows that wait for memory together wait once; those that are
+        left belong to few rows.
         """
-        nothing = plgpu.layout_cast(jnp.zeros(self.width, jnp.float32), row_layout(self.width))
-        firsts = tuple(nothing + weighted(row.gradient, row.place.first.weight, zero) for row in rows)
-        most = functools.reduce(jnp.maximum, [row.place.length for row in rows])
+        most = functools.reduce(jnp.maximum, [place.length for place in places])
+        firsts = tuple(gradient_of_bag(operands.ids, place.first.bag) for place in places)
+        weights = tuple(place.first.weight for place in places)
 
-        def sums() -> tuple[Float[Array, " w"], ...]:
-            return tuple(
-                self._sum_of_run(operands, row.place, first, zero) for row, first in zip(rows, firsts, strict=True)
-            )
+        def sums() -> tuple:
+            starts = [operands.runs.starts[place.run] for place in places]
 
-        return lax.cond(most > 1, sums, lambda: firsts)
+            def add_next(carry: tuple) -> tuple:
+                number, *totals = carry
+                ids = [
+                    sorted_id(operands.ids, start + jnp.minimum(number, place.length - 1))
+                    for place, start in zip(places, starts, strict=True)
+                ]
+                found = [weighted(gradient_of_bag(operands.ids, one.bag), one.weight, zero) for one in ids]
+                counts = [jnp.broadcast_to(number < place.length, (self.width,)) for place in places]
+                kept = [lax.select(*vectors, self._nothing()) for vectors in zip(counts, found, strict=True)]
+                return number + 1, *[total + vector for total, vector in zip(totals, kept, strict=True)]
 
-    def _sum_of_run(
-        self, operands: Operands, place: _Place, first: Float[Array, " w"], zero: Int32[Array, ""]
+            totals = [self._nothing() + weighted(*of_row, zero) for of_row in zip(firsts, weights, strict=True)]
+            together = jnp.minimum(most, _TOGETHER)
+            _, *totals = lax.while_loop(lambda carry: carry[0] < together, add_next, (jnp.int32(1), *totals))
+
+            def rest() -> tuple:
+                return tuple(self._rest_of_run(operands, *of_row, zero) for of_row in zip(places, totals, strict=True))
+
+            totals = lax.cond(most > _TOGETHER, rest, lambda: tuple(totals))
+            return totals, tuple(None if weight is None else jnp.float32(1) for weight in weights)
+
+        return lax.cond(most > 1, sums, lambda: (firsts, weights))
+
+    def _rest_of_run(
+        self, operands: Operands, place: _Place, total: Float[Array, " w"], zero: Int32[Array, ""]
     ) -> Float[Array, " w"]:
+        """The sum of the gradients of a row, from that of its first `_TOGETHER` ids."""
         start, length = operands.runs.starts[place.run], place.length
 
         def add_ids() -> Float[Array, " w"]:
             return add_in_order(
-                first,
-                start + 1,
+                total,
+                start + _TOGETHER,
                 start + length,
                 functools.partial(sorted_id, operands.ids),
                 lambda one: weighted(gradient_of_bag(operands.ids, one.bag), one.weight, zero),
@@ -275,7 +299,7 @@ class UpdateKernel:
 
         def add_blocks() -> Float[Array, " w"]:
             return add_in_order(
-                jnp.zeros_like(first),
+                jnp.zeros_like(total),
                 jnp.int32(0),
                 (length + RUN_BLOCK - 1) // RUN_BLOCK,
                 lambda block: place_of_block(start + block * RUN_BLOCK, block == 0),
@@ -284,9 +308,9 @@ class UpdateKernel:
 
         return lax.cond(length > RUN_BLOCK, add_blocks, add_ids)
 
-    def _inputs(self, operands: Operands, row: _Row, gradient: Float[Array, " w"]) -> _Inputs:
+    def _inputs(self, operands: Operands, place: _Place, values: RowValues, gradient: Float[Array, " w"]) -> _Inputs:
         """What a rule is given of a row, beside statistics."""
-        return row.values, gradient, [operands.scalars[row.place.slot, i] for i in range(operands.scalars.shape[1])]
+        return values, gradient, [operands.scalars[place.slot, i] for i in range(operands.scalars.shape[1])]
 
     def _block_sums(self, scratch: Any, other_scratch: Any, inputs: Sequence[_Inputs]) -> list[list[list[Array]]]:
         """The sums of each block of columns, of each statistic, of each row."""
