@@ -170,12 +170,14 @@ def _read(
 
 
 def _sums_of_blocks(
-    values: RowValues, gradients: Float[Array, "n w"], hyper: RowHyperparameters, optimizer: RowOptimizer
+    values: RowValues, touched: _TouchedRows, slots: Slots, step: Int32[Array, ""], optimizer: RowOptimizer
 ) -> tuple[Float[Array, "n blocks"], ...]:
     """Sums of each of a rule's summands over blocks of columns."""
     # A product that is added where it is made may be rounded once or twice, as the compiler pleases; shards and whole
-    # rows are different programs and must agree. So summands are made first, then added.
-    summands = jax.lax.optimization_barrier(optimizer.summands(values, gradients, hyper))
+    # rows are different programs and must agree. So summands are made first, then added; and since they share no
+    # hyperparameter with the rule that is applied after them, they share no product either.
+    hyper = _hyperparameters(jax.lax.optimization_barrier(slots), touched.slots, step)
+    summands = jax.lax.optimization_barrier(optimizer.summands(values, touched.gradients, hyper))
     return tuple(sum_columns(x) for x in summands)
 
 
@@ -193,8 +195,7 @@ def row_statistics(
     """See `pallas_kernels.row_statistics`."""
     touched = _touched_rows(ids, gradients, stores.num_rows(width))
     values, _ = _read(stores, touched, slots, width, storage_rounding)
-    hyper = _hyperparameters(slots, touched.slots, step)
-    sums = jnp.stack(_sums_of_blocks(values, touched.gradients, hyper, optimizer), axis=-1)
+    sums = jnp.stack(_sums_of_blocks(values, touched, slots, step, optimizer), axis=-1)
     return sums[touched.run_of_id]
 
 
@@ -219,7 +220,7 @@ def sparse_update(
     old, scalars = _read(stores, touched, slots, width, storage_rounding)
     hyper = _hyperparameters(slots, touched.slots, step)
     if statistics is None:
-        sums = tuple(sum_blocks(blocks) for blocks in _sums_of_blocks(old, touched.gradients, hyper, optimizer))
+        sums = tuple(sum_blocks(blocks) for blocks in _sums_of_blocks(old, touched, slots, step, optimizer))
     else:
         given = statistics[touched.first_ids]
         sums = tuple(given[:, k : k + 1] for k in range(given.shape[1]))

@@ -45,8 +45,8 @@ def initial_store(
     num_lines = min(_BLOCK_ELEMENTS // store.line_elements, store.lines_per_device)
 
     def fill(block: Int32[Array, ""], lines: Shaped[Array, "lines line"]) -> Shaped[Array, "lines line"]:
-        # The last block may overlap the one before: the same values again.
-        first = jnp.minimum(block * num_lines, store.lines_per_device - num_lines)
+        # The last block may overlap the one before: the same values again. A loop counts in 64 bits where JAX has them.
+        first = jnp.minimum(jnp.int32(block) * num_lines, store.lines_per_device - num_lines)
         values = initial_lines(store, seed, device, first, num_lines)
         if store.split:
             high, low = rounding.halves(values)

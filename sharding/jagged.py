@@ -191,6 +191,8 @@ def for_devices(ids: KeyedJagged, num_devices: int, capacity: int | None) -> Key
         raise InputError(f"capacity is {capacity!r}; it is the room for one device's ids, so give 0 or more")
     if ids.parts != 1:
         raise InputError(f"the batch is laid out for {ids.parts} devices already; give it as it was before")
+    # Those of a device would be cut one by one there, and their lengths added in 32 bits.
+    ids = jax.tree.map(np.asarray, ids)
     num_features, num_samples = ids.lengths.shape
     if ids.lengths.size and ids.lengths.min() < 0:
         raise InputError(f"a bag has {ids.lengths.min()} ids; lengths are counts, so give 0 or more")

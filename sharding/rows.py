@@ -9,6 +9,7 @@ Letters: n rows of a block, w stored width.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,8 @@ def write_rows(
     values = np.asarray(values)
     if values.ndim != 2 or values.shape[1] != spec.dim:
         raise InputError(f"rows of shape {values.shape} do not fit table {table!r}; its rows have dim {spec.dim}")
+    if not isinstance(first_row, Integral):
+        raise InputError(f"the first row to write of table {table!r} is {first_row!r}, but must be a whole number")
     if first_row < 0 or first_row + len(values) > spec.num_rows:
         raise InputError(
             f"rows {first_row} to {first_row + len(values) - 1} are not all in table {table!r}, "

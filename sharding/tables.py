@@ -21,6 +21,7 @@ MAX_ROWS = 2**63 - 1
 MAX_IDS = 2**31 - 1
 # The largest settings that float32 holds, and the largest below 1.
 _LARGEST = 3e38
+_LARGEST_FLOAT16 = 65504.0
 _BELOW_ONE = 1.0 - 2.0**-24
 # What settings of update rules may be.
 RULE_LIMITS = {
@@ -160,6 +161,8 @@ def check_specs(tables: Sequence[TableSpec], features: Sequence[FeatureSpec]) ->
             )
         if feature.pooling == "none" and feature.max_ids is None:
             raise InputError(f"feature {feature.name!r} is unpooled, so max_ids must say how long a sequence can be")
+        if not isinstance(feature.max_ids, Integral | None):
+            raise InputError(f"feature {feature.name!r}: max_ids is {feature.max_ids!r}, but must be a whole number")
         if feature.max_ids is not None and not 1 <= feature.max_ids <= MAX_IDS:
             raise InputError(f"feature {feature.name!r} has max_ids {feature.max_ids}; the limit is 1 to {MAX_IDS}")
     unused = sorted(set(by_name) - {feature.table for feature in features})
@@ -194,8 +197,12 @@ def _check_table(table: TableSpec) -> None:
             f"{where}: rounding split keeps the high halves of weights in bfloat16, but the dtype is {table.dtype}; "
             "use bfloat16"
         )
-    if not math.isfinite(table.initializer.scale_for(table.num_rows)):
-        raise InputError(f"{where}: the initializer's scale is {table.initializer.scale}; it must be finite")
+    most = _LARGEST_FLOAT16 if table.dtype == "float16" else _LARGEST
+    if not abs(table.initializer.scale_for(table.num_rows)) <= most:
+        raise InputError(
+            f"{where}: the initializer's scale is {table.initializer.scale}; it must be finite in {table.dtype}, so at "
+            f"most {most}"
+        )
     for field, (low, high) in RULE_LIMITS.items():
         value = getattr(table, field)
         if not isinstance(value, int | float) or not low <= value <= high:

@@ -79,7 +79,7 @@ def check_update(gradients: object, step: ArrayLike) -> None:
     """
     if not isinstance(gradients, Sequence):
         check_type(gradients, Embeddings, "gradients")
-    if isinstance(step, int | np.integer) and step < 1:
+    if isinstance(step, int | float | np.generic | np.ndarray) and np.any(np.less(step, 1)):
         raise InputError(f"step is {step}; updates are counted from 1")
 
 

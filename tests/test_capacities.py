@@ -4,6 +4,7 @@ import dataclasses
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -188,3 +189,10 @@ def test_a_batch_given_to_devices_then_each_has_its_samples_ids_in_order_as_far_
         assert given.weights is not None
         assert given.weights[part].tolist() == ids[:capacity]
     assert given.lengths.tolist() == [[2, 1, 0, 1], [1, 3, 1, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_that_is_on_a_device_then_given_to_devices_as_one_on_the_host() -> None:
+    ids = KeyedJagged.from_bags({"x": [[1, 2], [3]], "y": [[5], [6, 7]]}, weights={"x": [[1, 2], [3]]})
+    on_device = for_devices(jax.tree.map(jnp.asarray, ids), 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, on_device, for_devices(ids, 2, 4))

@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_cases import FEATURES, PLANS, TABLES, Samples, plan_of, samples_of
 
-from sharding import Embeddings, FeatureSpec, KeyedJagged, ShardedTables, TableSpec, TableState, make_mesh
+from sharding import (
+    Embeddings,
+    FeatureSpec,
+    Initializer,
+    KeyedJagged,
+    ShardedTables,
+    TableSpec,
+    TableState,
+    make_mesh,
+)
 from sharding.codec import Codec
-from sharding.plan import Placement, ShardingPlan, row_wise, table_row_wise
+from sharding.plan import Placement, ShardingPlan, column_wise, row_wise, table_row_wise
 
 MESHES = ((1, 8), (2, 4), (4, 2))
 UPDATES = 3
@@ -124,6 +133,31 @@ def test_tables_when_vectors_travel_in_chunks_then_the_bits_of_those_that_travel
     ]
     in_parts = tables.update(tables.init(), routed, sent, step=1)
     jax.tree.map(np.testing.assert_array_equal, in_parts, once)
+
+
+def test_lamb_on_columns_in_plain_jax_then_the_same_bits_as_on_one_device() -> None:
+    # Sums over rows and the rule that takes them are one program for a whole row, and share products for columns.
+    table = TableSpec(
+        name="shop",
+        num_rows=40,
+        dim=64,
+        optimizer="lamb",
+        learning_rate=0.1,
+        weight_decay=0.1,
+        initializer=Initializer(kind="normal"),
+    )
+    plan = ShardingPlan(nodes=1, chips=2, placements=(column_wise(table, [1, 0]),))
+    random = np.random.default_rng(0)
+    ids = KeyedJagged.from_bags({"shops": random.integers(0, 40, (8, 10)).tolist()})
+    rows = []
+    for place in ({}, {"plan": plan, "mesh": make_mesh(1, 2)}):
+        tables = ShardedTables([table], [FeatureSpec(name="shops", table="shop")], kernels="xla", **place)
+        state, routed = tables.init(), tables.route(tables.to_devices(ids))
+        embeddings = tables.lookup(state, routed)
+        for step in range(1, UPDATES + 1):
+            state = tables.update(state, routed, gradients_like(embeddings, step), step=step)
+        rows.append(tables.read_rows(state, "shop", range(40)))
+    np.testing.assert_array_equal(*rows)
 
 
 USER = TableSpec(name="user", num_rows=50, dim=32)

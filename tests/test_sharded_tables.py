@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plain_tables import BagWeights, PlainTables
 
 from pallas_kernels import Stores
+from pallas_kernels.implementations import Implementation
 from sharding import Embeddings, FeatureSpec, Initializer, KeyedJagged, ShardedTables, TableSpec, TableState
 
 BATCH_SIZE, CAPACITY = 8, 400
@@ -339,3 +340,23 @@ def test_tables_inside_a_callers_jit_then_the_same_rows_as_outside() -> None:
     # Another program may contract a product and a sum into one rounding: jaxlib 0.11.2 does, in one element.
     for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
         np.testing.assert_allclose(a, b, rtol=3e-7)
+
+
+@pytest.mark.parametrize("kernels", [None, "xla"])
+def test_tables_where_jax_has_64_bits_then_the_same_bits(kernels: Implementation | None) -> None:
+    spec = TableSpec(name="t", num_rows=30, dim=16, dtype="bfloat16", rounding="split", optimizer="lamb")
+    features = [FeatureSpec(name="f", table="t", pooling="mean"), FeatureSpec(name="g", table="t", max_ids=2)]
+    tables = ShardedTables([spec], features, kernels=kernels)
+    ids = KeyedJagged.from_bags({"f": [[1, 2], [2], []], "g": [[3], [29, 1], [5]]})
+
+    def trained() -> list[np.ndarray]:
+        state, routed = tables.init(), tables.route(ids)
+        state = tables.write_rows(state, "t", 3, np.ones((2, 16)))
+        embeddings = tables.lookup(state, routed)
+        state = tables.update(state, routed, gradients_of(embeddings), step=1)
+        return [*bits(state), *(np.asarray(leaf) for leaf in jax.tree.leaves(embeddings))]
+
+    expected = trained()
+    # A caller who has 64 bits has them promoted, too.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        assert_same_bits(trained(), expected)

@@ -47,6 +47,10 @@ def assert_refused(message: str, call, *arguments, **options) -> None:
         ),
         ({"initializer": Initializer(kind="ones")}, "table 't': initializer 'ones' is not one of uniform, normal,"),
         ({"initializer": Initializer(scale=np.inf)}, "table 't': the initializer's scale is inf; it must be finite"),
+        (
+            {"dtype": "float16", "initializer": Initializer(kind="constant", scale=-7e4)},
+            "table 't': the initializer's scale is -70000.0; it must be finite in float16, so at most 65504.0",
+        ),
         ({"learning_rate": -0.1}, "table 't': learning_rate is -0.1; it must be at least 0.0"),
         ({"learning_rate": np.nan}, "table 't': learning_rate is nan; it must be at least 0.0"),
         ({"learning_rate": 1e39}, "table 't': learning_rate is 1e+39; it must be at least 0.0 and at most 3e+38"),
@@ -104,6 +108,11 @@ def test_a_table_that_cannot_be_then_refused(changes: dict, message: str) -> Non
         ),
         ([TABLE], [dataclasses.replace(FEATURE, max_ids=0)], "feature 'f' has max_ids 0; the limit is 1 to"),
         ([TABLE], [dataclasses.replace(FEATURE, pooling="none", max_ids=-3)], "feature 'f' has max_ids -3"),
+        (
+            [TABLE],
+            [dataclasses.replace(FEATURE, max_ids=2.5)],
+            "feature 'f': max_ids is 2.5, but must be a whole number",
+        ),
         (
             [TABLE, dataclasses.replace(TABLE, name="u")],
             [FEATURE],
@@ -257,9 +266,18 @@ def test_an_update_whose_step_or_gradients_cannot_be_then_refused() -> None:
     tables = ShardedTables([TABLE], [FEATURE])
     state, routed = tables.init(), tables.route(tables.to_devices(jagged()))
     gradients = tables.lookup(state, routed)
-    assert_refused("step is 0; updates are counted from 1", tables.update, state, routed, gradients, step=0)
+    for step in (0, 0.5, np.array(0)):
+        assert_refused(
+            f"step is {step}; updates are counted from 1", tables.update, state, routed, gradients, step=step
+        )
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients)
     assert_refused("gradients of embeddings are bfloat16;", tables.update, state, routed, low, step=1)
+
+
+def test_rows_to_write_from_a_row_that_is_no_whole_number_then_refused() -> None:
+    tables = ShardedTables([TABLE], [FEATURE])
+    message = "the first row to write of table 't' is 1.5, but must be a whole number"
+    assert_refused(message, tables.write_rows, tables.init(), "t", 1.5, np.zeros((1, 4)))
 
 
 def test_expected_ids_of_a_feature_that_are_missing_then_refused() -> None:
