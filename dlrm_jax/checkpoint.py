@@ -2,18 +2,23 @@
 
 A checkpoint of step s is ``tables/s`` (sharding/checkpoint.py) and ``checkpoints/s`` (orbax, which renames the folder
 into place when it is complete, and out of the way before it deletes it). Killed at any moment, a run has only complete
-steps in ``checkpoints``; a folder of tables without one is rubbish that the next start removes.
+steps in ``checkpoints``; a folder of tables without one is rubbish that the next start removes. All that a checkpoint
+holds is on the disk before its folder gets its name, so that the same is true of a power cut.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -24,6 +29,7 @@ from dlrm_jax.workdir import Workdir
 from sharding import InputError, ShardedTables
 from sharding.checkpoint import restore_tables, save_tables
 from sharding.mesh import REPLICATED, sharding_on
+from sharding.whole_file import to_disk
 
 # Checkpoints on their way out, since one that is half deleted must not look complete.
 _DELETED = "deleted"
@@ -60,6 +66,23 @@ class _BestStep(checkpoint_managers.PreservationPolicy):
     ) -> Sequence[bool]:
         del context
         return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+class _OnDisk(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder that orbax renames into place once its files are on the disk.
+
+    Orbax itself leaves those that tensorstore does not write to the operating system: a power cut would keep the new
+    name and lose what the files hold.
+    """
+
+    async def finalize(self) -> None:
+        """Renames it."""
+        await asyncio.to_thread(_all_to_disk, Path(self.get()))
+        await super().finalize()
+        # Before an older checkpoint is deleted: the name, and the time of the commit, which no restoration needs.
+        final = Path(self.get_final())
+        await asyncio.to_thread(_all_to_disk, final)
+        await asyncio.to_thread(to_disk, final.parent)
 
 
 class RemovedError(InputError):
@@ -102,6 +125,7 @@ class Checkpointer:
                 # Else it asks for the time of each checkpoint, of which a training may have removed one meanwhile.
                 lightweight_initialize=read_only,
                 create=not read_only,
+                temporary_path_class=_OnDisk,
             ),
             item_handlers={"dense": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
         )
@@ -162,7 +186,11 @@ class Checkpointer:
             InputError: The checkpoint is damaged.
             RemovedError: It was removed meanwhile.
         """
-        return Progress(**self._restore(step, progress=ocp.args.JsonRestore())["progress"])
+        with self._reading(step):
+            saved = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            if set(saved) != {field.name for field in dataclasses.fields(Progress)}:
+                raise ValueError(f"its progress is {saved}")
+            return msgspec.convert(saved, Progress)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads the state of a checkpoint, bit for bit.
@@ -185,7 +213,8 @@ class Checkpointer:
             if name in shapes and name.startswith(_OF_THE_MESH):
                 leaves[name] = self._as_saved(leaf, shapes[name])
         self._check_model(step, shapes, leaves)
-        saved = self._restore(step, dense=ocp.args.StandardRestore(leaves))
+        with self._reading(step):
+            saved = self._manager.restore(step, args=ocp.args.Composite(dense=ocp.args.StandardRestore(leaves)))
         if residual is not None:
             saved["dense"][_RESIDUAL] = _shared_out(saved["dense"][_RESIDUAL], residual)
         try:
@@ -225,17 +254,18 @@ class Checkpointer:
                     "the model; use the config that it was trained with"
                 )
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
+        shown = sys.unraisablehook
+        if getattr(shown, "func", None) is not _without_late_reads:
+            sys.unraisablehook = partial(_without_late_reads, shown)
         try:
             yield
+            sys.unraisablehook = shown
         except Exception as error:  # orbax raises what its parts raise, and Exception itself
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             what = f"{self._manager.directory}/{step}: is damaged ({reason}); use another checkpoint"
+            # The hook stays: other reads that are still under way may end at any time.
             raise self._unreadable(step, what) from error
 
     def _unreadable(self, step: int, what: str) -> InputError:
@@ -269,6 +299,17 @@ class Checkpointer:
             for folder in self._folder.iterdir():
                 if folder.name not in committed:
                     shutil.rmtree(folder)
+
+
+def _all_to_disk(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        to_disk(path)
+
+
+def _without_late_reads(shown: Callable[[Any], Any], unraisable: Any) -> None:
+    """Shows what nobody could catch; not that a read of tensorstore ended after orbax had given up on another."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        shown(unraisable)
 
 
 def _wait_for_others(where: str) -> None:

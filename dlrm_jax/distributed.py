@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,8 @@ from sharding.errors import InputError
 HEARTBEAT_SECONDS = 20
 # Processes may start minutes apart, and read files of different sizes before they agree.
 PATIENCE_SECONDS = 300
+# Who waits longer than this for the others to start says so.
+_SECONDS_OF_SILENCE = 10
 _PACKAGES = ("dlrm_jax", "sharding", "pallas_kernels")
 _LOST_PEER = ("gloo", "nccl", "coordination service", "heartbeat", "connection reset", "connection closed")
 # A file system may take so long to show a new file to other machines.
@@ -84,16 +88,20 @@ def join(processes: Processes | None = None) -> int:
                 f"--process_id is {given.process_id}, but {given.num_processes} processes count from 0 to "
                 f"{given.num_processes - 1}"
             )
-        if not str(given.coordinator).rpartition(":")[2].isdigit() or ":" not in str(given.coordinator):
+        host, _, port = str(given.coordinator).rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise InputError(f"--coordinator is {given.coordinator!r}, but must be HOST:PORT of process 0")
+    others = "the other processes" if missing else f"the {given.num_processes} processes of {given.coordinator}"
+    fix = "start them all" + ("" if missing else ", with the same --coordinator and --num_processes")
     try:
-        jax.distributed.initialize(
-            given.coordinator,
-            given.num_processes,
-            given.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            initialization_timeout=PATIENCE_SECONDS,
-        )
+        with _waiting_for(others, fix):
+            jax.distributed.initialize(
+                given.coordinator,
+                given.num_processes,
+                given.process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                initialization_timeout=2 * PATIENCE_SECONDS,
+            )
     except ValueError:
         if not missing:
             raise
@@ -101,12 +109,39 @@ def join(processes: Processes | None = None) -> int:
     except RuntimeError as error:
         if not missing:
             reason = str(error).splitlines()[0][:200]
-            raise InputError(
-                f"the {given.num_processes} processes of {given.coordinator} did not all come ({reason}): start them "
-                "all, with the same --coordinator and --num_processes"
-            ) from error
+            raise InputError(f"{others} did not all come ({reason}): {fix}") from error
         raise
     return num_processes()
+
+
+@contextlib.contextmanager
+def _waiting_for(others: str, fix: str) -> Iterator[None]:
+    """Says that processes are waited for, and ends this one in a line once that has taken too long.
+
+    JAX would end it with the stack of a C++ program, and no exception to catch; and while it waits, Python's handler of
+    Ctrl-C does not run, so that of the system takes its place.
+    """
+    come = threading.Event()
+
+    def watch() -> None:
+        if not come.wait(_SECONDS_OF_SILENCE):
+            print(f"waiting for {others}, {PATIENCE_SECONDS} seconds at most", file=sys.stderr, flush=True)
+            if not come.wait(PATIENCE_SECONDS - _SECONDS_OF_SILENCE):
+                late = f"did not all come in {PATIENCE_SECONDS} seconds"
+                print(f"error: {others} {late}: {fix}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    interruptible &= threading.current_thread() is threading.main_thread()
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        come.set()
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def num_processes() -> int:
@@ -130,6 +165,7 @@ def gather(text: str) -> list[str]:
 
     Raises:
         InputError: A process has not said anything for `PATIENCE_SECONDS`.
+        ConnectionError: A process has ended.
     """
     if num_processes() == 1:
         return [text]
@@ -142,6 +178,8 @@ def gather(text: str) -> list[str]:
             for number in range(num_processes())
         ]
     except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise ConnectionError(f"coordination service: {str(error).splitlines()[0]}") from error
         raise InputError(
             f"not all of {num_processes()} processes have answered in {PATIENCE_SECONDS} seconds: see what the others "
             "print"

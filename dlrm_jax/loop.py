@@ -253,6 +253,7 @@ class _Run:
             if at_end or improved or stopping or gave_up or _due(step, settings.checkpoint_every):
                 # What is not logged before a checkpoint, a run that resumes from it never logs.
                 stopping |= self._check(steps, ahead=0)
+                self._log.to_disk()
                 self._checkpointer.save(steps.state, progress)
             if at_end or stopping or gave_up:
                 ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"

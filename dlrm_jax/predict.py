@@ -4,9 +4,10 @@ Letters: n rows of a table, B samples of a batch.
 """
 
 import dataclasses
+import itertools
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +79,8 @@ class Predictor:
         """Predicts the probability of the label.
 
         Args:
-            samples: A batch; or rows with the columns of the dataset (label not needed): a pyarrow Table, a polars or
-                pandas DataFrame, or a dictionary of lists.
+            samples: A batch; or rows with the columns of the dataset: a pyarrow Table, a polars or pandas DataFrame, or
+                a dictionary of lists. Labels and sample weights are not needed, and not looked at.
 
         Returns:
             One probability for each sample, in their order.
@@ -92,9 +93,15 @@ class Predictor:
             batch, num_samples = samples, len(samples.label)
         else:
             table = _to_table(samples)
-            batch, num_samples = self.batch(table), table.num_rows
+            batch, num_samples = self.batch(self._without_judgement(table)), table.num_rows
         started = self._predictions.start(self.state.dense_params, self.state.tables, batch)
         return np.asarray(jax.nn.sigmoid(self._predictions.finish(started).logits))[:num_samples]
+
+    def _without_judgement(self, table: pa.Table) -> pa.Table:
+        """The rows without labels, which may not be known yet, and weights: a sample of weight 0 would have no ids."""
+        card = self.recommender.card
+        judging = (card.label, card.sample_weight)
+        return table.select([place for place, name in enumerate(table.column_names) if name not in judging])
 
     def batch(self, table: pa.Table) -> Batch:
         """Makes a batch of rows, padded so that few sizes are ever compiled: on each device to the next power of two.
@@ -120,12 +127,15 @@ class Predictor:
         samples = -(-table.num_rows // devices)
         return one_batch(rows, card, devices * (1 << max(samples - 1, 0).bit_length()))
 
-    def evaluate(self, split: str, *, path: str | None = None) -> Metrics:
+    def evaluate(
+        self, split: str, *, path: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Metrics:
         """Computes the metrics of a whole split.
 
         Args:
             split: Name of the split.
             path: Folder of the dataset; where the run was trained unless given.
+            progress: Called after each batch with the number of samples that have been read, and of all.
 
         Returns:
             The metrics of all its samples.
@@ -134,7 +144,15 @@ class Predictor:
             InputError: The split cannot be read, or its samples mean something else than those of the training.
         """
         source = open_split(self.recommender, split, training=False, path=path)
-        return evaluate(self._predictions, self.state.dense_params, self.state.tables, source)
+        batch_size = self.recommender.config.data.eval_batch_size
+        ends = itertools.count(batch_size, batch_size)
+        return evaluate(
+            self._predictions,
+            self.state.dense_params,
+            self.state.tables,
+            source,
+            advance=lambda: progress(min(next(ends), source.num_samples), source.num_samples),
+        )
 
 
 def _on_mesh(config: Config) -> Config:
@@ -182,11 +200,11 @@ def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "lates
 
 def _to_table(samples: Mapping[str, Sequence[Any]] | Any) -> pa.Table:
     """Rows of whatever kind as a pyarrow table."""
-    if isinstance(samples, pa.Table):
-        return samples
     to_arrow = getattr(samples, "to_arrow", None)
-    if to_arrow is not None:
-        return to_arrow()
+    # A polars Series gives an array.
+    table = samples if to_arrow is None else to_arrow()
+    if isinstance(table, pa.Table):
+        return table
     try:
         return pa.table(samples) if isinstance(samples, Mapping) else pa.Table.from_pandas(samples)
     except (pa.ArrowException, TypeError, AttributeError, OverflowError) as error:

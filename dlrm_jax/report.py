@@ -20,7 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.workdir import Workdir
-from sharding.whole_file import write_whole
+from sharding.whole_file import to_disk, write_whole
 
 # TensorBoard shows a run so long after it happens, at most.
 _SECONDS_BETWEEN_FLUSHES = 30
@@ -87,6 +87,11 @@ class RunLog:
         """Moves the second bar."""
         self._progress.advance(self._evaluation)
 
+    def to_disk(self) -> None:
+        """Waits until metrics.jsonl would outlast a power cut."""
+        if self._board is not None:
+            to_disk(self._file)
+
     def metrics(self, step: int, split: str, metrics: Metrics, **more: float) -> None:
         """Logs metrics.
 
@@ -150,7 +155,7 @@ class _Board:
 
 
 def read_log(workdir: Workdir) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line that was cut off by a kill is left out.
+    """Reads metrics.jsonl; a last line that was cut off by a kill, or whatever else is no line of it, is left out.
 
     Args:
         workdir: Folder of the run.
@@ -161,11 +166,13 @@ def read_log(workdir: Workdir) -> list[dict[str, Any]]:
     if not workdir.metrics_file.is_file():
         return []
     lines = []
-    for text in workdir.metrics_file.read_text().splitlines():
+    for text in workdir.metrics_file.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and {"step", "split"} <= line.keys():
+            lines.append(line)
     return lines
 
 

@@ -22,8 +22,8 @@ from sharding.errors import InputError
 from sharding.whole_file import write_whole
 
 _CONFIG_FILE = "config.json"
-# Orbax takes brackets for a pattern, tensorstore a backslash for a slash.
-_UNWRITABLE = "[]\\"
+# Orbax takes brackets and two asterisks for a pattern, tensorstore a backslash for a slash.
+_UNWRITABLE = ("[", "]", "\\", "**")
 # What a run may leave that was killed before it had a config.
 _BEGINNINGS = (_CONFIG_FILE + ".partial", LOCK_FILE)
 
@@ -134,7 +134,7 @@ class Workdir:
 
     def _decode(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text())
+            return msgspec.convert(json.loads(path.read_text()), dict[str, Any])
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); choose another --workdir") from error
 

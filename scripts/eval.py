@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from dlrm_jax.config import MeshConfig
+from dlrm_jax.data.display import ProgressDisplay
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.predict import Predictor
 from dlrm_jax.report import result_table
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     predictor = Predictor(
         given.workdir, checkpoint=given.checkpoint, mesh=given.mesh, plan=given.plan, kernels=given.kernels
     )
-    metrics = predictor.evaluate(split, path=given.data)
+    with ProgressDisplay() as display:
+        metrics = predictor.evaluate(split, path=given.data, progress=display.of_stage(split))
     rows: dict[str, Metrics | dict[str, float]] = {f"{predictor.step:,}": metrics}
     attainable = predictor.recommender.card.attainable.get(split)
     if attainable:

@@ -21,7 +21,7 @@ import tyro
 from dlrm_jax.data.card import CARD_FILE
 from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.criteo import CriteoSpec, prepare_criteo
-from dlrm_jax.data.display import ConversionDisplay, print_report, print_summary
+from dlrm_jax.data.display import ProgressDisplay, print_report, print_summary
 from dlrm_jax.data.kuairand import prepare_kuairand
 from dlrm_jax.data.resume import OTHER_FOLDER, next_start
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
@@ -50,7 +50,7 @@ def criteo(
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
     _refuse_complete(out, overwrite)
-    with _interruptible(next_start(overwrite=overwrite)), ConversionDisplay() as display:
+    with _interruptible(next_start(overwrite=overwrite)), ProgressDisplay() as display:
         card = prepare_criteo(
             files,
             out,
@@ -84,7 +84,7 @@ def kuairand(
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
     _refuse_complete(out, overwrite)
-    with _interruptible(next_start(overwrite=overwrite, resumable=False)), ConversionDisplay() as display:
+    with _interruptible(next_start(overwrite=overwrite, resumable=False)), ProgressDisplay() as display:
         card = prepare_kuairand(
             source,
             out,
@@ -111,7 +111,7 @@ def synthetic(
         overwrite: Remove the dataset, or part of one, that is in the folder.
     """
     _refuse_complete(out, overwrite)
-    with _interruptible(next_start(overwrite=overwrite)), ConversionDisplay() as display:
+    with _interruptible(next_start(overwrite=overwrite)), ProgressDisplay() as display:
         card = prepare_synthetic(out, config=spec, overwrite=overwrite, progress=display.of_stage("generating"))
     print_summary(card, out)
 
@@ -122,7 +122,7 @@ def check(directory: tyro.conf.Positional[Path]) -> None:
     Args:
         directory: Folder of the dataset.
     """
-    with ConversionDisplay() as display:
+    with ProgressDisplay() as display:
         report = check_dataset(directory, progress=display.of_stage("checking"))
     print_report(report, directory)
 

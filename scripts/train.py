@@ -16,6 +16,8 @@ import scripts.interrupts  # noqa: F401
 
 from collections.abc import Sequence
 
+import jax
+
 from dlrm_jax.distributed import ending_together, join, together
 from dlrm_jax.loop import TrainingError, train
 from dlrm_jax.save_errors import SaveError
@@ -27,6 +29,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trains what the command line says."""
     processes, others = take_processes(arguments)
     if others and not {"-h", "--help"} & set(others):
+        # Else JAX takes SIGTERM for itself, and a job that gets it before it trains goes on as if nothing had been.
+        jax.config.update("jax_enable_preemption_service", False)
         join(processes)
     with ending_together(TrainingError):
         with together():

@@ -1,4 +1,4 @@
-"""write_whole: a small file that is there whole or not at all, whatever happens while it is written."""
+"""write_whole: a small file that is there whole or not at all, whatever happens while it is written.  to_disk."""
 
 import os
 from pathlib import Path
@@ -18,8 +18,13 @@ def write_whole(path: Path, text: str) -> None:
         # Else a file system may keep the new name and lose what the file holds.
         os.fsync(file.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until what a file holds, or the names in a folder, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

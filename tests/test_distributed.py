@@ -1,11 +1,14 @@
 """Several processes: one loss curve, one end, one error."""
 
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
+import jax
 import kill9
 import numpy as np
 import processes
@@ -185,6 +188,34 @@ def test_block_when_another_process_fails_in_it_then_this_one_fails_too(monkeypa
         pass
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "code"),
+    [
+        ("DEADLINE_EXCEEDED: GetKeyValue() timed out", "not all of 2 processes have answered in 300 seconds: see", 2),
+        ("UNAVAILABLE: Socket closed\nmore", "another process of this job has ended (coordination service: UNAVA", 1),
+    ],
+)
+def test_processes_when_one_does_not_answer_then_the_others_say_whether_it_has_ended(
+    monkeypatch, capsys, status, message, code
+):
+    class Client:
+        def key_value_set(self, key, value):
+            pass
+
+        def blocking_key_value_get(self, key, milliseconds):
+            raise jax.errors.JaxRuntimeError(status)
+
+    ended = []
+    monkeypatch.setattr(distributed.global_state, "client", Client())
+    monkeypatch.setattr(distributed.global_state, "num_processes", 2)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with distributed.ending_together():
+        distributed.gather("here")
+    assert ended == [code]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: process 0: {message}")
+
+
 def test_process_when_it_is_interrupted_then_it_does_not_wait_for_the_others(monkeypatch):
     ended = []
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
@@ -221,11 +252,47 @@ def test_workdir_when_processes_do_not_share_it_then_every_process_says_so(monke
             "--process_id is 2, but 2 processes count from 0",
         ),
         ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "--coordinator is 'a', but must be HOST:PORT"),
+        ({"coordinator": "a:65536", "num_processes": 2, "process_id": 1}, "--coordinator is 'a:65536', but must be"),
     ],
 )
 def test_processes_when_they_are_stated_wrongly_then_one_line_says_how(given, message):
     with pytest.raises(InputError, match=message):
         join(Processes(**given))
+
+
+def test_processes_when_they_do_not_come_then_this_one_says_that_it_waits_and_ends_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_SECONDS_OF_SILENCE", 0.1)
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.3)
+    ended, signals = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+
+    def initialize(*_, **settings):
+        signals.append(signal.getsignal(signal.SIGINT))
+        assert ended.wait(10)
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match="the 2 processes of a:1 did not all come"):
+        join(Processes(coordinator="a:1", num_processes=2, process_id=1))
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting for the 2 processes of a:1, 0.3 seconds at most",
+        "error: the 2 processes of a:1 did not all come in 0.3 seconds: start them all, with the same --coordinator "
+        "and --num_processes",
+    ]
+    # Ctrl-C ends it meanwhile, and is Python's again afterwards.
+    assert signals == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_job_when_it_gets_sigterm_before_it_trains_then_it_ends_at_once(data, tmp_path):
+    command = processes.flags(data, tmp_path / "run", *processes.mesh(2, 1))
+    job = processes.start(command, command)
+    # Both have met by then, and compile nothing yet.
+    assert kill9.wait(job[0], (tmp_path / "run" / ".lock").exists)
+    for process in job:
+        process.terminate()
+    assert [code for code, _ in processes.end(job)] == [-signal.SIGTERM] * 2
 
 
 def test_processes_when_there_is_one_then_nobody_is_waited_for():

@@ -121,7 +121,7 @@ def test_run_when_it_is_beyond_the_last_step_asked_for_then_training_says_so(dat
     assert "note: the run is at step 3, beyond the last that is asked for, 2" in printed.getvalue()
 
 
-@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b"])
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "a**b"])
 def test_workdir_when_its_checkpoints_could_not_be_read_back_then_nothing_is_written(data, tmp_path, name):
     with pytest.raises(InputError, match="in its name cannot be read back; choose another --workdir"):
         tiny.train_quietly(tiny.config(data, tmp_path / name, max_steps=1))

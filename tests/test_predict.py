@@ -6,6 +6,8 @@ import logging
 import re
 import shutil
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -74,6 +76,24 @@ def test_probabilities_when_all_bags_are_empty_and_ids_missing_then_columns_with
     typed = pl.DataFrame(rows, schema_overrides={"user": pl.Int64, "tags": pl.List(pl.Int64)})
     np.testing.assert_array_equal(predictor.predict(rows), predictor.predict(typed))
     np.testing.assert_array_equal(predictor.predict(pl.DataFrame(rows)), predictor.predict(typed))
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), 7.0, "unknown"])
+def test_probabilities_when_labels_are_not_known_then_they_are_those_without_labels(predictor, label):
+    for rows in (ROWS, ROWS.with_columns(label=pl.lit(label))):
+        np.testing.assert_array_equal(predictor.predict(rows), predictor.predict(ROWS.drop("label")))
+
+
+def test_probabilities_when_samples_have_weights_then_they_are_those_without_also_where_a_weight_is_0(tmp_path):
+    data = tiny.write_dataset(tmp_path / "data", sample_weight="weight")
+    tiny.train_quietly(tiny.config(data, tmp_path / "run", max_steps=2))
+    weighted = Predictor(tmp_path / "run")
+    assert (ROWS["weight"] == 0).any()
+    np.testing.assert_array_equal(weighted.predict(ROWS), weighted.predict(ROWS.drop("weight")))
+
+
+def test_probabilities_when_lists_are_empty_then_there_are_none(predictor):
+    assert predictor.predict({name: [] for name in ROWS.columns}).shape == (0,)
 
 
 def test_probabilities_when_the_checkpoint_is_restored_on_a_mesh_then_they_are_those_of_one_device(predictor):
@@ -154,6 +174,16 @@ def test_checkpoint_when_it_is_damaged_then_the_error_of_prediction_names_no_rem
         Predictor(folder)
 
 
+@pytest.mark.parametrize(
+    "progress", ["", "[]", "{}", '{"best_score": 1, "best_step": "six", "evaluations_since_best": 0}']
+)
+def test_checkpoint_when_its_progress_is_damaged_then_one_line_says_so(predictor, tmp_path, progress):
+    folder = shutil.copytree(predictor._workdir.path, tmp_path / "run")
+    (folder / "checkpoints" / "6" / "progress" / "metadata").write_text(progress)
+    with pytest.raises(InputError, match=r"checkpoints/6: is damaged \(.*\); use another checkpoint: there is no"):
+        Predictor(folder)
+
+
 @pytest.fixture
 def removing_step_6(predictor, tmp_path, monkeypatch):
     """A run with checkpoints of steps 4 and 6, of which the second is removed once its dense state has been read."""
@@ -199,6 +229,24 @@ def test_checkpoint_when_orbax_cannot_read_it_then_the_error_says_that_it_is_dam
         Predictor(predictor._workdir.path)
 
 
+def test_checkpoint_when_a_read_of_it_has_failed_then_reads_that_end_later_print_nothing(predictor, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    hook = sys.unraisablehook
+    Predictor(predictor._workdir.path)
+    assert sys.unraisablehook is hook
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", lambda *_, **__: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(InputError, match="is damaged"):
+            Predictor(predictor._workdir.path)
+    # As tensorstore's threads raise them where nobody can catch them.
+    shown: Any = sys.unraisablehook
+    late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "disk on fire"))
+    shown(late)
+    shown(other)
+    assert printed == [other]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -214,6 +262,7 @@ def test_checkpoint_when_orbax_cannot_read_it_then_the_error_says_that_it_is_dam
         ({"user": [1, 2], "item": [1]}, "samples of type dict cannot be read"),
         ({"user": [2**70]}, "samples of type dict cannot be read"),
         (7, "samples of type int cannot be read"),
+        (ROWS["user"], "samples of type Series cannot be read"),
     ],
 )
 def test_rows_when_they_are_not_what_the_card_says_then_one_line_says_where(predictor, rows, message):
@@ -262,7 +311,8 @@ def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(
         return code, *capsys.readouterr()
 
     folder = predictor._workdir.path
-    code, out, _ = evaluate(folder, "--split", "test")
+    code, out, err = evaluate(folder, "--split", "test")
+    assert f"100% {len(ROWS)} rows" in err  # of the progress bar
     figures = json.loads(out.splitlines()[-1])
     assert code == 0
     assert figures["split"] == "test"

@@ -14,7 +14,7 @@ import pytest
 from criteo_samples import make_lines, write_lines
 
 from dlrm_jax.data.card import DatasetCard, SparseColumn, SplitSummary, read_card, write_card
-from dlrm_jax.data.display import ConversionDisplay
+from dlrm_jax.data.display import ProgressDisplay
 from dlrm_jax.data.folder_lock import exclusive
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +215,7 @@ def test_ctrl_c_then_one_line_says_how_to_go_on(tmp_path, monkeypatch, prepare, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ConversionDisplay, "update", stop)
+        patch.setattr(ProgressDisplay, "update", stop)
         code, _, err = prepare(*line, *flags)
     assert code == 130
     assert err == said

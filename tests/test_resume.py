@@ -1,5 +1,6 @@
 """Resumption: stopped or killed at any moment and started again, a run ends with the same bits."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -116,13 +117,37 @@ def test_log_when_a_run_was_killed_and_resumed_then_no_line_is_there_twice_and_n
 ):
     config = tiny.config(data, tmp_path / "run", epochs=1, log_every=4, checkpoint_every=4)
     interrupt(config, killed_at=7)
-    with Workdir(config.workdir).metrics_file.open("a") as file:
-        file.write('{"step": 6, "spl')  # cut off by a kill
+    with Workdir(config.workdir).metrics_file.open("a", errors="surrogateescape") as file:
+        file.write('{}\n5\n\0\0\n{"step": 6, "spl\udcff')  # what a power cut leaves, and what a kill cuts off
     interrupt(config, killed_in=(checkpoint.ocp.CheckpointManager, "save", "after"), step=12)
     tiny.train_quietly(config)
     lines = [(line["step"], line["split"]) for line in read_log(Workdir(config.workdir))]
     expected = [(step, "train") for step in (4, 8, 12, 16)] + [(step, "validation") for step in (8, 16, 19)]
     assert sorted(lines) == sorted(expected)
+
+
+def test_checkpoint_when_it_gets_its_name_then_it_and_the_log_are_on_the_disk(data, tmp_path, monkeypatch):
+    run_folder, synced, lost = tmp_path / "run", {}, []
+    fsync, finalize = os.fsync, checkpoint.ocp.path.atomicity.AtomicRenameTemporaryPath.finalize
+
+    def note(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def unsynced(*paths):
+        return [path for path in paths if synced.get(path.stat().st_ino) != path.stat().st_size]
+
+    async def named(path):
+        lost.append(unsynced(*Path(path.get()).rglob("*"), run_folder / "metrics.jsonl"))
+        await finalize(path)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(checkpoint.ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize", named)
+    tiny.train_quietly(tiny.config(data, run_folder, max_steps=2, log_every=1, eval_every=1))
+    assert len(lost) >= 2
+    assert not any(lost)
+    assert unsynced(run_folder / "checkpoints", *(run_folder / "checkpoints").rglob("*")) == []
 
 
 def test_data_of_the_run_then_some_batches_need_more_room_for_ids_than_the_first(data, tmp_path):

@@ -25,6 +25,7 @@ from dlrm_jax.save_errors import SaveError
 from scripts import train as train_script
 from scripts.command_line import parse_config
 from scripts.one_line_errors import run
+from sharding import InputError
 
 
 @pytest.fixture
@@ -46,6 +47,15 @@ def train(monkeypatch, capsys):
         return code, [line for line in lines if not code or line.startswith("error:")]
 
     return script
+
+
+def test_script_when_it_joins_other_processes_then_jax_leaves_sigterm_alone(monkeypatch):
+    def join(processes):
+        raise InputError(f"JAX takes it: {jax.config.jax_enable_preemption_service}")
+
+    monkeypatch.setattr(train_script, "join", join)
+    with pytest.raises(InputError, match="JAX takes it: False"):
+        train_script.main(["quickstart"])
 
 
 def flags(data: Path, workdir: Path, *more: object) -> list[str]:

@@ -139,7 +139,9 @@ def test_workdir_when_it_cannot_be_made_then_the_error_names_it(tmp_path):
         Workdir(tmp_path / "file" / "run").claim(tiny.config(None, tmp_path), CARD)
 
 
-@pytest.mark.parametrize("content", ["{", '{"experiment": {}}', json.dumps({"experiment": {"name": 5}, "dataset": {}})])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", '{"experiment": {}}', json.dumps({"experiment": {"name": 5}, "dataset": {}})]
+)
 def test_workdir_when_its_config_is_damaged_then_reading_names_the_file(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config\.json: (cannot be read|written by another version)"):

@@ -1,4 +1,4 @@
-"""What a person sees while a dataset is made or checked: progress bars, and the report of a check."""
+"""What a person sees while a dataset is made, checked or evaluated: progress bars, and the report of a check."""
 
 import os
 import time
@@ -15,8 +15,8 @@ from dlrm_jax.data.check import DatasetReport
 from dlrm_jax.data.rejects import REJECTS_FILE
 
 
-class ConversionDisplay:
-    """A progress bar on stderr for each pass of a conversion: a context manager."""
+class ProgressDisplay:
+    """A progress bar on stderr for each pass over data: a context manager."""
 
     def __init__(self) -> None:
         columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())

@@ -201,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 def _array(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name)
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _numbers(table: pa.Table, name: str) -> Float[np.ndarray, " rows"]:
