@@ -30,6 +30,7 @@ from dlrm_jax.host_memory import give_back_freed_memory, keep_freed_memory
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, pooled_lookup, sparse_update
 from pallas_kernels.implementations import Implementation, implementation_of
 from pallas_kernels.lookup import LINE_BYTES
+from sharding.compiler_options import compiler_options
 
 _RULE = ROW_OPTIMIZERS["rowwise_adagrad"]
 _STATE_LINE = LINE_BYTES // 4
@@ -155,7 +156,9 @@ class _Ours:
         )
         self._gradients = jnp.full((len(ids[0].offsets) - 1, case.width), 1e-3, jnp.float32)
         self._lookup = jax.jit(partial(pooled_lookup, width=case.width, implementation=implementation))
-        self._update = jax.jit(self._updated, donate_argnums=0)
+        device = jax.devices()[0]
+        options = compiler_options(device.platform, device.device_kind) or None
+        self._update = jax.jit(self._updated, donate_argnums=0, compiler_options=options)
 
     def _updated(self, stores: Stores, rows: jax.Array, offsets: jax.Array, gradients: jax.Array) -> Stores:
         return sparse_update(

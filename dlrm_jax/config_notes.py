@@ -46,6 +46,7 @@ def without_effect(config: Config, num_devices: int | None = None) -> Iterator[s
         yield from _in_vain("train", train, _OF_EVALUATION, "train.eval_split is None, so nothing is evaluated")
     if (num_devices or config.mesh.num_devices) == 1:
         yield from _in_vain("exchange", config.exchange, _OF_EXCHANGE, "one device sends nothing")
+        yield from _in_vain("train", train, {"order_by"}, "one device sends nothing")
     yield from _unread("dense_optimizer", config.dense_optimizer, "name", _UNREAD_DENSE)
     yield from _unread("model", config.model, "interaction", _UNREAD_MODEL)
     for where, table in {

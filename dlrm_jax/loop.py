@@ -35,6 +35,7 @@ from dlrm_jax.stop_signal import StopSignal
 from dlrm_jax.trace import StepTrace
 from dlrm_jax.train_state import NON_FINITE, TrainState, abstract_train_state, init_train_state, make_dense_optimizer
 from dlrm_jax.workdir import Workdir
+from sharding.errors import InputError
 
 Ended = Literal["all steps", "early stop", "signal"]
 
@@ -93,6 +94,11 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
                 # Processes of one job share the folder, and one of them keeps other jobs out.
                 until_end.enter_context(exclusive(workdir.path, what="training", instead="another --workdir"))
             card = card_of(config)
+            if split is not None and split not in card.splits:
+                raise InputError(
+                    f"train.eval_split is {split!r}, but the dataset's splits are {sorted(card.splits)}: make that "
+                    "one, or give --train.eval_split None to train without evaluation"
+                )
             check_parts(
                 config.data,
                 num_devices,

@@ -79,8 +79,8 @@ class Predictor:
         """Predicts the probability of the label.
 
         Args:
-            samples: A batch; or rows with the columns of the dataset: a pyarrow Table, a polars or pandas DataFrame, or
-                a dictionary of lists. Labels and sample weights are not needed, and not looked at.
+            samples: A batch; or rows with the columns of the dataset: a pyarrow Table or RecordBatch, a polars or
+                pandas DataFrame, or a dictionary of lists. Labels and sample weights are not needed, and not looked at.
 
         Returns:
             One probability for each sample, in their order.
@@ -200,15 +200,24 @@ def _choose(checkpointer: Checkpointer, checkpoint: int | Literal["best", "lates
 
 def _to_table(samples: Mapping[str, Sequence[Any]] | Any) -> pa.Table:
     """Rows of whatever kind as a pyarrow table."""
-    to_arrow = getattr(samples, "to_arrow", None)
-    # A polars Series gives an array.
-    table = samples if to_arrow is None else to_arrow()
-    if isinstance(table, pa.Table):
-        return table
+    table, why = samples, ""
     try:
-        return pa.table(samples) if isinstance(samples, Mapping) else pa.Table.from_pandas(samples)
+        if isinstance(samples, pa.RecordBatch):
+            table = pa.Table.from_batches([samples])
+        elif isinstance(samples, Mapping):
+            table = pa.table(samples)
+        elif hasattr(samples, "to_arrow"):
+            table = samples.to_arrow()
+        elif hasattr(samples, "iloc"):
+            table = pa.Table.from_pandas(samples)
     except (pa.ArrowException, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"samples of type {type(samples).__name__} cannot be read ({error}); give a table") from error
+        why = f" ({error})"
+    if not isinstance(table, pa.Table):
+        raise InputError(
+            f"samples of type {type(samples).__name__} cannot be read{why}; give a polars or pandas DataFrame, a "
+            "pyarrow Table, or a dictionary of lists"
+        )
+    return table
 
 
 def _without_null_types(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -97,7 +97,7 @@ def parse_with_config[T: HasConfig](target: type[T], arguments: Sequence[str], u
     parsed = parse_flags(
         target,
         flags,
-        known=[field.removeprefix("config.") for field in _fields(defaults)],
+        known=[field.removeprefix("config.") for field in _fields(defaults) if field != "config.stated"],
         prog=f"{Path(sys.argv[0]).name} {name}",
         description=f"{sys.modules[CONFIGS[name].__module__].__doc__ or ''}\n\n{more}".strip(),
         default=defaults,

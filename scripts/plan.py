@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
             "GB for it: leave --plan out for one that fits"
         )
     if given.compile:
-        mesh = target_mesh(topology) if mesh is None else mesh
+        assert mesh is not None
         started = time.perf_counter()
         with _progress(f"compiling the training step for {topology.name}"):
             lowered = lower_train_step(config, card, result.plan, mesh)
@@ -178,7 +178,7 @@ def _card(config: Config) -> DatasetCard:
 
 
 def _target(given: Arguments) -> tuple[Topology, Mesh | None]:
-    """The machine, and its devices if they are here."""
+    """The machine, and its devices if they are here or something is compiled for them."""
     config = given.config
     if given.topology is None:
         configure_jax(config.mesh)
@@ -197,7 +197,8 @@ def _target(given: Arguments) -> tuple[Topology, Mesh | None]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # What is compiled for a device that is not here can be written to the cache, but never be read from it.
     jax.config.update("jax_enable_compilation_cache", False)
-    return topology, None
+    # Its compiler may not be installed: known before planning takes its time.
+    return topology, target_mesh(topology) if given.compile else None
 
 
 def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> PlanResult:
@@ -206,6 +207,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
     plan = None
     if path is not None:
         asked = [flag for flag in ("pin", "forbid", "returns", "together") if getattr(given, flag)]
+        asked += ["partitioner"] if given.partitioner != Arguments.partitioner else []
         if asked:
             raise InputError(f"--{asked[0]} would not change the plan of --plan {path}: leave one of them out")
         # Before the planner takes its time.

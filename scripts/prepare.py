@@ -23,7 +23,7 @@ from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.criteo import CriteoSpec, prepare_criteo
 from dlrm_jax.data.display import ProgressDisplay, print_report, print_summary
 from dlrm_jax.data.kuairand import prepare_kuairand
-from dlrm_jax.data.resume import OTHER_FOLDER, next_start
+from dlrm_jax.data.resume import OTHER_FOLDER, next_start, remove_leftovers
 from dlrm_jax.data.synthetic import SyntheticSpec, prepare_synthetic
 from dlrm_jax.data.write_errors import naming_folder
 from scripts.one_line_errors import one_line_errors, run
@@ -130,6 +130,7 @@ def check(directory: tyro.conf.Positional[Path]) -> None:
 def _refuse_complete(out: Path, overwrite: bool) -> None:
     with naming_folder(out, instead=OTHER_FOLDER):
         if not overwrite and Path(out, CARD_FILE).exists():
+            remove_leftovers(out)
             raise InputError(f"{out}: complete already; make it anew with --overwrite, or give {OTHER_FOLDER}")
 
 

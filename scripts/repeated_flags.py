@@ -8,12 +8,17 @@ from sharding.errors import InputError
 
 # What stands between the tables of `--embedding.shared` once its repeats are one flag; no table has such a name.
 NEXT_TABLE = "\0"
+_POOLING = "--embedding.pooling"
 # Flags of dictionaries, which may be repeated, and what stands between the repeats.
-_DICTIONARIES = {"--embedding.pooling": (), "--embedding.shared": (NEXT_TABLE,)}
+_DICTIONARIES = {_POOLING: (), "--embedding.shared": (NEXT_TABLE,)}
 
 
 def merge_dictionaries(arguments: Sequence[str]) -> list[str]:
-    """The command line, in which each flag of a dictionary has the words of all its repeats."""
+    """The command line, in which each flag of a dictionary has the words of all its repeats.
+
+    Raises:
+        InputError: A feature's pooling is given twice.
+    """
     words: dict[int | str, list[str]] = {-1: []}
     last: int | str = -1
     for place, word in enumerate(arguments):
@@ -25,6 +30,13 @@ def merge_dictionaries(arguments: Sequence[str]) -> list[str]:
             continue
         last = place if word.startswith("--") else last
         words.setdefault(last, []).append(word)
+    # scripts/command_line.py refuses tables that are given twice.
+    _, *pairs = words.get(_POOLING, [""])
+    given = set()
+    for name, pooling in zip(pairs[::2], pairs[1::2], strict=False):
+        if name in given:
+            raise InputError(f"{_POOLING} gives {name!r} twice, the second time as {pooling!r}: keep one")
+        given.add(name)
     return [word for of_flag in words.values() for word in of_flag]
 
 

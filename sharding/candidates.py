@@ -204,7 +204,7 @@ def make_choices(
         if not ways:
             raise InputError(
                 f"the constraints on table {table.name!r} ({table.num_rows} rows, {table.dim} columns) leave no "
-                "placement: allow another kind, or pin it to as many devices as its columns divide into"
+                "placement: allow another kind, or pin it to so many devices that each has a multiple of 16 columns"
             )
         store = stores.setdefault(store_name(table), len(stores))
         quantities: dict[tuple[Family, int, bool], tuple[np.ndarray, np.ndarray]] = {}

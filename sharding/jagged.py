@@ -76,8 +76,8 @@ class KeyedJagged:
             The same ids as numpy arrays.
 
         Raises:
-            InputError: Features differ in the number of samples, an id is no integer of 63 bits, weights do not match
-                ids, or the capacity is too small.
+            InputError: Features differ in the number of samples, a bag is no list, an id is no integer of 63 bits,
+                weights do not match ids, or the capacity is too small.
         """
         sizes = {name: len(samples) for name, samples in bags.items()}
         if len(set(sizes.values())) > 1:
@@ -110,6 +110,8 @@ class KeyedJagged:
 
 def _checked_ids(bag: Sequence[int], where: str) -> Sequence[int]:
     limits = np.iinfo(np.int64)
+    if not hasattr(bag, "__len__"):
+        raise InputError(f"{where}: {bag!r} is not a list of ids; give each sample one, [] where it has none")
     for value in bag:
         if not isinstance(value, int | np.integer):
             raise InputError(f"{where}: id {value!r} is not an integer; ids are row numbers")

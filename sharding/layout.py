@@ -271,6 +271,9 @@ def _store_layout(
 ) -> StoreLayout:
     dtype = tables[0].dtype
     line = LINE_BYTES // jnp.dtype(dtype).itemsize
+    # TPUs see 16-bit lines in pairs. Each table begins a pair: SparseCores share its rows out where a pair and a line
+    # of row-wise state begin at once, which is nowhere if many rows of a table that begins amid a pair are updated.
+    pair = line * (2 if jnp.dtype(dtype).itemsize == 2 else 1)
     unplaced = [shard for table in tables for shard in _shards(table, placements[table.name], plan)]
     # Those of all devices first, then those of a node: so that beginning at the same place costs no gap. Replicas
     # before all others: lines that all devices have alike are saved once.
@@ -278,7 +281,7 @@ def _store_layout(
     elements, scalars = _Cursors(plan.num_devices), _Cursors(plan.num_devices)
     shards = []
     for shard in unplaced:
-        first = elements.take(shard, shard.rows_per_owner * shard.width, math.lcm(line, shard.width))
+        first = elements.take(shard, shard.rows_per_owner * shard.width, math.lcm(pair, shard.width))
         first_row = first // shard.width
         if first_row + shard.rows_per_owner > MOST_ROWS:
             raise InputError(
@@ -294,8 +297,7 @@ def _store_layout(
                 f"{MOST_ROWS}: spread its rows over more devices, or use an optimizer without row-wise state"
             )
         shards.append(dataclasses.replace(shard, first_row=first_row, first_scalar=first_scalar))
-    # Rows of every width must be able to see the whole store as [-1, width], and TPUs 16-bit lines in pairs.
-    pair = line * (2 if jnp.dtype(dtype).itemsize == 2 else 1)
+    # Rows of every width must be able to see the whole store as [-1, width].
     whole = math.lcm(pair, *(shard.width for shard in shards))
     return StoreLayout(
         name=name,

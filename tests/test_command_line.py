@@ -33,6 +33,14 @@ def test_dictionary_when_its_flag_is_repeated_then_all_entries_count():
 
 
 @pytest.mark.parametrize(
+    "between", [(), ("--embedding.pooling",), ("bag_1", "mean"), ("--seed", "3", "--embedding.pooling")]
+)
+def test_pooling_when_it_is_given_twice_for_a_feature_then_the_error_names_it(between):
+    with pytest.raises(InputError, match="'bag_0' twice, the second time as 'sum': keep one"):
+        parse("--embedding.pooling", "bag_0", "mean", *between, "bag_0", "sum")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--seed 1 --seed 2", "--seed is given twice, as '--seed 1' and as '--seed 2': keep one"),
@@ -49,6 +57,11 @@ def test_flag_when_it_is_given_twice_then_the_error_names_both(flags, message):
     for read in (lambda words: parse(*words), take_processes):
         with pytest.raises(InputError, match=re.escape(message)):
             read(flags.split())
+
+
+def test_flag_when_it_is_of_a_field_that_is_none_then_it_is_not_what_the_error_suggests():
+    with pytest.raises(InputError, match=r"there is no flag '--stated'(; did you mean '--(?!stated)|; --help)"):
+        parse("--stated", "x")
 
 
 def test_flags_of_processes_when_given_twice_then_the_error_names_both():

@@ -270,7 +270,18 @@ def test_kernels_when_they_cannot_serve_a_table_then_one_line_says_why():
                 "exchange.all_reduce bfloat16 has no effect: one device",
             ],
         ),
-        ({"exchange": ExchangeConfig(forward="int8"), "mesh": MeshConfig(chips=2)}, []),
+        (
+            {"train": TrainConfig(order_by="compiler")},
+            ["train.order_by compiler has no effect: one device sends nothing"],
+        ),
+        (
+            {
+                "exchange": ExchangeConfig(forward="int8"),
+                "train": TrainConfig(order_by="compiler"),
+                "mesh": MeshConfig(chips=2),
+            },
+            [],
+        ),
         (
             {"dense_optimizer": DenseOptimizerConfig(name="adagrad", momentum=0.9, beta1=0.5)},
             ["dense_optimizer.momentum 0.9 has no effect", "dense_optimizer.beta1 0.5 has no effect"],

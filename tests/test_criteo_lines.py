@@ -107,6 +107,15 @@ def test_last_line_when_it_has_no_line_break_counts(tmp_path):
     assert sum(len(parse_block(block).lines) for block in read_blocks(path)) == 3
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".gz"])
+def test_first_line_when_a_byte_order_mark_stands_before_it_counts(tmp_path, suffix):
+    made = make_lines(3)
+    marked = [["\ufeff" + made[0][0], *made[0][1:]], *made[1:]]
+    (parsed,) = map(parse_block, read_blocks(write_lines(tmp_path / f"a{suffix}", marked)))
+    assert parsed.lines.tolist() == [0, 1, 2]
+    assert parsed.label.tolist() == [float(line[0]) for line in made]
+
+
 def test_file_when_its_compressed_data_is_cut_off_is_an_input_error(tmp_path):
     path = write_lines(tmp_path / "a.gz", make_lines(100))
     path.write_bytes(path.read_bytes()[:-100])

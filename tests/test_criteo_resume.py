@@ -6,8 +6,10 @@ import pytest
 from criteo_samples import make_lines, write_lines
 from full_disk import files_of_at_most
 
+from dlrm_jax.data import resume
 from dlrm_jax.data.criteo import CriteoSpec, lines, prepare_criteo
 from dlrm_jax.data.journal import Journal
+from scripts import prepare
 from sharding.errors import InputError
 
 
@@ -141,6 +143,25 @@ def test_conversion_when_killed_before_it_had_begun_starts(tmp_path, interruptib
     with pytest.raises(Interruption):
         interruptible(tmp_path / "out", progress=stop)
     assert (tmp_path / "out" / "begun.json").exists()
+
+
+@pytest.mark.parametrize("by", ["python", "script"])
+def test_conversion_when_killed_after_the_card_was_written_is_tidied_by_the_next(tmp_path, monkeypatch, by):
+    path = write_lines(tmp_path / "a.tsv", make_lines(100))
+    out = tmp_path / "out"
+    prepare_criteo([path], tmp_path / "whole")
+
+    def stop(directory):
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "remove_leftovers", stop)
+        with pytest.raises(Interruption):
+            prepare_criteo([path], out)
+    assert Path(out, ".prepare").exists()
+    with pytest.raises(InputError, match="complete already"):
+        prepare_criteo([path], out) if by == "python" else prepare.criteo((path,), out)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_conversion_when_another_process_is_at_work_in_the_folder_is_refused(tmp_path, interruptible):

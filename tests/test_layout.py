@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic_tpu.lines import row_shape
+from pallas_kernels.mosaic_tpu.units import units_of_rows
 from sharding import FeatureSpec, KeyedJagged, ShardedTables, TableSpec, layout, make_mesh
 from sharding.checkpoint import read_table, restore_tables, save_tables
 from sharding.layout import LINE_BYTES, Layout, make_layout
@@ -54,6 +56,17 @@ def test_dims_with_a_large_common_multiple_then_stores_of_their_own_and_little_p
 )
 def test_dims_with_a_small_common_multiple_then_one_store(dims: Sequence[int]) -> None:
     assert [store.name for store in layout_of(dims).stores] == ["float32.adam"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tables_in_one_store_then_each_begins_what_sparsecores_do_not_divide(dtype: str) -> None:
+    # Row-wise state, of which 128 numbers make a line; rows that share a line; and an odd number of lines.
+    tables = [TableSpec(name=f"t{dim}", num_rows=68, dim=dim, dtype=dtype) for dim in (16, 32, 64, 384)]
+    (store,) = make_layout(tables, features_of(tables), one_device_plan(tables)).stores
+    assert [shard.first_scalar % 128 for shard in store.shards] == [0] * len(tables)
+    for shard in store.shards:
+        rows_of_unit = 1 << units_of_rows(row_shape(shard.width), np.dtype(dtype), 1).shift
+        assert shard.first_row % rows_of_unit == 0
 
 
 def test_tables_alike_in_several_stores_then_learn_and_restore_as_in_one(tmp_path: Path, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from tpu_programs import SLICES, SMALL, TABLE_BYTES, compiled_lookup, compiled_u
 from update_cases import fresh_stores, gradients_of, ids_of, slots_of
 
 from pallas_kernels import ROW_OPTIMIZERS, Stores, mosaic_tpu, xla
+from pallas_kernels.mosaic_tpu.sorted_ids import sort_ids
 from pallas_kernels.target import interpreting
 
 KIND = "TPU v6 lite"
@@ -99,6 +100,33 @@ def test_stochastic_rounding_then_the_bits_of_xla() -> None:
     with interpreting(KIND):
         here, there = both_updates("sgd", 32, jnp.bfloat16, "stochastic", longest_chunk=64)
     np.testing.assert_array_equal(np.asarray(here.weights).view(np.uint16), np.asarray(there.weights).view(np.uint16))
+
+
+@pytest.mark.parametrize("num_slots", [3, 2**28], ids=["slots beside bags", "too many for that"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("kind", "keys"), [("TPU v5 lite", 2), (KIND, 1)])
+def test_sorted_ids_then_those_of_numpy_and_few_arrays_moved(
+    kind: str, keys: int, weighted: bool, num_slots: int
+) -> None:
+    batch = some_ids(2)
+    ids = ids_of(batch, batch.weights if weighted else None)
+    sort = functools.partial(sort_ids, statistics=None, num_rows=NUM_ROWS, num_slots=num_slots)
+    with interpreting(kind):
+        result, jaxpr = jax.jit(sort)(ids), jax.make_jaxpr(sort)(ids)
+    named = np.flatnonzero((batch.rows >= 0) & (batch.rows < NUM_ROWS) & (np.arange(NUM_IDS) < batch.offsets[-1]))
+    order = named[np.argsort(batch.rows[named], kind="stable")]
+    assert result.count == len(order)
+    np.testing.assert_array_equal(result.rows[: len(order)], batch.rows[order])
+    np.testing.assert_array_equal(result.fields["bag"][: len(order)], batch.bags[order])
+    np.testing.assert_array_equal(result.fields["slot"][: len(order)], ids.slots[order])
+    np.testing.assert_array_equal(np.sort(result.order), np.arange(NUM_IDS))
+    np.testing.assert_array_equal(batch.rows[result.order[: len(order)]], batch.rows[order])
+    if weighted:
+        np.testing.assert_array_equal(result.fields["weight"][: len(order)], batch.weights[order])
+    # Rows, bags with slots, numbers: a sort for a TensorCore takes the longer to compile, the more it moves.
+    (sorting,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "sort")
+    assert len(sorting.invars) == 3 + weighted + (num_slots > 3)
+    assert sorting.params["num_keys"] == (1 if weighted else keys)
 
 
 @pytest.mark.parametrize(

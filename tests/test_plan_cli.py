@@ -15,6 +15,7 @@ from scripts import plan as plan_script
 from scripts.constraints import parse_constraints
 from scripts.one_line_errors import run
 from sharding.constraints import Constraint
+from sharding.errors import InputError
 from sharding.load import FeatureLoad
 from sharding.plan import ShardingPlan, check_plan, table_wise
 from sharding.tables import TableSpec
@@ -119,6 +120,10 @@ def test_a_plan_when_its_table_is_pinned_then_it_is_there(plan, tmp_path):
             ("--topology", "h200:1x2", "--plan", "missing.json", "--forbid", "cat_0=row_wise"),
             "--forbid would not change the plan of --plan missing.json: leave one of them out",
         ),
+        (
+            ("--topology", "h200:1x2", "--plan", "missing.json", "--partitioner", "ldm"),
+            "--partitioner would not change the plan of --plan missing.json: leave one of them out",
+        ),
         (("--topology", "h200:1x3"), "use 2112, or another number of devices"),
         (("--topology", "h200:1x2", "--out", "/nowhere/plan.json"), "--out /nowhere/plan.json: there is no folder /no"),
         (("--topology", "h200:1x2", "--out", "/"), "--out /: is a folder; give a file in it"),
@@ -160,6 +165,15 @@ def test_a_step_when_compiled_then_its_collectives_and_estimated_time_are_printe
     assert re.search(r"all-to-all +│ dense/return_0 +│ chip", printed)
     milliseconds, samples = re.findall(r"estimated step: ([\d,.]+) ms, ([\d,]+) samples a second", printed)[0]
     assert float(milliseconds.replace(",", "")) * float(samples.replace(",", "")) == pytest.approx(2048e3, rel=0.01)
+
+
+def test_compile_when_the_target_has_no_compiler_here_then_the_error_comes_before_planning(plan, monkeypatch):
+    def missing(topology):
+        raise InputError("not installed")
+
+    monkeypatch.setattr(plan_script, "target_mesh", missing)
+    monkeypatch.setattr(plan_script, "_plan", None)
+    assert plan(*CONFIG, "--topology", "h200:1x2", "--compile") == (2, "", "error: not installed")
 
 
 def test_constraints_when_names_are_patterns_then_each_table_that_fits_is_meant():

@@ -44,7 +44,12 @@ def test_probabilities_when_rows_come_as_different_types_then_they_are_the_same(
     assert expected.shape == (len(ROWS),)
     assert expected.dtype == np.float32
     assert 0 < expected.min() < expected.max() < 1
-    for rows in (ROWS.to_arrow(), ROWS.to_dict(as_series=False), ROWS.drop("label", "weight")):
+    for rows in (
+        ROWS.to_arrow(),
+        ROWS.to_arrow().to_batches()[0],
+        ROWS.to_dict(as_series=False),
+        ROWS.drop("label", "weight"),
+    ):
         np.testing.assert_array_equal(predictor.predict(rows), expected)
     batch = predictor.batch(ROWS.to_arrow())
     assert batch.label.shape == (128,)
@@ -262,7 +267,8 @@ def test_checkpoint_when_a_read_of_it_has_failed_then_reads_that_end_later_print
         ({"user": [1, 2], "item": [1]}, "samples of type dict cannot be read"),
         ({"user": [2**70]}, "samples of type dict cannot be read"),
         (7, "samples of type int cannot be read"),
-        (ROWS["user"], "samples of type Series cannot be read"),
+        (ROWS["age"], "samples of type Series cannot be read; give a polars or pandas DataFrame, a pyarrow Table"),
+        (ROWS.lazy(), "samples of type LazyFrame cannot be read; give a polars or pandas DataFrame, a pyarrow Table"),
     ],
 )
 def test_rows_when_they_are_not_what_the_card_says_then_one_line_says_where(predictor, rows, message):
@@ -330,3 +336,8 @@ def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(
         assert (code, out) == (2, "")
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+def test_id_when_it_is_negative_then_more_rows_are_not_advised(predictor):
+    with pytest.raises(InputError, match=r"'user' is -1, but ids lie in \[0, 40\): repair the id$"):
+        predictor.predict(changed(user=[0, 0, -1]))

@@ -28,6 +28,9 @@ from pallas_kernels.implementations import implementation_of
 from pallas_kernels.mosaic_tpu.lines import row_shape
 from pallas_kernels.mosaic_tpu.units import units_of_rows
 from pallas_kernels.rounding import joined
+from pallas_kernels.sparsecore import lookup as sparsecore_lookup
+from pallas_kernels.sparsecore import update as sparsecore_update
+from pallas_kernels.sparsecore import update_call
 from pallas_kernels.sparsecore.work import Work, share_out
 from pallas_kernels.xla import RUN_BLOCK
 from sharding.plan import column_wise, data_parallel, grid, row_wise, table_row_wise, table_wise
@@ -47,8 +50,13 @@ def racing() -> Iterator[None]:
     ("width", "weighted"),
     [(16, True), pytest.param(384, False, marks=pytest.mark.slow), pytest.param(128, True, marks=pytest.mark.slow)],
 )
-def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(racing: None, width: int, weighted: bool) -> None:
+def test_lookup_then_equals_numpys_float32_sum_in_the_order_of_ids(
+    racing: None, monkeypatch: pytest.MonkeyPatch, width: int, weighted: bool
+) -> None:
     del racing
+    # Several chunks of ids a block, and blocks of bags, so that each buffer is used again.
+    monkeypatch.setattr(sparsecore_lookup, "_SEGMENTS_OF_CHUNK", 8)
+    monkeypatch.setattr(sparsecore_lookup, "_SEGMENTS_OF_BLOCK", 8)
     random = np.random.default_rng(0)
     rows = np.where(random.random(NUM_IDS) < 0.1, random.choice(NOWHERE, NUM_IDS), random.integers(0, NUM_ROWS))
     ids = Batch(
@@ -145,9 +153,13 @@ def test_shares_then_no_line_of_weights_or_state_is_of_two(ids: Batch, first_sca
         assert len(set().union(*held)) == sum(len(of_share) for of_share in held)
 
 
-def test_an_update_when_races_are_looked_for_then_none(racing: None) -> None:
+def test_an_update_when_races_are_looked_for_then_none(racing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del racing
-    assert_close(*both_updates("rowwise_adagrad", 16, hot_ids(24, 8), weighted=True))
+    # Several chunks of items and blocks of lines a share, so that each buffer is used again.
+    monkeypatch.setattr(sparsecore_update, "_SEGMENTS_OF_CHUNK", 8)
+    monkeypatch.setattr(update_call, "_LINES_OF_BLOCK", 8)
+    monkeypatch.setattr(sparsecore_update, "_SHARES_INTERPRETED", 2)
+    assert_close(*both_updates("rowwise_adagrad", 64, hot_ids(48, 8), weighted=True))
 
 
 @pytest.mark.parametrize(

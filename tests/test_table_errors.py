@@ -290,6 +290,8 @@ def test_expected_ids_of_a_feature_that_are_missing_then_refused() -> None:
     ("bags", "options", "message"),
     [
         ({"f": [[], [2**70]]}, {}, f"feature 'f', sample 1: id {2**70} does not fit into 64 bits"),
+        ({"f": [[1], 2]}, {}, "feature 'f', sample 1: 2 is not a list of ids; give each sample one, []"),
+        ({"f": [None]}, {}, "feature 'f', sample 0: None is not a list of ids"),
         ({"f": [[1.5]]}, {}, "feature 'f', sample 0: id 1.5 is not an integer; ids are row numbers"),
         ({"f": [["a"]]}, {}, "feature 'f', sample 0: id 'a' is not an integer"),
         ({"f": [[1]], "g": [[1], [2]]}, {}, "features have different numbers of samples: {'f': 1, 'g': 2}"),

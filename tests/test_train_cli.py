@@ -192,7 +192,7 @@ FILES = {
     ),
     "a column of another type": (
         {"change": lambda table: table.with_columns(pl.col("user").cast(pl.String))},
-        "train/part-00000.parquet: column 'user' is large_string, but must be an integer (int64): cast it",
+        "part-00000.parquet: column 'user' is large_string, but must be an integer (int64): cast it, or number its",
     ),
     "a column that is missing": (
         {"change": lambda table: table.drop("price")},
@@ -234,7 +234,10 @@ def test_data_when_it_is_repaired_as_the_error_says_then_the_same_command_trains
         (lambda data: shutil.rmtree(data / "train"), "train: holds no .parquet file, but the card names the split"),
         (lambda data: (data / "train" / "part-00000.parquet").write_bytes(b"PAR1 no"), "cannot be read as Parquet"),
         (lambda data: (data / "card.json").write_text("{"), "card.json: cannot be read as JSON"),
-        (lambda data: write_card(tiny.card(splits={"train": tiny.card().splits["train"]}), data), "'validation'"),
+        (
+            lambda data: write_card(tiny.card(splits={"train": tiny.card().splits["train"]}), data),
+            "['train']: make that one, or",
+        ),
         (lambda data: write_card(tiny.card(dense=(DenseColumn(name="age", std=0.0),)), data), "has std 0.0"),
     ],
     ids=["missing folder", "unreadable file", "unreadable card", "missing split", "card out of its limits"],

@@ -62,15 +62,28 @@ def next_start(*, overwrite: bool, resumable: bool = True) -> str:
 
 
 def finish_dataset(card: DatasetCard, directory: str | os.PathLike[str]) -> None:
-    """Writes the card, which makes the folder a dataset."""
+    """Writes the card, which makes the folder a dataset, and removes what only an interrupted preparation needs."""
     write_card(card, directory)
-    Path(directory, _BEGUN_FILE).unlink(missing_ok=True)
+    remove_leftovers(directory)
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Removes from a complete dataset what a preparation that was killed after it had written the card left there.
+
+    Only where it says that it had begun: that file goes last.
+    """
+    begun = Path(directory, _BEGUN_FILE)
+    if begun.exists():
+        shutil.rmtree(Path(directory, WORK_FOLDER), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            begun.unlink(missing_ok=True)
 
 
 def _begin(folder: Path, source: dict[str, Any]) -> DatasetCard | None:
     if Path(folder, CARD_FILE).exists():
         card = read_card(folder)
         _check_source(folder, card.source, source)
+        remove_leftovers(folder)
         return card
     begun = Path(folder, _BEGUN_FILE)
     if begun.exists():

@@ -169,9 +169,9 @@ def _first_outside(ids: Shaped[np.ndarray, " ids"], num_rows: int) -> int | None
 
 
 def _raise_outside(value: int, column: SparseColumn, where: str) -> None:
+    or_raise = f", or raise num_rows of {column.name!r} in {CARD_FILE}" if value >= 0 else ""
     raise InputError(
-        f"{where} {'' if column.bag else 'is '}{value}, but ids lie in [0, {column.num_rows}): "
-        f"repair the id, or raise num_rows of {column.name!r} in {CARD_FILE}"
+        f"{where} {'' if column.bag else 'is '}{value}, but ids lie in [0, {column.num_rows}): repair the id{or_raise}"
     )
 
 
@@ -223,7 +223,17 @@ def _require(schema: pa.Schema, name: str, is_usable, expected: str, path: str |
         raise InputError(f"{os.fspath(path)}: column {name!r} is there {len(indices)} times: keep one")
     kind = schema.field(indices[0]).type
     if not is_usable(kind):
-        raise InputError(f"{os.fspath(path)}: column {name!r} is {kind}, but must be {expected}: cast it")
+        or_number = ", or number its values as docs/data.md does" if _is_text(kind) else ""
+        raise InputError(f"{os.fspath(path)}: column {name!r} is {kind}, but must be {expected}: cast it{or_number}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    return any(
+        of(kind)
+        for of in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary)
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:

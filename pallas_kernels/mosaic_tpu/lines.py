@@ -8,6 +8,7 @@ A *segment* is 128 elements: a line of float32, half a line of bfloat16. Rows na
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,29 @@ def segment_of(words: jax.Ref, segment: Int32[Array, ""]) -> jax.Ref:
         return words.at[pl.ds(segment, 1)]
     first = pl.multiple_of((segment & 1) * LANES, LANES)
     return words.at[pl.ds(segment >> 2, 1), pl.ds(first, LANES)]
+
+
+def wait_for_copies(count: Int32[Array, ""], semaphore: jax.Ref, held: jax.Ref) -> None:
+    """Waits for copies of 128 words each, whichever they are, in steps of a power of two: semaphores count bytes.
+
+    Args:
+        count: How many.
+        semaphore: What knows of them.
+        held: Lines of words in VMEM, many: they stand for those that were copied.
+    """
+    bits = held.shape[0].bit_length() - 1
+
+    def wait(lines: int) -> None:
+        some = held.at[pl.ds(0, lines)]
+        pltpu.make_async_copy(some, some, semaphore).wait()
+
+    def wait_for_most(_: Int32[Array, ""], none: Int32[Array, ""]) -> Int32[Array, ""]:
+        wait(1 << bits)
+        return none
+
+    jax.lax.fori_loop(0, count >> bits, wait_for_most, jnp.int32(0))
+    for bit in range(bits):
+        pl.when(((count >> bit) & 1) != 0)(functools.partial(wait, 1 << bit))
 
 
 def read_segment(words: Array, segment: Int32[Array, ""]) -> Float[Array, "1 128"]:

@@ -22,6 +22,7 @@ from pallas_kernels.mosaic_tpu.lines import (
     segment_and_lane,
     segment_of,
     to_lane_zero,
+    wait_for_copies,
     whole_pairs,
     words_of,
 )
@@ -132,41 +133,27 @@ def _kernel(
         exists = (row >= 0) & (row < num_rows)
         return jnp.where(exists, row, 0), exists
 
-    def each_id(c: Int32[Array, ""], body) -> None:
-        low, high = jnp.maximum(first_id, c << shift), jnp.minimum(last_id, (c + 1) << shift)
-
-        def step(p, _):
-            body(p)
-            return 0
-
-        jax.lax.fori_loop(low, high, step, 0)
+    def ids_of(c: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+        """The first id of a chunk that is of this grid step, and the end of those that are."""
+        return jnp.maximum(first_id, c << shift), jnp.minimum(last_id, (c + 1) << shift)
 
     def place(p: Int32[Array, ""]) -> Int32[Array, ""]:
         """Where the lines of id p lie in VMEM."""
         return (p & (2 * chunk - 1)) * shape.segments_per_row
 
-    def copies_of_segments(segment: Int32[Array, ""], p: Int32[Array, ""], c: Int32[Array, ""]) -> list:
-        return [
-            pltpu.make_async_copy(
-                segment_of(words, segment + i), lines.at[pl.ds(place(p) + i, 1)], line_semaphores.at[c & 1]
-            )
-            for i in range(shape.segments_per_row)
-        ]
-
     def fetch_segments(c: Int32[Array, ""]) -> None:
-        def start(p) -> None:
+        def start(p: Int32[Array, ""], none: Int32[Array, ""]) -> Int32[Array, ""]:
             segment, _ = segment_and_lane(row_of(p, c)[0], shape)
-            for copy in copies_of_segments(segment, p, c):
-                copy.start()
+            for i in range(shape.segments_per_row):
+                here = lines.at[pl.ds(place(p) + i, 1)]
+                pltpu.make_async_copy(segment_of(words, segment + i), here, line_semaphores.at[c & 1]).start()
+            return none
 
-        each_id(c, start)
+        jax.lax.fori_loop(*ids_of(c), start, jnp.int32(0))
 
     def wait_for_segments(c: Int32[Array, ""]) -> None:
-        def wait(p) -> None:
-            for copy in copies_of_segments(jnp.int32(0), p, c):
-                copy.wait()
-
-        each_id(c, wait)
+        low, high = ids_of(c)
+        wait_for_copies((high - low) * shape.segments_per_row, line_semaphores.at[c & 1], lines)
 
     def start_ids(c: Int32[Array, ""]) -> None:
         @pl.when(c <= last_chunk)

@@ -60,7 +60,7 @@ def sparse_update(
         key_words=len(words_of_id),
     )
     words = {f"word {number}": word for number, word in enumerate(words_of_id)}
-    sorted_ids = sort_ids(ids, statistics, words, num_rows=call.num_rows)
+    sorted_ids = sort_ids(ids, statistics, words, num_rows=call.num_rows, num_slots=slots.table.shape[0])
     sorted_ids = sorted_ids._replace(
         rows=jnp.where(enabled, sorted_ids.rows, call.num_rows), count=jnp.where(enabled, sorted_ids.count, 0)
     )
@@ -86,7 +86,7 @@ def row_statistics(
     del storage_rounding
     num_ids, blocks = ids.rows.shape[0], max(1, width // STATISTICS_BLOCK)
     call = _call(stores, ids, optimizer, width, longest_chunk)._replace(only_statistics=True)
-    sorted_ids = sort_ids(ids, None, num_rows=call.num_rows)
+    sorted_ids = sort_ids(ids, None, num_rows=call.num_rows, num_slots=slots.table.shape[0])
     sums = _run(call, sorted_ids, gradients, stores, slots, step, jnp.zeros_like(slots.table))[0]
     # The sums of a row stand where its last id is, in the sorted order.
     is_last = jnp.append(sorted_ids.rows[:-1] != sorted_ids.rows[1:], True)

@@ -25,6 +25,7 @@ from pallas_kernels.mosaic_tpu.lines import (
     read_segment,
     segment_and_lane,
     to_lane_zero,
+    wait_for_copies,
     words_of,
     write_segment,
 )
@@ -113,8 +114,7 @@ def update_chunk(
         return (row + slot_numbers["scalar"][slot] if units.of_scalars else row) >> units.shift
 
     def wait(count: Int32[Array, ""], semaphore: jax.Ref) -> None:
-        """Waits for copies of 128 words each."""
-        each(count, lambda _: pltpu.make_async_copy(gradients.at[:1], scratch["gradients"].at[:1], semaphore).wait())
+        wait_for_copies(count, semaphore, scratch["gradients"])
 
     def fetch(ids: dict[str, jax.Ref], count, parity, buffer) -> None:
         """Starts the copies of gradients, and of the units that begin in a chunk."""

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.mosaic_tpu.lines import LANES, words_of
-from pallas_kernels.sparsecore.update_call import LINES, Cut, ShareCall
+from pallas_kernels.sparsecore.update_call import CUTS, SEMAPHORES_OF_CUT, Cut, ShareCall
 from pallas_kernels.sparsecore.work import HALVES_BITS
 
 
@@ -93,7 +93,8 @@ class HeldLines:
         self._call, self._cut, self._units = call, call.cuts[number], units
         self._words = [words_of(store) for store in stores]
         self._scratch, self._ranks = scratch["cuts"][number], scratch["ranks"] if number == 0 else []
-        self._in, self._out = (scratch["semaphores"].at[LINES + 2 * number + way] for way in range(2))
+        first = CUTS + SEMAPHORES_OF_CUT * number
+        self._in, self._out, self._of_units = (scratch["semaphores"].at[first + i] for i in range(SEMAPHORES_OF_CUT))
         self._first, self._end = ranks
 
     @property
@@ -124,13 +125,22 @@ class HeldLines:
         entry = (self.block_of(rank) & 1) * self._cut.units.copies + copy
         return entry * self._cut.block + (rank & (self._cut.block - 1))
 
+    def read_units(self, block: Int32[Array, ""]) -> Any:
+        """The copy of the numbers of a block's units."""
+        size = self._cut.block
+        return pltpu.make_async_copy(
+            self._units.at[pl.ds(pl.multiple_of(block * size, size), size)],
+            self._scratch["units"].at[pl.ds(self._place_of_units(block), size)],
+            self._of_units,
+        )
+
     def fetch(self, block: Int32[Array, ""]) -> None:
-        """Starts to gather the lines of a block's units, as far as they are of this share."""
+        """Starts to gather the lines of a block's units, which are on their way, as far as they are of this share."""
         units, size, lanes, held = self._cut.units, self._cut.block, self._call.lanes, self._scratch
-        start = pl.multiple_of(block * size, size)
-        pltpu.sync_copy(self._units.at[pl.ds(start, size)], held["units"].at[pl.ds(0, size)])
+        self.read_units(block).wait()
+        pl.when(self._has(block + 1))(lambda: self.read_units(block + 1).start())
         for j in range(0, size, lanes):
-            unit = touched = held["units"][pl.ds(j, lanes)]
+            unit = touched = held["units"][pl.ds(self._place_of_units(block) + j, lanes)]
             if units.dtype != jnp.float32:
                 unit = touched >> HALVES_BITS
             rank = block * size + j + jax.lax.iota(jnp.int32, lanes)
@@ -147,7 +157,7 @@ class HeldLines:
     def begin(self, block: Int32[Array, ""]) -> None:
         """Waits for the lines of a block, and starts to gather the next one's."""
         self._move(block, lambda copy: copy.wait())
-        pl.when((block + 1) * self._cut.block < self._end)(lambda: self.fetch(block + 1))
+        pl.when(self._has(block + 1))(lambda: self.fetch(block + 1))
 
     def write(self, block: Int32[Array, ""]) -> None:
         """Scatters what a block's rows have become."""
@@ -159,6 +169,13 @@ class HeldLines:
         for action in (lambda copy: copy.start(), lambda copy: copy.wait()):
             for ranks in self._ranks:
                 move(self._call, there, ranks, block & 1, held, self._cut.block, self._out, action, out=True)
+
+    def _has(self, block: Int32[Array, ""]) -> Bool[Array, ""]:
+        """Whether the share goes on in a block beyond its first."""
+        return block * self._cut.block < self._end
+
+    def _place_of_units(self, block: Int32[Array, ""]) -> Int32[Array, ""]:
+        return pl.multiple_of((block & 1) * LANES, LANES)
 
     def _entries(self, block: Int32[Array, ""]) -> list[Int32[Array, ""]]:
         copies = self._cut.units.copies

@@ -9,6 +9,7 @@ Letters: n ids, G bags, w width of a row, B bags of a block, C ids of a chunk, L
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ from pallas_kernels.target import current_target
 _SEGMENTS_OF_CHUNK = 128
 # Bags whose sums one subcore holds before it writes them.
 _SEGMENTS_OF_BLOCK = 64
+# Chunks whose rows are in memory: the one being summed, the one being gathered, the one on its way; a power of two.
+_CHUNKS_HELD = 4
+# Semaphores: of lines (two), of rows and weights, of the bounds of bags.
+_LINES, _IDS, _BOUNDS, _SEMAPHORES = 0, 2, 3, 4
 # From jax 0.12 on, copies from VMEM to HBM have a semaphore of their own, and are not to be given another.
 _OWN_SEMAPHORES = inspect.signature(pltpu.async_copy).parameters["sem"].default is None
 
@@ -80,12 +85,12 @@ def pooled_lookup(
         jax.ShapeDtypeStruct((blocks * bags * num_lines, LANES), jnp.float32),
         mesh=mesh,
         scratch_types=[
-            pltpu.VMEM((LANES,), jnp.int32),
-            *(pltpu.VMEM((4 * LANES,), x.dtype) for x in streams),
+            pltpu.VMEM((2 * LANES,), jnp.int32),
+            *(pltpu.VMEM((_CHUNKS_HELD * 2 * LANES,), x.dtype) for x in streams),
             pltpu.VMEM((2 * num_lines * halves, chunk + LANES), jnp.int32),
             pltpu.VMEM((2 * num_lines * chunk, LANES), jnp.float32 if halves == 1 else jnp.uint32),
             pltpu.VMEM((bags * num_lines, LANES), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((_SEMAPHORES,)),
         ],
         name="pooled_lookup_on_sparsecore",
         interpret=current_target().interpreted,
@@ -113,8 +118,9 @@ def _body(
 
     Args:
         bounds: First id of each bag, and the end of the last.
-        refs: Rows of the ids, their weights if any, the store and the pooled rows, in HBM; in VMEM the bounds of a
-            block, two chunks of rows and of weights, of line numbers, of lines, and the block's sums; semaphores.
+        refs: Rows of the ids, their weights if any, the store and the pooled rows, in HBM; in VMEM the bounds of two
+            blocks, some chunks of rows and of weights, two of line numbers and of lines, and the block's sums;
+            semaphores.
         shape: How rows lie on lines.
         lanes: Lanes of a vector.
         workers: Vector subcores of the device.
@@ -134,12 +140,24 @@ def _body(
     chunk_shift, line_shift = chunk.bit_length() - 1, shape.rows_per_segment.bit_length() - 1
     vectors = min(shape.width, LANES) // lanes
 
-    def bound(bag: Int32[Array, ""]) -> Int32[Array, ""]:
-        return held_bounds[pl.ds(bag, lanes)][0]
+    def place_of_bounds(b: Int32[Array, ""]) -> Int32[Array, ""]:
+        return pl.multiple_of((b & 1) * LANES, LANES)
+
+    def read_bounds(b: Int32[Array, ""]) -> Any:
+        """The copy of the bounds of the bags of the subcore's block number b."""
+        first = pl.multiple_of((worker + b * workers) * bags, bags)
+        here = held_bounds.at[pl.ds(place_of_bounds(b), LANES)]
+        return pltpu.make_async_copy(bounds.at[pl.ds(first, LANES)], here, semaphores.at[_BOUNDS])
 
     def first_of(c: Int32[Array, ""]) -> Int32[Array, ""]:
         """Where a chunk's rows and weights begin."""
-        return pl.multiple_of((c & 1) * (2 * LANES), LANES)
+        return pl.multiple_of((c & (_CHUNKS_HELD - 1)) * (2 * LANES), LANES)
+
+    def each_copy_of_ids(c: Int32[Array, ""], action: Callable) -> None:
+        """Starts the copies of a chunk's rows and weights, or waits for them."""
+        for stream, buffer in zip(streams, held, strict=True):
+            there = stream.at[pl.ds(pl.multiple_of(c * chunk, chunk), chunk)]
+            action(pltpu.make_async_copy(there, buffer.at[pl.ds(first_of(c), chunk)], semaphores.at[_IDS]))
 
     def each_copy(c: Int32[Array, ""], action: Callable) -> None:
         """Starts the copies of a chunk's segments, or waits for them."""
@@ -150,7 +168,7 @@ def _body(
 
     def copy_half(parity: Int32[Array, ""], at: Int32[Array, ""], half: int, action: Callable) -> None:
         columns = () if halves == 1 else (pl.ds(half * LANES, LANES),)
-        semaphore = semaphores.at[parity]
+        semaphore = semaphores.at[_LINES + parity]
         if not one_by_one:
             indices = numbers.at[at * halves + half, pl.ds(0, chunk)]
             # Of two halves, each has a part of the segments.
@@ -176,11 +194,10 @@ def _body(
         row = jnp.where((row >= 0) & (row < num_rows), row, 0)
         return (row >> line_shift) * num_lines + i
 
-    def fetch(c: Int32[Array, ""]) -> None:
-        """Reads a chunk's rows and starts to gather their lines."""
-        for stream, buffer in zip(streams, held, strict=True):
-            start = pl.multiple_of(c * chunk, chunk)
-            pltpu.sync_copy(stream.at[pl.ds(start, chunk)], buffer.at[pl.ds(first_of(c), chunk)])
+    def fetch(c: Int32[Array, ""], last_chunk: Int32[Array, ""]) -> None:
+        """Starts to gather the lines of a chunk whose rows are on their way, and to read the rows of the next one."""
+        each_copy_of_ids(c, lambda copy: copy.wait())
+        pl.when(c < last_chunk)(lambda: each_copy_of_ids(c + 1, lambda copy: copy.start()))
         for j in range(0, chunk, lanes):
             row = held[0][pl.ds(first_of(c) + j, lanes)]
             for i in range(num_lines):
@@ -225,10 +242,19 @@ def _body(
 
         @pl.when(block < blocks)
         def _():
-            pltpu.sync_copy(bounds.at[pl.ds(pl.multiple_of(block * bags, bags), LANES)], held_bounds)
+            read_bounds(b).wait()
+            pl.when(block + workers < blocks)(lambda: read_bounds(b + 1).start())
+
+            def bound(bag: Int32[Array, ""]) -> Int32[Array, ""]:
+                return held_bounds[pl.ds(place_of_bounds(b) + bag, lanes)][0]
+
             first_id, last_id = bound(jnp.int32(0)), bound(jnp.int32(bags))
             first_chunk, last_chunk = first_id >> chunk_shift, (last_id - 1) >> chunk_shift
-            pl.when(last_id > first_id)(lambda: fetch(first_chunk))
+
+            @pl.when(last_id > first_id)
+            def _():
+                each_copy_of_ids(first_chunk, lambda copy: copy.start())
+                fetch(first_chunk, last_chunk)
 
             def sum_bag(g: Int32[Array, ""], summed: Int32[Array, ""]) -> Int32[Array, ""]:
                 start, end = bound(g), bound(g + 1)
@@ -239,7 +265,7 @@ def _body(
                 def sum_chunk(c: Int32[Array, ""], summed: Int32[Array, ""]) -> Int32[Array, ""]:
                     @pl.when(c > summed)
                     def _():
-                        pl.when(c < last_chunk)(lambda: fetch(c + 1))
+                        pl.when(c < last_chunk)(lambda: fetch(c + 1, last_chunk))
                         each_copy(c, lambda copy: copy.wait())
 
                     low, high = jnp.maximum(start, c << chunk_shift), jnp.minimum(end, (c + 1) << chunk_shift)
@@ -268,4 +294,5 @@ def _body(
 
         return jnp.int32(0)
 
+    pl.when(worker < blocks)(lambda: read_bounds(jnp.int32(0)).start())
     jax.lax.fori_loop(0, -(-blocks // workers), sum_block, jnp.int32(0))

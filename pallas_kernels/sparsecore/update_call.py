@@ -22,8 +22,9 @@ from pallas_kernels.traced_rules import TracedRule
 
 # Chunks whose items are in memory: the one being summed, the next, the one on its way; a power of two.
 CHUNKS_HELD = 4
-# Semaphores: of items, of gradients (two), of scalars; then, for each cut, of lines on their way in and out.
-WORDS, GRADIENTS, SCALARS, LINES = 0, 1, 3, 4
+# Semaphores: of items, of gradients (two), of scalars on their way in (two) and out; then, for each cut, of lines on
+# their way in and out, and of the numbers of units.
+WORDS, GRADIENTS, SCALARS, SCALARS_OUT, CUTS, SEMAPHORES_OF_CUT = 0, 1, 3, 5, 6, 3
 # Vectors of a row that are read, changed and written in one iteration.
 _VECTORS_IN_FLIGHT = 8
 # Lines of one store that a block gathers: of pairs, of which often one half is left out, more if that leaves memory.
@@ -154,15 +155,15 @@ class ShareCall:
             "summands": [pltpu.VMEM(((m + 1) * LANES,), jnp.float32) for _ in range(self.rule.num_statistics)],
             "statistics": [pltpu.VMEM((2 * first_block, LANES), jnp.float32)] * self.only_statistics,
             "ranks": [pltpu.VMEM((2, first_block + LANES), jnp.int32)] * self.only_statistics,
-            "semaphores": pltpu.SemaphoreType.DMA((LINES + 2 * len(self.cuts),)),
+            "semaphores": pltpu.SemaphoreType.DMA((CUTS + SEMAPHORES_OF_CUT * len(self.cuts),)),
         }
 
 
 def _scratch_of_cut(cut: Cut) -> dict[str, Any]:
-    """Units of a block, the numbers of their lines, and the lines of each store, of two blocks."""
+    """The numbers of units and of their lines, and the lines of each store, of two blocks."""
     copies, block = cut.units.copies, cut.block
     return {
-        "units": pltpu.VMEM((LANES,), jnp.int32),
+        "units": pltpu.VMEM((2 * LANES,), jnp.int32),
         "numbers": pltpu.VMEM((2 * copies, block + LANES), jnp.int32),
         "lines": [pltpu.VMEM((2 * copies * block, LANES), cut.units.word) for _ in range(cut.units.num_stores)],
     }

@@ -1,6 +1,7 @@
 """What one vector subcore does of an update: its share of the items, chunk after chunk.
 
-The items of a chunk are read, and the gradients that they name gathered, while the chunk before is summed. A row is
+The items of a chunk are read, and the gradients and row-wise state that they name gathered, while the chunk before is
+summed. A row is
 changed where its last item is, in the lines of a block of units: see `held_lines`.
 
 Letters: C items of a chunk, U units of a block, L lanes of a vector, h scalars of a slot.
@@ -19,7 +20,7 @@ from pallas_kernels.mosaic_tpu.lines import LANES
 from pallas_kernels.sparsecore.held_lines import HeldLines, move
 from pallas_kernels.sparsecore.stored_weights import Randomness
 from pallas_kernels.sparsecore.subcores import this_subcore
-from pallas_kernels.sparsecore.update_call import CHUNKS_HELD, GRADIENTS, SCALARS, WORDS, ShareCall
+from pallas_kernels.sparsecore.update_call import CHUNKS_HELD, GRADIENTS, SCALARS, SCALARS_OUT, WORDS, ShareCall
 from pallas_kernels.sparsecore.update_row import update_row
 from pallas_kernels.sparsecore.work import bounds_size, tag_fields
 
@@ -73,38 +74,52 @@ class _Share:
             first_chunk, last_chunk = self.first >> chunk_shift, (self.end - 1) >> chunk_shift
             first_blocks = tuple(held.first_block for held in self.held)
             self._read_words(first_chunk).start()
+            for held, block in zip(self.held, first_blocks, strict=True):
+                held.read_units(block).start()
             self._read_words(first_chunk).wait()
-            self._fetch_gradients(first_chunk)
+            self._fetch(first_chunk)
             pl.when(first_chunk < last_chunk)(lambda: self._read_words(first_chunk + 1).start())
             for held, block in zip(self.held, first_blocks, strict=True):
                 held.fetch(block)
             for held, block in zip(self.held, first_blocks, strict=True):
                 held.begin(block)
 
+            has_scalars = "scalar" in call.fields
+            writes_scalars = has_scalars and not call.only_statistics
+
             def update_chunk(c: Int32[Array, ""], carry: tuple) -> tuple:
+                if writes_scalars:
+                    pl.when(c > first_chunk)(lambda: self._move_scalars(c - 1, lambda copy: copy.wait(), out=True))
+
                 @pl.when(c < last_chunk)
                 def _():
                     self._read_words(c + 1).wait()
-                    self._fetch_gradients(c + 1)
+                    self._fetch(c + 1)
                     pl.when(c + 1 < last_chunk)(lambda: self._read_words(c + 2).start())
 
                 self._move_gradients(c, lambda copy: copy.wait())
-                low = jnp.maximum(self.first - c * call.chunk, 0)
-                high = jnp.minimum(self.end - c * call.chunk, call.chunk)
-                if "scalar" in call.fields:
-                    self._fetch_scalars(c, low, high)
+                if has_scalars:
+                    self._move_scalars(c, lambda copy: copy.wait())
+                low, high = self._items_of(c)
                 if "weight" in call.fields:
                     # Apart from the sums: a compiler that sees both would round product and sum as one.
                     jax.lax.fori_loop(low, high, lambda j, none: self._weigh(c, j), jnp.int32(0))
                 carry = jax.lax.fori_loop(low, high, lambda j, carry: self._add(c, j, *carry), carry)
-                if "scalar" in call.fields and not call.only_statistics:
-                    self._write_scalars(c)
+                if writes_scalars:
+                    self._move_scalars(c, lambda copy: copy.start(), out=True)
                 return carry
 
             start = first_blocks, jnp.full_like(first_chunk, -1)
             last_blocks, _ = jax.lax.fori_loop(first_chunk, last_chunk + 1, update_chunk, start)
             for k, block in enumerate(last_blocks):
                 self._write_lines(k, block)
+            if writes_scalars:
+                self._move_scalars(last_chunk, lambda copy: copy.wait(), out=True)
+
+    def _items_of(self, c: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+        """The first item of a chunk that is of this share, and the end of those that are."""
+        chunk = self.call.chunk
+        return jnp.maximum(self.first - c * chunk, 0), jnp.minimum(self.end - c * chunk, chunk)
 
     def _word(self, name: str, c: Int32[Array, ""], j: Int32[Array, ""]) -> Int32[Array, " L"]:
         """A field of consecutive items, from item j of chunk c on."""
@@ -129,14 +144,16 @@ class _Share:
         m = self.call.shape.segments_per_row
         return [parity * m + i for i in range(m)]
 
-    def _fetch_gradients(self, c: Int32[Array, ""]) -> None:
-        """Starts to gather the gradients of a chunk whose words are there."""
+    def _fetch(self, c: Int32[Array, ""]) -> None:
+        """Starts to gather the gradients and the row-wise state of a chunk whose words are there."""
         call, m = self.call, self.call.shape.segments_per_row
         for j in range(0, call.chunk, call.lanes):
             source = self._word("source", c, jnp.int32(j))
             for i, at in enumerate(self._segments(c & 1)):
                 self.scratch["sources"][at, pl.ds(j, call.lanes)] = source * m + i
         self._move_gradients(c, lambda copy: copy.start())
+        if "scalar" in call.fields:
+            self._fetch_scalars(c)
 
     def _move_gradients(self, c: Int32[Array, ""], action: Callable[[Any], None]) -> None:
         sources, semaphore = self.operands["sources"], self.scratch["semaphores"].at[GRADIENTS + (c & 1)]
@@ -152,22 +169,18 @@ class _Share:
             (lines,) = self.scratch["statistics"]
             self.held[cut].write_beside(self.operands["statistics"], lines, block)
 
-    def _fetch_scalars(self, c: Int32[Array, ""], low: Int32[Array, ""], high: Int32[Array, ""]) -> None:
-        """Gathers the row-wise state of the rows whose last item is in this part of a chunk."""
-        call = self.call
+    def _fetch_scalars(self, c: Int32[Array, ""]) -> None:
+        """Starts to gather the row-wise state of the share's rows whose last item is in a chunk."""
+        call, (low, high) = self.call, self._items_of(c)
         for j in range(0, call.chunk, call.lanes):
             at = j + jax.lax.iota(jnp.int32, call.lanes)
             place = self._word("scalar", c, jnp.int32(j))
             self.scratch["places"][c & 1, pl.ds(j, call.lanes)] = jnp.where((at >= low) & (at < high), place, -1)
         self._move_scalars(c, lambda copy: copy.start())
-        self._move_scalars(c, lambda copy: copy.wait())
-
-    def _write_scalars(self, c: Int32[Array, ""]) -> None:
-        self._move_scalars(c, lambda copy: copy.start(), out=True)
-        self._move_scalars(c, lambda copy: copy.wait(), out=True)
 
     def _move_scalars(self, c: Int32[Array, ""], action: Callable[[Any], None], *, out: bool = False) -> None:
-        places, semaphore = self.scratch["places"], self.scratch["semaphores"].at[SCALARS]
+        places, semaphores = self.scratch["places"], self.scratch["semaphores"]
+        semaphore = semaphores.at[SCALARS_OUT] if out else semaphores.at[SCALARS + (c & 1)]
         for array, held in zip(self.operands["scalars"], self.scratch["scalars"], strict=True):
             move(self.call, array, places, c & 1, held, self.call.chunk, semaphore, action, out=out)
 

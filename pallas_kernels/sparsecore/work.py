@@ -102,7 +102,7 @@ def share_out(
     num_ids, (num_bags, width) = ids.rows.shape[0], gradients.shape
     shape, number = row_shape(width), jnp.arange(num_ids, dtype=jnp.int32)
     more = {} if keys is None else {"key": keys}
-    row, order, fields, count = sort_ids(ids, statistics, more, num_rows=num_rows)
+    row, order, fields, count = sort_ids(ids, statistics, more, num_rows=num_rows, num_slots=slots.table.shape[0])
     fields["source"] = jnp.minimum(fields.pop("bag"), num_bags - 1)
     sources = pad_columns(gradients.astype(jnp.float32), shape.padded_width).reshape(-1, LANES)
     item_of_place = number

@@ -6,7 +6,6 @@ records, so an interrupted run is taken up where it stopped.
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,12 +87,11 @@ def prepare_criteo(
         "rows_per_file": rows_per_file,
     }
     with dataset_folder(out, source, overwrite=overwrite) as finished:
-        work = Path(out, WORK_FOLDER)
         if finished:
-            shutil.rmtree(work, ignore_errors=True)  # left if the last run was killed after it had written the card
             raise InputError(
                 f"{os.fspath(out)}: complete already; make it anew with --overwrite, or give another --out"
             )
+        work = Path(out, WORK_FOLDER)
         work.mkdir(exist_ok=True)
         run = Run(
             paths=paths,
@@ -108,7 +106,6 @@ def prepare_criteo(
         )
         card = _convert(run, source)
         finish_dataset(card, out)
-        shutil.rmtree(work)
     return card
 
 

@@ -30,6 +30,8 @@ _LINE_LIMIT = 1 << 20
 # Bytes that a well-formed block may hold. Anything else, such as the blanks, 0x and + that Arrow's parser would let
 # pass in an integer, is left to the careful path.
 _WELL_FORMED = b"0123456789abcdefABCDEF-\t\n"
+# What some editors and exports begin a file of UTF-8 with. It is no part of the first line.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def _hexadecimal_pairs() -> np.ndarray:
@@ -184,7 +186,10 @@ def parse_block(block: TextBlock) -> ParsedBlock:
 def _opened(raw: IO[bytes]) -> IO[bytes]:
     compressed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if compressed else raw  # pyright: ignore[reportReturnType]  # both read bytes
+    stream = gzip.GzipFile(fileobj=raw) if compressed else raw
+    if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+        stream.seek(0)
+    return stream  # pyright: ignore[reportReturnType]  # both read bytes
 
 
 def _parse(text: bytes, num_lines: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
