@@ -21,7 +21,7 @@ from sharding.layout import LINE_SCALARS, Layout
 from sharding.mesh import device_number
 from sharding.owned import own
 from sharding.records import NO_ROW, Records, bag_offsets_at_home, bags_at_home, bags_at_owner, records_of
-from sharding.tables import FeatureSpec
+from sharding.tables import MAX_IDS, FeatureSpec
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +115,9 @@ def address_local(
         capacities: Room on their way.
     """
     device = device_number() if layout.num_devices > 1 else jnp.int32(0)
+    count = _number_of_ids(ids)
+    # Where some had no room, it is not known whose the others are: none is sent, lest all ask one owner for room.
+    ids = dataclasses.replace(ids, lengths=jnp.where(count <= ids.capacity, ids.lengths, 0))
     if layout.wide and ids.values.ndim == 1:
         ids = dataclasses.replace(ids, values=words.widened(ids.values))
     records = [records_of(ids, group) for group in layout.groups]
@@ -129,9 +132,16 @@ def address_local(
         groups=tuple(groups),
         divisors=_divisors(ids, means),
         invalid=invalid[None],
-        count=jnp.sum(ids.lengths, dtype=jnp.int32)[None],
+        count=count[None],
         capacities=capacities,
     )
+
+
+def _number_of_ids(ids: KeyedJagged) -> Int32[Array, ""]:
+    """Ids of all bags; `MAX_IDS` where 32 bits do not hold their number, which is more than any capacity."""
+    lengths = jnp.asarray(ids.lengths)
+    total, rough = jnp.sum(lengths, dtype=jnp.int32), jnp.sum(lengths.astype(jnp.float32))
+    return jnp.where(jnp.abs(rough - total.astype(jnp.float32)) > 2.0**30, jnp.int32(MAX_IDS), total)
 
 
 def _divisors(ids: KeyedJagged, means: Sequence[FeatureSpec]) -> Float[Array, "b means"]:

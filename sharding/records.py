@@ -49,19 +49,17 @@ class Records(NamedTuple):
 
 
 def records_of(ids: KeyedJagged, group: Group) -> Records:
-    """Finds the owner and the row of each id of a group's features; of none, where the device has not room for all.
+    """Finds the owner and the row of each id of a group's features.
 
     Args:
-        ids: A device's part of the batch.
+        ids: A device's part of the batch, with room for all ids.
         group: The group.
     """
     values, weights, lengths = _select(ids, group)
     num_records = values.shape[0]
     offsets = offsets_of(lengths.reshape(-1))
     bags = bags_of_ids(offsets, num_records)
-    # Where some had no room, it is not known whose the others are: none is sent, lest all ask one owner for room.
-    has_room = jnp.sum(ids.lengths, dtype=jnp.int32) <= ids.capacity
-    present = (jnp.arange(num_records) < offsets[-1]) & has_room
+    present = jnp.arange(num_records) < offsets[-1]
     last_lookup = len(group.lookups) - 1
     lookups = jnp.minimum(bags // max(ids.batch_size, 1), last_lookup)
     # An id in several shards is counted in its first.

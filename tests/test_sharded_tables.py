@@ -268,7 +268,10 @@ def test_a_bag_longer_than_max_ids_then_counted_and_its_group_left_out(feature: 
     assert (after["tag"] != before["tag"]).any()
 
 
-@pytest.mark.parametrize(("lengths", "invalid", "needed"), [([[3, 3]], 0, 6), ([[4, -1]], 2, 3)])
+@pytest.mark.parametrize(
+    ("lengths", "invalid", "needed"),
+    [([[3, 3]], 0, 6), ([[4, -1]], 2, 3), ([[2**31 - 1, 2**31 - 1, 3]], 0, 2**31 - 1)],
+)
 def test_lengths_that_do_not_fit_the_values_then_reported_and_without_effect(
     lengths: list[list[int]], invalid: int, needed: int
 ) -> None:
