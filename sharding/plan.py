@@ -303,7 +303,7 @@ def _check_columns(placement: Placement, table: TableSpec, where: str) -> None:
         raise InputError(f"{where}: a {placement.kind} placement has one slice, but {len(placement.slices)} are given")
     end = 0
     for piece in placement.slices:
-        if piece.first_column != end or piece.num_columns < 1:
+        if piece.first_column != end:
             what = "an overlap" if piece.first_column < end else "a gap"
             raise InputError(
                 f"{where}: a slice begins at column {piece.first_column}, the one before ends at {end}: the plan has "

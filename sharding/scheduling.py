@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from sharding.collective import collective_of, role_of
+from sharding.collective import collective_of
 from sharding.compiler_options import CompilerOptions
 from sharding.cost_settings import CostSettings
 from sharding.program import RUNS, Computation, Instruction, Program, parse_program
@@ -61,12 +61,9 @@ def profile_of(program: Program, topology: Topology, settings: CostSettings) -> 
     """
     lines = []
     for instruction in _scheduled(program, program.entry):
-        role = role_of(instruction, program)
         collective = collective_of(instruction, program, topology.nodes, topology.chips)
-        if role in ("whole", "start") and collective is not None:
+        if collective is not None:
             seconds = max(exchange_seconds(collective, topology, settings).values(), default=0.0)
-        elif role in ("prepare", "carry", "end"):
-            continue
         else:
             seconds = work_seconds(work_of(instruction, program), topology, settings)
         if seconds:

@@ -1,6 +1,7 @@
 """Room for ids on their way: what is too small is reported, and no room changes a result."""
 
 import dataclasses
+import math
 from functools import cache
 
 import jax
@@ -61,9 +62,10 @@ def tiny() -> Capacities:
     [
         pytest.param(batch(1), marks=pytest.mark.slow),
         pytest.param(batch(2, rows=1), marks=pytest.mark.slow),
-        batch(3, rows=1, senders=1),
+        # Some owners are asked for two rows.
+        batch(3, rows=16, senders=1),
     ],
-    ids=["spread", "all on one shard", "all on one shard, from one device"],
+    ids=["spread", "all on one shard", "few rows, from one device"],
 )
 def test_capacities_grown_to_the_needs_then_the_same_bits_as_with_room_for_all(ids: KeyedJagged) -> None:
     expected, _, overflow = outcome(ids, None)
@@ -142,6 +144,13 @@ def test_rows_that_travel_when_there_are_few_then_room_for_as_many_as_an_owner_h
         assert by_id.pair > by_id.distinct == 64 // DEVICES
 
 
+def test_rows_that_travel_when_they_are_of_several_tables_then_room_for_those_of_all() -> None:
+    placements = tuple(row_wise(table, returns="rows") for table in TABLES)
+    plan = ShardingPlan(nodes=2, chips=4, placements=placements)
+    of_all = ShardedTables(TABLES, FEATURES, plan=plan, mesh=make_mesh(2, 4))
+    assert [group.distinct for group in of_all.sufficient_capacities(1000, 12_000).groups] == [3 * 64 // DEVICES]
+
+
 def test_rows_that_travel_when_they_exceed_the_budget_then_in_rounds() -> None:
     groups = (GroupCapacity(pair=8, total=64, distinct=8, row_words=128),)
     records, rows = (DEVICES * 8 * words * 4 for words in (3, 128))
@@ -154,6 +163,13 @@ def test_expected_capacities_then_within_those_that_suffice() -> None:
     sufficient = tables().sufficient_capacities(2, 24)
     assert (expected.as_needs() <= sufficient.as_needs()).all()
     assert (expected.as_needs()[1:] > 0).sum() == (sufficient.as_needs()[1:] > 0).sum()
+
+
+def test_expected_capacities_then_a_quarter_and_some_deviations_more_than_the_mean() -> None:
+    # All ids of "a" go to one owner, and an eighth of the others' to each: 1,000 of each sender.
+    capacities = tables().expected_capacities(1000, 100_000, {"a": 1.0, "b": DEVICES, "c": DEVICES})
+    pair, total = (64 * math.ceil((1.25 * mean + 8 * math.sqrt(mean) + 1) / 64) for mean in (1000, 1000 * DEVICES))
+    assert [(group.pair, group.total) for group in capacities.groups] == [(pair, total)] * 3
 
 
 @pytest.mark.parametrize(

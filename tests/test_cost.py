@@ -32,6 +32,7 @@ MACHINE: Topology = dataclasses.replace(
 )
 SETTINGS = CostSettings(bandwidth_efficiency=1.0, dense_efficiency=1.0)
 TABLE = TableSpec(name="t", num_rows=1000, dim=32, optimizer="sgd")
+ROWWISE = dataclasses.replace(TABLE, optimizer="rowwise_adagrad")
 FEATURE = FeatureSpec(name="f", table="t")
 BATCH = 64
 IDS = 3.0
@@ -61,13 +62,36 @@ def test_table_wise_when_costed_then_ids_and_vectors_cross_each_link_by_their_sh
     assert stage(cost, "lookup") == pytest.approx((192 * 32 * 4 + 64 * 32 * 4) * HBM)
 
 
+def test_ids_when_they_have_weights_then_each_carries_one():
+    plain, weighted = (cost_of(table_wise(TABLE, 0), weighted=weighted) for weighted in (False, True))
+    assert stage(weighted, "ids between") == pytest.approx(192 * (8 + 4) / 2 * BETWEEN)
+    assert weighted.storage.ids > plain.storage.ids
+
+
+def test_ids_when_they_are_not_pooled_then_each_place_of_a_sequence_is_a_vector():
+    sequence = dataclasses.replace(FEATURE, pooling="none", max_ids=5)
+    plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(TABLE, 0),))
+    loads = [FeatureLoad(feature="f", pooling_factor=IDS)]
+    cost = plan_cost(plan, [TABLE], [sequence], MACHINE, batch_size=BATCH, loads=loads, settings=SETTINGS)
+    assert stage(cost, "forward between") == pytest.approx(5 * 64 * 32 * 4 / 2 * BETWEEN)
+    assert stage(cost, "ids between") == pytest.approx(192 * 8 / 2 * BETWEEN)
+
+
+def test_links_when_their_bandwidth_is_not_known_then_they_cost_nothing():
+    plan = ShardingPlan(nodes=2, chips=2, placements=(table_wise(TABLE, 0),))
+    machine = dataclasses.replace(MACHINE, inside_bandwidth=0.0)
+    cost = plan_cost(plan, [TABLE], [FEATURE], machine, batch_size=BATCH)
+    assert stage(cost, "forward inside") == 0.0 < stage(cost, "forward between")
+
+
 def test_row_wise_when_costed_then_a_nodes_share_of_the_partial_sums_crosses_between_nodes():
     cost = cost_of(row_wise(TABLE, returns="partial_sums"))
     vectors = 64 * 32 * 4
     assert stage(cost, "forward inside") == pytest.approx(vectors / 2 * INSIDE)
     assert stage(cost, "forward between") == pytest.approx(vectors / 2 / 2 * BETWEEN)
-    # Each owner gets a quarter of the ids.
+    # Each owner gets a quarter of the ids, and of the distinct rows.
     assert stage(cost, "ids between") == pytest.approx(192 / 4 * 8 / 2 * BETWEEN)
+    assert stage(cost, "update") == pytest.approx(stage(cost_of(table_wise(TABLE, 0)), "update") / 4)
 
 
 def test_table_row_wise_when_costed_then_it_holds_half_of_the_ids_on_each_chip():
@@ -84,6 +108,9 @@ def test_rows_return_when_bags_repeat_rows_then_each_row_travels_once_to_each_se
     # 48 ids of one sender hit all 4 rows, so each owner sends its one row to 4 senders.
     assert stage(cost, "forward between") == pytest.approx(4 * 32 * 4 / 2 * BETWEEN, rel=1e-3)
     assert stage(cost, "backward between") == pytest.approx(48 * 32 * 4 / 2 * BETWEEN)
+    # Beside its 48 ids, each owner is told which 4 rows to send. It reads and sends them; 16 samples pool 48 at home.
+    assert stage(cost, "ids between") == pytest.approx((48 * 8 + 4 * 4) / 2 * BETWEEN)
+    assert stage(cost, "lookup") == pytest.approx((2 * 4 + 48 + 16) * 32 * 4 * HBM)
 
 
 def test_rows_return_when_ids_are_skewed_then_the_room_for_them_travels_all_the_same():
@@ -154,6 +181,7 @@ def test_data_parallel_when_costed_then_no_vectors_travel_forward_and_every_devi
     assert stage(cost, "ids between") == pytest.approx(48 * 8 * 1 * BETWEEN)
     assert stage(cost, "backward inside") == pytest.approx(16 * 32 * 4 * 2 * INSIDE)
     assert stage(cost, "lookup") == pytest.approx((48 + 16) * 32 * 4 * HBM)
+    assert stage(cost, "update") == pytest.approx(stage(cost_of(table_wise(TABLE, 0)), "update"))
 
 
 def test_update_when_costed_then_each_id_is_sorted_and_each_distinct_row_read_and_written():
@@ -166,15 +194,46 @@ def test_update_when_costed_then_each_id_is_sorted_and_each_distinct_row_read_an
 
 
 def test_column_wise_when_the_rule_needs_whole_rows_then_statistics_travel_both_ways():
-    rowwise = dataclasses.replace(TABLE, optimizer="rowwise_adagrad")
-    cost = cost_of(column_wise(rowwise, [0, 1]), rowwise)
+    cost = cost_of(column_wise(ROWWISE, [0, 1]), ROWWISE)
     # One number a block of 16 columns out, one back.
     assert stage(cost, "statistics between") == pytest.approx(192 * (1 + 1) * 4 / 2 * BETWEEN)
     assert stage(cost_of(column_wise(TABLE, [0, 1])), "statistics between") == 0.0
+    assert stage(cost_of(table_wise(ROWWISE, 0), ROWWISE), "statistics between") == 0.0
     lamb = dataclasses.replace(TABLE, optimizer="lamb")
     assert stage(cost_of(column_wise(lamb, [0, 1]), lamb), "statistics between") == pytest.approx(
         2 * stage(cost, "statistics between")
     )
+
+
+@pytest.mark.parametrize(
+    ("placement", "parameters", "exchanges"),
+    [
+        # Ids; vectors out, and gradients back.
+        (table_wise(ROWWISE, 0), 0, 1 + 2),
+        # Ids and gradients of those who have no vectors sent.
+        (data_parallel(ROWWISE), 0, 2),
+        # Statistics there and back.
+        (column_wise(ROWWISE, [0, 1]), 0, 1 + 2 + 2),
+        # The all-reduce of the dense part: its sums, and what is gathered of them.
+        (table_wise(ROWWISE, 0), 1000, 1 + 2 + 2),
+    ],
+    ids=["table_wise", "data_parallel", "column_wise", "dense part"],
+)
+def test_exchanges_when_links_take_time_to_start_then_each_takes_that_of_the_links_there_are(
+    placement: Placement, parameters: int, exchanges: int
+):
+    machine = dataclasses.replace(MACHINE, inside_latency=1.0, between_latency=10.0)
+    for nodes, chips, seconds in ((2, 2, 11.0), (1, 4, 1.0), (4, 1, 10.0)):
+        cost = plan_cost(
+            ShardingPlan(nodes=nodes, chips=chips, placements=(placement,)),
+            [ROWWISE],
+            [FEATURE],
+            dataclasses.replace(machine, nodes=nodes, chips=chips),
+            batch_size=BATCH,
+            dense=DenseLoad(parameters=parameters),
+            settings=dataclasses.replace(SETTINGS, latency=0.5),
+        )
+        assert stage(cost, "latency") == exchanges * seconds / 2
 
 
 @pytest.mark.parametrize("term", ["ids", "lookup", "forward", "backward", "update"])
@@ -214,6 +273,10 @@ def test_dense_part_when_given_then_its_all_reduce_and_arithmetic_are_counted_an
     overlapping = dataclasses.replace(SETTINGS, overlap=1.0)
     hidden = plan_cost(plan, [TABLE], [FEATURE], machine, batch_size=BATCH, dense=dense, settings=overlapping)
     assert hidden.total_seconds == pytest.approx(cost.total_seconds - stage(cost, "dense"))
+    slow, half = dataclasses.replace(machine, float32_flops=1e3), dataclasses.replace(SETTINGS, overlap=0.5)
+    hidden = plan_cost(plan, [TABLE], [FEATURE], slow, batch_size=BATCH, dense=dense, settings=half)
+    exchanges = [stage(hidden, name) for name in STAGES if name.endswith((" inside", " between"))]
+    assert hidden.hidden_seconds == pytest.approx(sum(exchanges) / 2)
 
 
 def test_dense_gradients_when_they_travel_in_two_bytes_then_links_carry_half():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from criteo_samples import SPLITS, make_lines, read_split, write_lines
 
-from dlrm_jax.data import spill
+from dlrm_jax.data import multi_hot, spill
 from dlrm_jax.data.check import check_dataset
 from dlrm_jax.data.criteo import CriteoSpec, lines, prepare_criteo
 from dlrm_jax.data.criteo.spec import list_files
@@ -149,6 +149,19 @@ def test_bags_are_a_function_of_seed_feature_and_id_spread_over_the_table():
     assert set(bags[:100, 1:].reshape(-1)) == set(range(100))
     assert not np.array_equal(bags, expand_bags(ids, num_rows=100, pooling_factor=30, feature=3, seed=1))
     assert not np.array_equal(bags, expand_bags(ids, num_rows=100, pooling_factor=30, feature=2, seed=2))
+
+
+def test_bags_when_there_are_more_ids_than_are_hashed_at_a_time_are_the_same(monkeypatch):
+    ids = np.arange(5000) % 100
+    expected = expand_bags(ids, num_rows=100, pooling_factor=30, feature=2, seed=1)
+    monkeypatch.setattr(multi_hot, "_HASHES_AT_ONCE", 1000)
+    np.testing.assert_array_equal(expand_bags(ids, num_rows=100, pooling_factor=30, feature=2, seed=1), expected)
+
+
+def test_bags_stay_what_they_were():
+    # A change here is a change of every dataset that is prepared from now on.
+    bags = expand_bags(np.array([0, 7]), num_rows=1000, pooling_factor=4, feature=2, seed=1)
+    assert bags.tolist() == [[0, 781, 237, 589], [7, 937, 727, 715]]
 
 
 def test_malformed_lines_are_written_down_with_line_and_reason(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_cases import CARD, make_table, write_dataset
 
+from dlrm_jax.data import assemble
 from dlrm_jax.data.assemble import one_batch
 from dlrm_jax.data.card import SparseColumn, read_card
 from dlrm_jax.data.loader import Loader
@@ -191,6 +193,12 @@ def test_bags_of_equal_length_are_read(tmp_path):
     assert_batches_hold(list(Loader(tmp_path, "train", batch_size=32, virtual_shards=4).batches(0)), table)
 
 
+def test_window_of_more_bags_than_are_located_at_a_time_holds_every_sample(dataset, monkeypatch):
+    monkeypatch.setattr(assemble, "_BAGS_AT_ONCE", 7)
+    batches = list(Loader(dataset, "train", batch_size=20, virtual_shards=4).batches(0))
+    assert_batches_hold(batches, make_table(100))
+
+
 def test_sample_weights_are_read_and_a_weight_of_zero_empties_the_bags(tmp_path):
     weights = np.arange(100) % 3
     table = make_table(100).append_column("importance", pa.array(weights.astype(np.float32)))
@@ -198,9 +206,11 @@ def test_sample_weights_are_read_and_a_weight_of_zero_empties_the_bags(tmp_path)
     (batch,) = Loader(tmp_path, "train", batch_size=100, virtual_shards=1, shuffle=False).batches(0)
     np.testing.assert_array_equal(batch.weight, weights)
     assert not batch.ids.lengths[:, weights == 0].any()
-    expected = table.column("tags").to_pylist()
-    tags, _ = bags(batch, "tags")
-    assert tags == [(expected[row] or []) if weights[row] else [] for row in range(100)]
+    for found, column in zip(
+        (bags(batch, "tags")[0], *bags(batch, "clicked")), ("tags", "clicked", "clicked_weight"), strict=True
+    ):
+        expected = table.column(column).to_pylist()
+        assert found == [(expected[row] or []) if weights[row] else [] for row in range(100)]
 
 
 def test_dataset_without_dense_or_sparse_features_is_read(tmp_path):
@@ -274,6 +284,26 @@ def test_each_row_group_is_read_once_an_epoch(dataset, monkeypatch):
     monkeypatch.setattr(row_groups, "read", lambda group: (read.append(group), original(group))[1])
     list(loader.batches(0))
     assert sorted(read) == list(range(len(row_groups.num_rows)))
+
+
+def test_row_groups_are_let_go_after_their_last_window(tmp_path, monkeypatch):
+    write_dataset(tmp_path, make_table(400))
+    loader = Loader(tmp_path, "train", batch_size=5, virtual_shards=1, shuffle_window=10, shuffle=False, threads=1)
+    groups, original = [], loader._row_groups.read
+
+    def read(number):
+        group = original(number)
+        groups.append(weakref.ref(group))
+        return group
+
+    monkeypatch.setattr(loader._row_groups, "read", read)
+    batches = loader.batches(0)
+    for _ in range(60):
+        next(batches)
+    assert len(groups) >= 30
+    # One or two of a window, and four that are read ahead.
+    assert sum(group() is not None for group in groups) < 10
+    batches.close()
 
 
 def test_training_and_validation_are_read_at_the_same_time(tmp_path):

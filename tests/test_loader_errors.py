@@ -30,6 +30,7 @@ def dataset(tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"shards": range(60, 65)}, "60, 65.*0 <= start < stop <= 64"),
         ({"shards": range(0)}, "one or more"),
+        ({"shards": range(0, 64, 2)}, "consecutive"),
         ({"features": ("user", "item")}, "no sparse feature 'item'"),
         ({"features": ("user", "user")}, "'user' is asked for twice"),
     ],

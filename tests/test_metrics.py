@@ -188,6 +188,13 @@ def test_binned_metrics_when_many_small_batches_are_added_then_the_sums_lose_not
     assert total_weight == 2.0**25 + 2000
 
 
+def test_binned_metrics_when_a_batch_outweighs_those_before_then_the_sums_lose_nothing():
+    state = BinnedMetrics.zeros(NUM_BINS)
+    for label, weight in ((0, 1), (1, 2.0**25)):
+        state = update(state, *(np.array([value], np.float32) for value in (0, label, weight)))
+    assert state.compute().accuracy == pytest.approx(1 / (1 + 2**25), rel=1e-9, abs=0)
+
+
 def test_binned_metrics_when_every_device_adds_its_own_then_they_equal_those_of_one():
     batch = click_samples(4096)
     mesh = make_mesh(2, 4)

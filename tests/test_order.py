@@ -117,6 +117,12 @@ def test_shuffling_mixes_rows_of_a_window_and_row_groups_of_the_split():
     assert abs(np.corrcoef(groups[0], np.arange(64))[0, 1]) < 0.5  # standard deviation 0.13
 
 
+def test_windows_when_shuffled_then_each_permutes_its_rows_in_its_own_way():
+    order = DataOrder(rows_per_group=(1000,), batch_size=10, virtual_shards=1, shuffle_window=100, seed=7, shuffle=True)
+    places = samples(order).reshape(10, 100) % 100
+    assert len({tuple(window) for window in places.tolist()}) == 10
+
+
 def test_order_of_a_small_split_stays_what_it_was():
     # Runs resume across versions of this program and of numpy: a change here is a change of every run's data.
     order = DataOrder(

@@ -1,6 +1,7 @@
 """Every placement and return on meshes of eight devices does what one device does."""
 
 from functools import cache
+from typing import get_args
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from sharding import (
     make_mesh,
 )
 from sharding.codec import Codec
-from sharding.plan import Placement, ShardingPlan, column_wise, row_wise, table_row_wise
+from sharding.plan import Placement, Returns, ShardingPlan, column_wise, row_wise, table_row_wise
 
 MESHES = ((1, 8), (2, 4), (4, 2))
 UPDATES = 3
@@ -161,6 +162,32 @@ def test_lamb_on_columns_in_plain_jax_then_the_same_bits_as_on_one_device() -> N
 
 
 USER = TableSpec(name="user", num_rows=50, dim=32)
+
+
+def test_invalid_ids_of_a_table_in_column_slices_then_each_counted_once() -> None:
+    table, feature = TableSpec(name="t", num_rows=10, dim=32), FeatureSpec(name="f", table="t", max_ids=2)
+    plan = ShardingPlan(nodes=1, chips=2, placements=(column_wise(table, [1, 0]),))
+    tables = ShardedTables([table], [feature], plan=plan, mesh=make_mesh(1, 2))
+    for bags, invalid in (([[1, 10], [-1, 2]], 2), ([[1, 2, 3], [4]], 1)):
+        assert tables.route(tables.to_devices(KeyedJagged.from_bags({"f": bags}), 3)).invalid == invalid
+
+
+@pytest.mark.parametrize("returns", get_args(Returns))
+def test_ids_outside_a_table_that_is_spread_then_without_effect(returns: Returns) -> None:
+    table, feature = TableSpec(name="t", num_rows=10, dim=16), FeatureSpec(name="f", table="t", max_ids=3)
+    plan = ShardingPlan(nodes=1, chips=2, placements=(row_wise(table, returns=returns),))
+    spread = ShardedTables([table], [feature], plan=plan, mesh=make_mesh(1, 2))
+    ids = KeyedJagged.from_bags({"f": [[1, 10, 9], [-1, 2], [2**31 - 1], [9, 11]]})
+    found = []
+    for tables in (ShardedTables([table], [feature]), spread):
+        state = tables.init()
+        routed = tables.route(tables.to_devices(ids))
+        assert routed.invalid == 4
+        embeddings = tables.lookup(state, routed)
+        state = tables.update(state, routed, jax.tree.map(np.ones_like, embeddings), step=1)
+        found.append((np.asarray(embeddings["f"]), tables.read_rows(state, "t", range(10))))
+    for here, there in zip(*found, strict=True):
+        np.testing.assert_allclose(there, here, rtol=TOLERANCE)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.11 dies of arrays without elements")

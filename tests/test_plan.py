@@ -100,6 +100,8 @@ def test_a_placement_that_cannot_be_then_refused(placement: Placement, message: 
         ([(0, 16), (32, 32)], "a slice begins at column 32, the one before ends at 16: the plan has a gap"),
         ([(0, 16), (16, 16)], "its slices end at column 32, its last column is 63: a gap"),
         ([(0, 64), (64, 64)], "its slices end at column 128, its last column is 63: columns that do not exist"),
+        ([(0, 0)], "its slices end at column 0, its last column is 63: a gap"),
+        ([(0, 0), (0, 64)], "its 64 columns do not divide into 2 equal slices of a multiple of 16: use one of"),
         ([(0, 48), (48, 16)], "its 64 columns do not divide into 2 equal slices of a multiple of 16: use one of"),
     ],
 )
@@ -132,6 +134,10 @@ def test_fewer_rows_than_devices_then_refused() -> None:
     message = "table 't' has 7 rows, row_wise over 8 devices needs at least 8: place it table_wise or data_parallel"
     assert_refused(message, on_2x4(row_wise(SMALL, returns="rows")), SMALL)
     check_plan(on_2x4(table_row_wise(SMALL, 0, returns="rows")), [SMALL], 2, 4)
+    tiny = dataclasses.replace(SMALL, num_rows=3)
+    for placement in (table_row_wise(tiny, 0, returns="rows"), grid(tiny, [0, 1], returns="rows")):
+        message = f"table 't' has 3 rows, {placement.kind} over 4 devices needs at least 4: place it"
+        assert_refused(message, on_2x4(placement), tiny)
 
 
 @pytest.mark.parametrize("count", [3, 8])

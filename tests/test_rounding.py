@@ -141,8 +141,10 @@ def test_stochastic_rounding_to_float16_when_too_large_then_saturates() -> None:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [0, 2**32 - 1])
 def test_stochastic_rounding_of_infinities_and_nan_then_they_stay(dtype, bits: int) -> None:
-    values = np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32)
-    np.testing.assert_array_equal(rounded(values, dtype, np.full(4, bits)), values)
+    # The first and the last NaN of each sign: those lose all that makes them one, or carry into the sign.
+    words = np.array([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], np.uint32)
+    values = np.concatenate([np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32), words.view(np.float32)])
+    np.testing.assert_array_equal(rounded(values, dtype, np.full(8, bits)), values)
 
 
 def test_stochastic_rounding_to_float32_then_refused() -> None:

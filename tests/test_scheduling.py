@@ -33,7 +33,7 @@ HloModule step, is_scheduled=true
 
 ENTRY %main () -> () {
   %x = f32[500000]{0} parameter(0)
-  %go = ((f32[500000]{0}), f32[500000]{0}) all-to-all-start(%x), replica_groups=mesh['node'=1,'chip'=8] {'chip'}
+  %go = ((f32[500000]{0}), f32[500000]{0}) all-to-all-start(%x), replica_groups=GROUPS
   %c = f32[500000]{0} negate(%x), metadata={op_name="jit(step)/dense/neg"}
   %come = f32[500000]{0} all-to-all-done(%go)
   %loop = f32[500000]{0} while(%c), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
@@ -41,8 +41,19 @@ ENTRY %main () -> () {
 """
 
 
-def test_the_profile_of_a_program_then_it_has_what_the_timeline_takes_for_each_instruction() -> None:
-    topology, settings, program = parse_topology("h200:1x8"), CostSettings(), parse_program(PROGRAM)
+@pytest.mark.parametrize(
+    ("machine", "groups"),
+    [
+        ("h200:1x8", "mesh['node'=1,'chip'=8] {'chip'}"),
+        # The slower of two kinds of link.
+        ("h200:2x4", "mesh['node'=2,'chip'=4] {'node','chip'}"),
+    ],
+)
+def test_the_profile_of_a_program_then_it_has_what_the_timeline_takes_for_each_instruction(
+    machine: str, groups: str
+) -> None:
+    topology, settings = parse_topology(machine), CostSettings()
+    program = parse_program(PROGRAM.replace("GROUPS", groups))
     found = re.findall(r'costs \{ name: "([^"]+)" cost_us: ([\d.]+) \}\n', profile_of(program, topology, settings))
     costs = {name: float(microseconds) * 1e-6 for name, microseconds in found}
     assert set(costs) == {"go", "c", "loop", "inside"}

@@ -124,6 +124,22 @@ def test_an_update_when_no_id_names_a_row_then_every_bit_stays(implementation: s
 
 
 @each_implementation
+def test_an_update_by_lamb_when_a_norm_is_zero_then_that_of_adam(implementation: str) -> None:
+    # The first row has no norm to scale by, the second nothing to be scaled.
+    rows, gradients = table_of(16), gradients_of(16)
+    rows[0], gradients[1] = 0.0, 0.0
+    ids = Batch(rows=np.arange(2, dtype=np.int32), offsets=np.arange(3, dtype=np.int32), weights=np.ones(2, np.float32))
+    slots = slots_of(16, weight_decay=jnp.zeros(3))
+    by_lamb, by_adam = (
+        numbers_of_rows(update(implementation, rule, fresh_stores(rule, rows), ids, gradients[:2], slots=slots), 16)
+        for rule in ("lamb", "adam")
+    )
+    assert by_lamb[0][0].all()
+    for found, expected in zip(by_lamb, by_adam, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@each_implementation
 @pytest.mark.parametrize(("rule", "num_ids"), [("lamb", NUM_IDS), ("rowwise_adagrad", 2 * RUN_BLOCK)])
 def test_an_update_that_is_not_enabled_then_every_bit_stays(implementation: str, rule: str, num_ids: int) -> None:
     tables = fresh_stores(rule, table_of(16))

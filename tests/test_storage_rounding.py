@@ -136,3 +136,19 @@ def test_stochastic_rounding_of_an_update_then_depends_on_seed_step_table_row_an
     other_rows = np.array([[4], [10], [18], [31]], np.uint32)
     for change in ({"seed": 3}, {"step": 5}, {"table": 8}, {"logical_rows": other_rows}):
         assert (rounded_rows(implementation, dtype, places=np.array([0, 1, 2, 3]), **change) != here).any()
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_stochastic_rounding_of_an_update_when_gradients_are_not_finite_then_neither_are_their_rows(
+    implementation: str, dtype
+) -> None:
+    # What is added to round it would make a NaN of ones a zero, were it not left alone.
+    gradients = np.array([[0x7FFFFFFF], [0xFFFFFFFF], [0x7F800000]], np.uint32).view(np.float32).repeat(16, axis=1)
+    ids = Batch(rows=np.arange(3, dtype=np.int32), offsets=np.arange(4, dtype=np.int32), weights=np.ones(3, np.float32))
+    stores = Stores(weights=lines_of(table_of(16, dtype=dtype)))
+    after = update(implementation, "sgd", stores, ids, gradients, storage_rounding="stochastic")
+    rows = numbers_of_rows(after, 16)[0].astype(np.float32)
+    assert np.isnan(rows[:2]).all()
+    assert np.isneginf(rows[2]).all()
+    assert np.isfinite(rows[3:]).all()

@@ -151,6 +151,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_then_refused() -> None:
     of_two = dataclasses.replace(ids, parts=2)
     assert_refused("3 samples with room for 4 ids do not divide over 2 devices", tables.route, of_two)
     assert_refused("3 samples do not divide over 2 devices", tables.to_devices, ids)
+    odd = dataclasses.replace(jagged(values=np.zeros(5, np.int32)), parts=2)
+    assert_refused("4 samples with room for 5 ids do not divide over 2 devices", tables.route, odd)
 
 
 def test_a_batch_of_nothing_on_several_devices_when_jax_would_die_of_it_then_refused(monkeypatch) -> None:
@@ -246,6 +248,16 @@ def test_a_batch_that_32_bits_do_not_number_then_refused(samples: int, ids: int,
     assert_refused(message, jax.eval_shape, ShardedTables([TABLE], [FEATURE]).route, abstract)
 
 
+def test_a_batch_whose_bags_32_bits_do_not_number_at_an_owner_then_refused() -> None:
+    # At home half as many.
+    plan = ShardingPlan(nodes=1, chips=2, placements=(table_wise(TABLE, 0),))
+    tables = ShardedTables([TABLE], [FEATURE], plan=plan, mesh=make_mesh(1, 2))
+    values, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (1, 2**31)))
+    abstract = KeyedJagged(values=values, lengths=lengths, features=("f",), parts=2)
+    message = f"{2**31} samples with room for 8 ids are {2**31} bags on a device, but 32 bits number"
+    assert_refused(message, jax.eval_shape, tables.route, abstract)
+
+
 def test_more_ids_of_one_device_than_32_bits_number_then_refused() -> None:
     # Of no memory: one element again and again.
     values = np.broadcast_to(np.int32(1), (2**31,))
@@ -266,7 +278,7 @@ def test_an_update_whose_step_or_gradients_cannot_be_then_refused() -> None:
     tables = ShardedTables([TABLE], [FEATURE])
     state, routed = tables.init(), tables.route(tables.to_devices(jagged()))
     gradients = tables.lookup(state, routed)
-    for step in (0, 0.5, np.array(0)):
+    for step in (0, 0.5, np.int64(0), np.array(0)):
         assert_refused(
             f"step is {step}; updates are counted from 1", tables.update, state, routed, gradients, step=step
         )

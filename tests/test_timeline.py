@@ -156,6 +156,41 @@ def test_an_exchange_in_a_loop_then_each_round_has_its_own() -> None:
     assert found.hidden_share == pytest.approx(1)
 
 
+def test_exchanges_in_the_branches_of_a_condition_then_those_of_the_longest_count() -> None:
+    branches = f"""%short (s: f32[500]) -> f32[500] {{
+  %s = {BUFFER} parameter(0)
+  ROOT %x = {BUFFER} all-to-all(%s), {CHIPS}
+}}
+
+%long (t: f32[500]) -> f32[500] {{
+  %t = {BUFFER} parameter(0)
+  %y = {BUFFER} all-to-all(%t), {CHIPS}
+  ROOT %z = {BUFFER} all-to-all(%y), {CHIPS}
+}}
+
+"""
+    condition = f"%c = {BUFFER} conditional(%which, %buffer, %buffer), branch_computations={{%short, %long}}"
+    found = timeline(f"%which = s32[] parameter(1)\n{condition}", others=branches)
+    assert [exchange.name for exchange in found.exchanges] == ["y", "z"]
+    assert found.seconds == pytest.approx(2)
+
+
+def test_an_exchange_that_nothing_waits_for_then_the_step_does() -> None:
+    found = timeline("START x node\nCOMPUTE 1")
+    assert (found.seconds, found.exposed_seconds) == pytest.approx((4, 3))
+    assert shares(found) == [0.25]
+
+
+def test_exchanges_of_several_chunks_then_their_spans_have_one_scope() -> None:
+    lines = (
+        f'%x{chunk} = {BUFFER} all-to-all(%buffer), {CHIPS}, metadata={{op_name="jit(step)/dense/return_{chunk}/a"}}'
+        for chunk in (0, 1)
+    )
+    found = timeline("\n".join(lines))
+    assert {span.scope for span in found.spans} == {"return"}
+    assert [exchange.scope for exchange in found.exchanges] == ["dense/return_0", "dense/return_1"]
+
+
 def test_what_a_tpu_runs_on_its_sparse_cores_then_it_starts_with_its_operands_and_ends_with_the_call() -> None:
     called = f"""%called (s: f32[500]) -> f32[500] {{
   %s = {BUFFER} parameter(0)
@@ -185,6 +220,7 @@ def test_bounds_then_no_step_is_shorter_than_its_computing_and_its_busiest_link(
 
 def test_the_largest_hidden_share_when_both_links_are_busy_then_each_may_hide_behind_the_same_computing() -> None:
     found = timeline("START x node\nSTART y chip\nCOMPUTE 2\nEND y\nEND x")
+    assert [exchange.name for exchange in found.exchanges] == ["x", "y"]
     # Half of 4 s, and all of 1 s.
     assert found.hidden_share == pytest.approx(3 / 5)
     assert found.largest_hidden_share == pytest.approx(3 / 5)
@@ -214,6 +250,17 @@ def test_efficiencies_when_half_then_all_takes_twice_as_long() -> None:
     assert work_seconds(Work(num_bytes=1000), MACHINE, half) == pytest.approx(2)
     collective = timeline("WHOLE x chip").exchanges[0].collective
     assert exchange_seconds(collective, MACHINE, half)[INSIDE] == pytest.approx(2)
+
+
+def test_latency_of_links_then_each_exchange_over_them_takes_that_much_longer() -> None:
+    slow = dataclasses.replace(MACHINE, inside_latency=0.5, between_latency=2.0)
+    assert timeline("WHOLE x chip\nWHOLE y node", slow).seconds == pytest.approx(1.5 + 6)
+    assert timeline("WHOLE x chip", slow).seconds == pytest.approx(1.5)
+    (exchange,) = timeline("WHOLE x node", slow).exchanges
+    unknown = dataclasses.replace(slow, between_bandwidth=0.0)
+    assert exchange_seconds(exchange.collective, unknown, SETTINGS) == {BETWEEN: 2}
+    half = dataclasses.replace(SETTINGS, latency=0.5)
+    assert exchange_seconds(exchange.collective, slow, half) == {BETWEEN: pytest.approx(4 + 1)}
 
 
 def test_the_report_then_it_says_every_collective_and_the_totals(tmp_path: Path) -> None:

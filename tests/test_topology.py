@@ -77,6 +77,9 @@ def test_tpu7x_device_has_half_of_a_chip():
     device, chip = parse_topology("tpu7x:1x8"), parse_topology("v5p:1x4")
     assert device.bfloat16_flops == 2307e12 / 2
     assert device.hbm_bytes == 192 * 2**30 // 2
+    assert device.hbm_bandwidth == 7.38e12 / 2
+    # Four chips are a host.
+    assert device.host_memory_bytes == 960 * GB
     # Both chips have the same links, and here as many chips. Of what a device exchanges an eighth is its own, of what
     # a chip of one device exchanges a quarter.
     assert device.inside_bandwidth == pytest.approx(chip.inside_bandwidth / 2 * (7 / 8) / (3 / 4))
@@ -86,6 +89,7 @@ def test_tpu7x_device_has_half_of_a_chip():
 def test_an_all_to_all_on_the_same_tpus_when_called_one_node_or_a_node_each_then_it_takes_as_long(kind):
     node, nodes = parse_topology(f"{kind}:1x8"), parse_topology(f"{kind}:8x1")
     assert node.inside_bandwidth == pytest.approx(nodes.between_bandwidth)
+    assert node.inside_latency == nodes.between_latency > nodes.inside_latency
 
 
 @pytest.mark.parametrize(

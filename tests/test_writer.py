@@ -1,5 +1,7 @@
 """SplitWriter and ColumnStatistics: whole row groups, files that appear only when complete, figures of the card."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -147,11 +149,23 @@ def test_statistics_when_dense_is_not_standardised_then_the_draft_stays():
     assert statistics.card().dense == CARD.dense
 
 
-def test_statistics_when_counters_are_bounded_then_the_largest_features_are_not_counted():
-    statistics = ColumnStatistics(CARD, max_counters=9)
+@pytest.mark.parametrize("max_counters", [9, 15])
+def test_statistics_when_counters_are_bounded_then_the_largest_features_are_not_counted(max_counters):
+    # Of 16.
+    statistics = ColumnStatistics(CARD, max_counters=max_counters)
     statistics.add("train", rows(20))
     assert statistics.card().feature("user").frequencies is None
     assert statistics.card().feature("videos").frequencies is not None
+
+
+def test_statistics_when_the_draft_has_frequencies_then_they_stay():
+    known = Frequencies(total=7, distinct=1, top=((3, 7),), coverage=((1, 1.0),))
+    user, videos = CARD.sparse
+    statistics = ColumnStatistics(
+        dataclasses.replace(CARD, sparse=(dataclasses.replace(user, frequencies=known), videos))
+    )
+    statistics.add("train", rows(20))
+    assert statistics.card().feature("user").frequencies == known
 
 
 @pytest.mark.parametrize("outside", [-1, 10, 2**40])

@@ -117,7 +117,7 @@ class DataOrder:
             The row groups to read and the windows, the first of them without the steps before ``first_step``.
         """
         num_windows = -(-self.steps_per_epoch // self.steps_per_window)
-        first_window = first_step // self.steps_per_window if first_step < self.steps_per_epoch else num_windows
+        first_window = first_step // self.steps_per_window
         pieces = self._pieces(epoch, shards)
         pieces = pieces[pieces["window"] >= first_window]
         groups, first_piece = np.unique(pieces["group"], return_index=True)

@@ -142,7 +142,7 @@ def _validate_weights(table: pa.Table, column: SparseColumn, path: str | os.Path
         weights = chunk.flatten()
         values = weights.to_numpy(zero_copy_only=False)
         for limit, valid in (
-            ("weights are finite float32 numbers", ~_nulls(weights) & _is_finite_float32(values)),
+            ("weights are finite float32 numbers", _is_finite_float32(values)),
             (_WEIGHT_LIMIT, _stays_nonzero(values)),
         ):
             if not valid.all():
@@ -161,11 +161,7 @@ def _first_outside(ids: Shaped[np.ndarray, " ids"], num_rows: int) -> int | None
     """Position of the first id outside [0, num_rows); minimum and maximum first, since all are nearly always inside."""
     if not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < num_rows):
         return None
-    # Compared as Python compares, not as numpy promotes: num_rows may not fit the column's type.
-    inside = ids >= 0
-    if num_rows <= np.iinfo(ids.dtype).max:
-        inside &= ids < num_rows
-    return _first(~inside)
+    return _first((ids < 0) | (ids >= num_rows))
 
 
 def _raise_outside(value: int, column: SparseColumn, where: str) -> None:

@@ -1,0 +1,40 @@
+"""Machines and models that plans are made for, shared by the tests of the planner and of its parts."""
+
+import dataclasses
+
+import numpy as np
+
+from sharding.load import FeatureLoad
+from sharding.planner import PlanResult, make_plan
+from sharding.tables import FeatureSpec, TableSpec
+from sharding.topology import parse_topology
+
+NODES, CHIPS = 2, 4
+MACHINE = parse_topology(f"h200:{NODES}x{CHIPS}")
+BATCH = 1024
+
+
+def model_of(
+    tables: list[TableSpec], factors: list[float]
+) -> tuple[list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+    named = [dataclasses.replace(table, name=f"t{number}") for number, table in enumerate(tables)]
+    features = [FeatureSpec(name=f"f{number}", table=table.name) for number, table in enumerate(named)]
+    loads = [
+        FeatureLoad(feature=feature.name, pooling_factor=factor)
+        for feature, factor in zip(features, factors, strict=False)
+    ]
+    return named, features, loads
+
+
+def skewed_model(num_tables: int, seed: int) -> tuple[list[TableSpec], list[FeatureSpec], list[FeatureLoad]]:
+    rng = np.random.default_rng(seed)
+    tables = [
+        TableSpec(name="t", num_rows=int(rng.lognormal(10, 2)) + 10, dim=int(rng.choice([16, 32, 64, 128])))
+        for _ in range(num_tables)
+    ]
+    return model_of(tables, rng.lognormal(2, 1, num_tables).tolist())
+
+
+def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:
+    tables, features, loads = skewed_model(num_tables, seed)
+    return make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, **arguments)
