@@ -234,10 +234,7 @@ def test_data_when_it_is_repaired_as_the_error_says_then_the_same_command_trains
         (lambda data: shutil.rmtree(data / "train"), "train: holds no .parquet file, but the card names the split"),
         (lambda data: (data / "train" / "part-00000.parquet").write_bytes(b"PAR1 no"), "cannot be read as Parquet"),
         (lambda data: (data / "card.json").write_text("{"), "card.json: cannot be read as JSON"),
-        (
-            lambda data: write_card(tiny.card(splits={"train": tiny.card().splits["train"]}), data),
-            "['train']: make that one, or",
-        ),
+        (lambda data: write_card(tiny.card(splits={"train": tiny.card().splits["train"]}), data), "['train']: make"),
         (lambda data: write_card(tiny.card(dense=(DenseColumn(name="age", std=0.0),)), data), "has std 0.0"),
     ],
     ids=["missing folder", "unreadable file", "unreadable card", "missing split", "card out of its limits"],
