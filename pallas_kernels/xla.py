@@ -103,12 +103,14 @@ def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _T
     # The rows of padding form the last run; how they are added is nobody's business.
     long_runs = jnp.any((place_in_run >= RUN_BLOCK) & (sorted_rows < num_rows))
 
+    bags_in_order = bags[order]
+    weights = None if ids.weights is None else ids.weights[order]
+
     # In each branch, so that XLA for GPUs reads them where it adds them and writes them nowhere.
     def contributions(places: Int32[Array, " k"] | slice) -> Float[Array, "k w"]:
-        of_ids = gradients.at[bags[order[places]]].get(mode="fill", fill_value=0)
-        if ids.weights is None:
-            return of_ids
-        return jax.lax.optimization_barrier(of_ids * ids.weights[order[places]][:, None])  # as in a lookup
+        of_ids = gradients.at[bags_in_order[places]].get(mode="fill", fill_value=0)
+        # As in a lookup.
+        return of_ids if weights is None else jax.lax.optimization_barrier(of_ids * weights[places][:, None])
 
     def add_blocks() -> Float[Array, "n w"]:
         block_places, upto_block = places_of(cut)
