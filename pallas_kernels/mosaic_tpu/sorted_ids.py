@@ -44,7 +44,7 @@ def sort_ids(
     """Sorts the ids by row, stably.
 
     A TensorCore's sort of a million ids takes half a minute to compile, with each array that it moves some more: so it
-    moves as few as can be.
+    moves as few as can be. SparseCores' sorts take a second; they sort by one key only.
 
     Args:
         ids: The ids.
@@ -59,19 +59,18 @@ def sort_ids(
     """
     number = jnp.arange(ids.rows.shape[0], dtype=jnp.int32)
     keys, bags = ids.sort_keys(num_rows)
+    on_tensorcore = current_target().device_kind.startswith(_WITHOUT_SPARSECORES)
     slot_bits = (num_slots - 1).bit_length()
     slot_mask = (1 << slot_bits) - 1
-    in_one = ids.offsets.shape[0] << slot_bits <= 2**31
+    in_one = on_tensorcore and ids.offsets.shape[0] << slot_bits <= 2**31
     fields = {"bag": (bags << slot_bits) | (ids.slots & slot_mask)} if in_one else {"bag": bags, "slot": ids.slots}
     if ids.weights is not None:
         fields["weight"] = ids.weights
     if statistics is not None:
         fields |= {f"statistic {k}": statistics[:, k] for k in range(statistics.shape[1])}
     fields |= more or {}
-    # A stable sort moves the number of each id, too. Bags ascend with the ids, so they can stand in for it. Not on
-    # SparseCores: they sort by one key only, and their sorts take a second to compile.
-    alike = ids.weights is None and statistics is None
-    by_bag = alike and current_target().device_kind.startswith(_WITHOUT_SPARSECORES)
+    # A stable sort moves the number of each id, too. Bags ascend with the ids, so they can stand in for it.
+    by_bag = on_tensorcore and ids.weights is None and statistics is None
     sorted_rows, *values, order = jax.lax.sort(
         (keys, *fields.values(), number), num_keys=2 if by_bag else 1, is_stable=not by_bag
     )
