@@ -15,11 +15,16 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.scans import offsets_of
 from pallas_kernels.target import current_target
 
-# Positions of segments are added from each of these up to its double, and from there on by a loop that ends where the
-# longest segment does.
-_BEGINS = (1, 2, 4, 8, 16)
-# Most positions that are added by one program.
-_STEP = 8
+# Positions of segments are added range by range, each twice as long as the one before, as long as that leaves many
+# segments out; then by a loop that ends where the longest segment does.
+_MOST_LEFT_OUT = 32
+# Most positions that one program adds. More is quicker to run and slower to compile.
+_STEP = 4
+
+
+def by_gathers() -> bool:
+    """Whether the sums of the program that is traced are gathers: on GPUs."""
+    return current_target().platform == "gpu"
 
 
 def segment_sums(
@@ -27,7 +32,6 @@ def segment_sums(
     segments: Int32[Array, " n"],
     num_segments: int,
     *,
-    longest: int | None = None,
     ids_of_vector: int = 1,
 ) -> Float[Array, "S w"]:
     """Sums of consecutive segments: ``out[s] = vectors[i] + vectors[i + 1] + ...`` over the ids of segment s.
@@ -36,16 +40,12 @@ def segment_sums(
         vectors: The vectors of some ids, given an index into the n: numbers, or the slice of all.
         segments: Segment of each id, ascending; ids of segments from S on are dropped.
         num_segments: S.
-        longest: The caller's promise that sums of segments with more vectors do not matter.
         ids_of_vector: The caller's promise that every vector of a segment but the last stands for so many of the n.
     """
-    if current_target().platform != "gpu":
+    if not by_gathers():
         return jax.ops.segment_sum(vectors(slice(None)), segments, num_segments, indices_are_sorted=True)
     lengths = jnp.zeros(num_segments, jnp.int32).at[segments].add(1, indices_are_sorted=True, mode="drop")
-    starts = offsets_of(lengths)[:-1]
-    if longest is not None:
-        lengths = jnp.minimum(lengths, longest)
-    return _sums_by_gathers(vectors, starts, lengths, segments.shape[0], ids_of_vector)
+    return _sums_by_gathers(vectors, offsets_of(lengths)[:-1], lengths, segments.shape[0], ids_of_vector)
 
 
 def _sums_by_gathers(
@@ -67,9 +67,9 @@ def _sums_by_gathers(
         # All that have no more read the same vector, which is in the cache.
         return jnp.where(inside[:, None], vectors(jnp.where(inside, first + position, 0)), 0)
 
-    def with_more(sums: Float[Array, "S w"], begin: int, end: Int32[Array, ""] | int) -> Float[Array, "S w"]:
+    def with_more(sums: Float[Array, "S w"], begin: int, end: Int32[Array, ""] | int, step: int) -> Float[Array, "S w"]:
         """Adds the vectors of positions from `begin` up to `end` to the sums of segments that have so many."""
-        some, step = order[: num_ids // (begin * ids_of_vector + 1)], min(begin, _STEP)
+        some = order[: num_ids // (begin * ids_of_vector + 1)]
         first, length = starts[some], lengths[some]
 
         def add(number: Int32[Array, ""] | int, head: Float[Array, "k w"]) -> Float[Array, "k w"]:
@@ -80,8 +80,7 @@ def _sums_by_gathers(
         head = jax.lax.fori_loop(0, (end - begin + step - 1) // step, add, sums[some])
         return sums.at[some].set(head, unique_indices=True)
 
-    sums = vectors_at(0, starts, lengths)
-    for begin in _BEGINS:
-        sums = with_more(sums, begin, 2 * begin)
-    most = 2 * _BEGINS[-1]
-    return with_more(sums, most, jnp.maximum(-falling[0], most))
+    sums, begin = vectors_at(0, starts, lengths), 1
+    while begin * ids_of_vector < _MOST_LEFT_OUT:
+        sums, begin = with_more(sums, begin, 2 * begin, min(begin, _STEP)), 2 * begin
+    return with_more(sums, begin, jnp.maximum(-falling[0], begin), _STEP)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
-from pallas_kernels.ordered_sums import segment_sums
+from pallas_kernels.ordered_sums import by_gathers, segment_sums
 from pallas_kernels.row_optimizers import RowHyperparameters, RowOptimizer, RowValues, sum_blocks, sum_columns
 from pallas_kernels.scans import bags_of_ids, places_of
 from pallas_kernels.slots import Slots
@@ -106,7 +106,7 @@ def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _T
     bags_in_order = bags[order]
     weights = None if ids.weights is None else ids.weights[order]
 
-    # In each branch, so that XLA for GPUs reads them where it adds them and writes them nowhere.
+    # A function, so that XLA reads them where it adds them and writes them nowhere.
     def contributions(places: Int32[Array, " k"] | slice) -> Float[Array, "k w"]:
         of_ids = gradients.at[bags_in_order[places]].get(mode="fill", fill_value=0)
         # As in a lookup.
@@ -114,16 +114,17 @@ def _touched_rows(ids: Ids, gradients: Float[Array, "G w"], num_rows: int) -> _T
 
     def add_blocks() -> Float[Array, "n w"]:
         block_places, upto_block = places_of(cut)
-        sums = segment_sums(contributions, upto_block - 1, num_ids, longest=RUN_BLOCK)
+        sums = segment_sums(contributions, upto_block - 1, num_ids)
         # Those of padding are dropped.
         of_rows = jnp.where(sorted_rows < num_rows, runs, num_ids)
         runs_of_blocks = of_rows.at[block_places].get(mode="fill", fill_value=num_ids)
         return segment_sums(lambda places: sums[places], runs_of_blocks, num_ids, ids_of_vector=RUN_BLOCK)
 
     def add_runs() -> Float[Array, "n w"]:
-        return segment_sums(contributions, runs, num_ids, longest=RUN_BLOCK)
+        return segment_sums(contributions, runs, num_ids)
 
-    sums = jax.lax.cond(long_runs, add_blocks, add_runs)
+    # Gathers take long to compile: one way for both. The second pass is over few blocks then, or over none.
+    sums = add_blocks() if by_gathers() else jax.lax.cond(long_runs, add_blocks, add_runs)
     first_ids = order.at[first_places].get(mode="fill", fill_value=0)
     return _TouchedRows(
         rows=sorted_rows.at[first_places].get(mode="fill", fill_value=num_rows),
