@@ -15,6 +15,7 @@ processor but every thread that spins while it waits.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -39,7 +40,8 @@ from dlrm_jax.model import ModelConfig
 
 PARITY_STEPS = 10
 # Losses are float32 sums over a batch that each side orders in its own way: 2**-23 is 1.2e-7.
-PARITY_TOLERANCE = 1e-5
+# In bfloat16 operands are rounded to 2**-9 of them, and torch rounds results, too.
+PARITY_TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-3}
 # Row-wise AdaGrad moves each row by its rate, however small the gradient. So where one rounding decides on a ReLU, rows
 # of one sample differ by that much on two sides; from a rate of 0.05 on, such differences grow tenfold with each step.
 # The rate of SGD is as large as shows every wrong row and lets no difference grow. Both are over the ids of a bag.
@@ -110,10 +112,10 @@ def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: fl
             with started(PEERS[name], case) as peer:
                 answer = _losses(peer)
                 difference = _difference(first["losses"], answer["losses"])
-                if not difference <= PARITY_TOLERANCE:
+                if not difference <= PARITY_TOLERANCES[case.dtype]:
                     raise SystemExit(
-                        f"{case.name}, {case.ids}, {case.optimizer}: losses of {name} differ from ours by "
-                        f"{difference:.1e}: {answer['losses']} and {first['losses']}"
+                        f"{case.name}, {case.ids}, {case.optimizer}, {case.dtype}: losses of {name} differ from ours "
+                        f"by {difference:.1e}: {answer['losses']} and {first['losses']}"
                     )
                 pair = {"ours": ours, name: peer}
                 # Its time says how many steps make a turn.
@@ -147,6 +149,7 @@ def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: fl
         "cpu_ms": 1e3 * flops / (1e9 * results["ours"]["cpu_gflops"]),
     }
     what = {"workload": case.name, "ids": case.ids, "optimizer": case.optimizer, "batch_size": case.batch_size}
+    what["dtype"] = case.dtype
     return {**what, "load": os.getloadavg()[0], "floor": floor, "sides": results}
 
 
@@ -165,7 +168,7 @@ def _ratio(theirs: list[dict[str, float]], ours: list[dict[str, float]], name: s
 
 def _print(results: list[dict[str, Any]]) -> None:
     for result in results:
-        title = "{workload}, {ids} ids, {optimizer}, batch {batch_size}; load {load:.1f}".format(**result)
+        title = "{workload}, {ids} ids, {optimizer}, {dtype}, batch {batch_size}; load {load:.1f}".format(**result)
         table = Table(title=title + "; the floor is {ms:.1f} ms".format(**result["floor"]))
         columns = ("side", "step, ms", "over ours", "processor time", "fastest, ms", "over ours", "samples/s")
         for column in (*columns, "peak, GB", "start, s", "1st step, s", "GFLOP/s", "a core"):
@@ -199,7 +202,7 @@ def _draw(results: list[dict[str, Any]], picture: Path) -> None:
             label = None if any(name in earlier["sides"] for earlier in results[:place]) else name
             bar = {"height": height, "color": f"C{names.index(name)}", "label": label}
             axes.barh(y, ratio["median"], xerr=spread, error_kw={"elinewidth": 0.6}, **bar)
-        labels.append("{workload}, {ids}\n{optimizer}".format(**result))
+        labels.append("{workload}, {ids}\n{optimizer}, {dtype}".format(**result))
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel="time of a step over that of dlrm_jax: median and range of turns")
     widest = max(of["ratio"]["range"][1] for result in results for of in result["sides"].values() if "ratio" in of)
@@ -217,6 +220,7 @@ def main(
     workloads: tuple[str, ...] = tuple(workloads()),
     ids: tuple[str, ...] = ("zipf", "uniform"),
     optimizers: tuple[str, ...] = OPTIMIZERS,
+    dtypes: tuple[str, ...] = tuple(PARITY_TOLERANCES),
     sides: tuple[str, ...] = tuple(PEERS),
     turns: int = 6,
     steps: int = 8,
@@ -230,6 +234,8 @@ def main(
         workloads: Names of the workloads.
         ids: How ids are drawn: zipf, uniform.
         optimizers: Of the tables: sgd, rowwise_adagrad. Only ours and TorchRec's know the second.
+        dtypes: Of the operands of matrix products: float32, bfloat16 (torch's by `torch.autocast`). Plain JAX is in
+            float32 alone.
         sides: What ours is compared with.
         turns: Turns of each side.
         steps: Most steps of a turn.
@@ -246,12 +252,14 @@ def main(
     made = []
     for name in workloads:
         for optimizer in optimizers:
-            for kind in ids:
-                able = [side for side in sides if optimizer == "sgd" or PEERS[side].rowwise_adagrad]
+            for kind, dtype in itertools.product(ids, dtypes):
+                able = [side for side in sides if PEERS[side].serves(optimizer, dtype)]
                 if not able:
                     continue
                 rate = TABLE_LEARNING_RATES[optimizer] / statistics.mean(known[name].pooling_factors)
-                case = dataclasses.replace(known[name], ids=kind, optimizer=optimizer, table_learning_rate=rate)
+                case = dataclasses.replace(
+                    known[name], ids=kind, optimizer=optimizer, table_learning_rate=rate, dtype=dtype
+                )
                 result = _compare(case, able, turns=turns, steps=steps, turn_s=turn_s, warm_s=warm_s)
                 _print([result])
                 made.append(result)
@@ -261,8 +269,9 @@ def main(
     _draw(sorted(results.values(), key=_key), out.with_suffix(".png"))
 
 
-def _key(result: dict[str, Any]) -> tuple[int, int, str]:
-    return list(_known()).index(result["workload"]), OPTIMIZERS.index(result["optimizer"]), result["ids"]
+def _key(result: dict[str, Any]) -> tuple[int, int, str, int]:
+    dtype = list(PARITY_TOLERANCES).index(result["dtype"])
+    return list(_known()).index(result["workload"]), OPTIMIZERS.index(result["optimizer"]), result["ids"], dtype
 
 
 # `main` has an argument of that name.

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.products import product_grads
+
 
 @jax.custom_vjp
 def matmul(x: Float[Array, "B n"], kernel: Float[Array, "n m"]) -> Float[Array, "B m"]:
@@ -40,10 +42,7 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(residuals, cotangent):
     x, kernel = residuals
-    cotangent = cotangent.astype(x.dtype)
-    x_grad = jnp.dot(cotangent, kernel.T.astype(x.dtype), preferred_element_type=jnp.float32)
-    # Not `x.T @ cotangent`: where a layer has one output, XLA's program for hosts would go through x column by column.
-    kernel_grad = jnp.dot(cotangent.T, x, preferred_element_type=jnp.float32).T
+    x_grad, kernel_grad = product_grads(x, kernel, cotangent.astype(x.dtype))
     return x_grad.astype(x.dtype), kernel_grad
 
 

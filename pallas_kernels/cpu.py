@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -36,7 +36,7 @@ from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
     *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
-    *("dot_interaction", "dot_interaction_grad"),
+    *("dot_interaction", "dot_interaction_grad", "transpose", "zeros"),
 )
 _STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -66,7 +66,7 @@ def _load() -> str | None:
     if not build.LIBRARY.exists():
         return "their library was not built: with a C++ compiler on the path, install the package again"
     try:
-        library = ctypes.CDLL(str(build.LIBRARY))
+        library = _library()
     except OSError as error:
         return f"their library does not load: {error}"
     library.dlrm_sources.restype = ctypes.c_char_p
@@ -80,9 +80,19 @@ def _load() -> str | None:
     return None
 
 
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_build_module().LIBRARY))
+
+
 def available() -> bool:
     """Whether the library was built, and loads on this machine."""
     return _missing() is None
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 faster than those of float32, and can be asked."""
+    return available() and bool(_library().dlrm_multiplies_bf16())
 
 
 def unable(
@@ -254,3 +264,17 @@ def dot_interaction_grad(
     call = _call("dot_interaction_grad", results)
     x_grad, by_feature_grad = call(x, by_feature, cotangent, self_interaction=self_interaction)
     return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
+
+
+def transposed(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
+    """Writes out the transposed matrices, float32 or bfloat16."""
+    shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
+    # Under `jax.vmap` its matrices are one more axis of x.
+    call = _call("transpose", jax.ShapeDtypeStruct(shape, x.dtype), vmap_method="broadcast_all")
+    return call(x)
+
+
+def zeros(*, shape: tuple[int, ...], dtype: jnp.dtype) -> Shaped[Array, "..."]:
+    """See `pallas_kernels.zeros.zeros`."""
+    # Two of one shape are two arrays: as results of equal calls XLA would make one, and copy it.
+    return _call("zeros", jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True)()

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Int64, Shaped
 
+from pallas_kernels.zeros import zeros
 from sharding import line_files
 from sharding.embedding import ShardedTables
 from sharding.errors import InputError
@@ -258,7 +259,7 @@ def _write_array(folder: Path, array: LineArray, lines: Float[Array, "lines line
 
 
 def _read_array(saved: SavedArray, array: LineArray, mesh: Mesh, *, same_layout: bool) -> Float[Array, "lines line"]:
-    shape = (mesh.size * array.lines_per_device, array.line_elements)
+    shape = (array.lines_per_device, array.line_elements)
     sharding = sharding_on(mesh, BY_DEVICE)
     lines = _zeros(shape, array.dtype, mesh)()
     devices = _own_devices(mesh)
@@ -279,8 +280,12 @@ def _read_array(saved: SavedArray, array: LineArray, mesh: Mesh, *, same_layout:
 
 @cache
 def _zeros(shape: tuple[int, int], dtype: np.dtype, mesh: Mesh) -> Callable[[], Float[Array, "lines line"]]:
+    """Makes the lines of all devices, of which each has that shape."""
     # Compiled once for all arrays of a shape.
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding_on(mesh, BY_DEVICE))
+    local = jax.shard_map(
+        partial(zeros, shape, jnp.dtype(dtype)), mesh=mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False
+    )
+    return jax.jit(local, out_shardings=sharding_on(mesh, BY_DEVICE))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

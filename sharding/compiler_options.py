@@ -6,6 +6,7 @@ ahead of time (tests/test_overlap_aot.py holds them).
 
 from collections.abc import Mapping
 
+from pallas_kernels import cpu
 from sharding.topology import kind_of
 
 CompilerOptions = dict[str, bool | int | str]
@@ -64,19 +65,27 @@ _TPU_KINDS: Mapping[str, CompilerOptions] = {
     "tpu7x": _SPARSE_CORE,
 }
 
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _CPU: CompilerOptions = {
     # Matrix products by Eigen with oneDNN's kernels instead of YNNPACK, which is slower at most shapes of MLPs
     # (docs/performance.md); only sums stay YNNPACK's.
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    _YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE",
+    # Left alone: xla_cpu_experimental_onednn_custom_call. Steps take 0.93 of the time with it, but by jaxlib 0.12.0
+    # programs with such calls cannot be written to the compilation cache (MemoryError: std::bad_alloc).
+}
+_CPU_BFLOAT16: CompilerOptions = {
+    # YNNPACK alone multiplies bfloat16; for the others XLA makes operands float32.
+    _YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
 }
 
 
-def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
+def compiler_options(platform: str, device_kind: str, compute_dtype: str = "float32") -> CompilerOptions:
     """Options for training steps and what goes with them; for ``jax.jit(..., compiler_options=...)``.
 
     Args:
         platform: What JAX calls the platform: "gpu" or "cuda", "tpu", "cpu".
         device_kind: What JAX calls the device: ``device.device_kind``.
+        compute_dtype: Of the dense part's matrix products.
 
     Returns:
         The options; none for a platform that is not known.
@@ -88,7 +97,7 @@ def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
         case "tpu":
             return _TPU | _TPU_KINDS.get(kind, {})
         case "cpu":
-            return _CPU
+            return _CPU_BFLOAT16 if compute_dtype == "bfloat16" and cpu.multiplies_bfloat16() else _CPU
     return {}
 
 

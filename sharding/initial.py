@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels import rounding
+from pallas_kernels.zeros import zeros
 from sharding.layout import StoreLayout
 from sharding.words import multiply_add
 
@@ -55,8 +56,8 @@ def initial_store(
         return jax.lax.dynamic_update_slice(lines, values, (first, jnp.int32(0)))
 
     dtype = jnp.uint16 if low_halves else store.dtype
-    zeros = jnp.zeros((store.lines_per_device, store.line_elements), dtype)
-    return jax.lax.fori_loop(0, -(-store.lines_per_device // num_lines), fill, zeros) if num_lines else zeros
+    empty = zeros((store.lines_per_device, store.line_elements), dtype)
+    return jax.lax.fori_loop(0, -(-store.lines_per_device // num_lines), fill, empty) if num_lines else empty
 
 
 def _shards_of_devices(store: StoreLayout) -> tuple[Int32[np.ndarray, "W S"], Int32[np.ndarray, "W S"]]:

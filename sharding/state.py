@@ -1,13 +1,12 @@
 """TableState: the arrays that hold all tables of a model."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, UInt16
+from jaxtyping import Array, Shaped
 
 from pallas_kernels import Stores
+from pallas_kernels.zeros import zeros
 from sharding.initial import initial_store
 from sharding.layout import LINE_BYTES, Layout
 from sharding.mesh import BY_DEVICE, device_number
@@ -46,18 +45,23 @@ def init_state(layout: Layout, mesh: Mesh, seed: int) -> TableState:
         mesh: Its devices.
         seed: Seed of the first values.
     """
+    abstract = abstract_state(layout, None)
 
-    def init_local() -> tuple[dict[str, Float[Array, "lines line"]], dict[str, UInt16[Array, "lines line"]]]:
+    def zeros_of_device(array: jax.ShapeDtypeStruct) -> Shaped[Array, "lines line"]:
+        return zeros((array.shape[0] // layout.num_devices, *array.shape[1:]), array.dtype)
+
+    def init_local() -> TableState:
         device, bits = device_number(), jnp.uint32(seed & 0xFFFFFFFF)
-        high = {store.name: initial_store(store, bits, device) for store in layout.stores}
-        low = {s.name: initial_store(s, bits, device, low_halves=True) for s in layout.stores if s.split}
-        return high, low
+        state = {}
+        for store in layout.stores:
+            arrays = abstract[store.name]
+            low = (initial_store(store, bits, device, low_halves=True),) if store.split else ()
+            rules = arrays.element_state[: len(arrays.element_state) - len(low)]
+            state[store.name] = Stores(
+                weights=initial_store(store, bits, device),
+                element_state=(*map(zeros_of_device, rules), *low),
+                row_state=tuple(map(zeros_of_device, arrays.row_state)),
+            )
+        return state
 
-    weights, low = jax.shard_map(init_local, mesh=mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state(layout, None))
-    for name, of_store in state.items():
-        elements = of_store.element_state
-        if name in low:
-            elements = (*elements[:-1], low[name])
-        state[name] = dataclasses.replace(of_store, weights=weights[name], element_state=elements)
-    return state
+    return jax.shard_map(init_local, mesh=mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)()

@@ -19,6 +19,7 @@ from update_cases import HYPER, fresh_stores
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, scans, xla
 from pallas_kernels.bags import bags_of_ids
 from pallas_kernels.interaction import dot_interaction
+from pallas_kernels.zeros import zeros
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the library of the cpu kernels was not built here")
 
@@ -244,3 +245,56 @@ def test_unable_then_says_what_is_not_served() -> None:
     assert "'mine' is not one of" in str(
         cpu.unable(dtype=jnp.dtype(jnp.float32), width=64, optimizer=rule._replace(name="mine"))
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 8), (200, 45), (3, 130), (7, 1), (1, 7), (0, 4), (2, 3, 65, 16)])
+def test_transposed_then_equals_numpys(shape: tuple[int, ...], dtype) -> None:
+    x = jnp.arange(np.prod(shape), dtype=jnp.float32).astype(dtype).reshape(shape)
+    given = jax.jit(cpu.transposed)(x)
+    assert given.dtype == dtype
+    np.testing.assert_array_equal(given, np.swapaxes(x, -1, -2))
+
+
+def test_transposed_under_vmap_then_equals_numpys() -> None:
+    x = jnp.arange(3.0 * 20 * 9).reshape(20, 3, 9)
+    np.testing.assert_array_equal(jax.vmap(cpu.transposed, in_axes=1)(x), np.transpose(x, (1, 2, 0)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint16])
+@pytest.mark.parametrize("lines", [0, 3, 40_000])
+def test_zeros_then_all_are(lines: int, dtype) -> None:
+    given = jax.jit(lambda: zeros((lines, 128), dtype))()
+    assert (given.shape, given.dtype) == ((lines, 128), dtype)
+    assert not np.any(np.asarray(given))
+
+
+def test_zeros_of_one_shape_then_two_arrays_that_are_updated_in_place() -> None:
+    def two() -> tuple[jax.Array, jax.Array]:
+        first, second = zeros((1000, 128), jnp.dtype("float32")), zeros((1000, 128), jnp.dtype("float32"))
+        return first.at[0, 0].set(1.0), second.at[0, 0].set(2.0)
+
+    program = jax.jit(two).lower().compile().as_text()
+    assert program is not None
+    assert program.count('custom_call_target="dlrm_zeros"') == 2
+    assert " copy(" not in program
+    first, second = jax.jit(two)()
+    assert (float(first.sum()), float(second.sum())) == (1.0, 2.0)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system offers no pages of 2 MB"
+)
+def test_zeros_when_large_then_they_lie_in_huge_pages_at_once() -> None:
+    megabytes = 192
+    given = jax.block_until_ready(jax.jit(lambda: zeros((megabytes * 2048, 128), jnp.dtype("float32")))())
+    of_process = Path("/proc/self/smaps_rollup").read_text()
+    huge = int(of_process.split("AnonHugePages:")[1].split()[0]) // 1024
+    # The system may be short of them, in which case it has none of many.
+    if huge == 0:
+        pytest.skip("the system has no pages of 2 MB left")
+    assert huge >= megabytes // 2
+    del given

@@ -39,6 +39,7 @@ class Case:
         learning_rate: Of the dense part.
         table_learning_rate: Of the tables.
         eps: Of row-wise AdaGrad.
+        dtype: Of the operands of matrix products: "float32" or "bfloat16". Weights, sums and tables are float32.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     learning_rate: float = 0.01
     table_learning_rate: float
     eps: float = 1e-8
+    dtype: str = "float32"
 
     @property
     def features(self) -> tuple[str, ...]:

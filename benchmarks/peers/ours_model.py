@@ -4,6 +4,7 @@ python -m benchmarks.peers.ours_model CASE STARTED
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dlrm_jax.model import ModelConfig
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import card_of
 from sharding import KeyedJagged
+from sharding.compiler_options import compiler_options
 
 
 class Ours:
@@ -34,8 +36,10 @@ class Ours:
         batches_of_case = [_batch_of(batch, case.features) for batch in batches(case)]
         room = recommender.first_capacities(case.batch_size, batches_of_case[0].ids.capacity)
         self._repeated = RepeatedSteps(recommender, batches_of_case, room)
-        self._square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
-        self._product = jax.jit(jnp.matmul).lower(self._square, self._square).compile()
+        self._square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), case.dtype)
+        options = compiler_options("cpu", "cpu", case.dtype)
+        product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32), compiler_options=options)
+        self._product = product.lower(self._square, self._square).compile()
         jax.block_until_ready(self._repeated.replayed.state)
 
     def load(self) -> None:
@@ -101,6 +105,7 @@ def config_of(case: Case) -> Config:
             interaction="dcnv2" if case.cross_layers else "dot",
             cross_layers=case.cross_layers or 1,
             cross_rank=case.cross_rank or 1,
+            dtype="bfloat16" if case.dtype == "bfloat16" else "float32",
         ),
         dense_optimizer=DenseOptimizerConfig(name="sgd", learning_rate=case.learning_rate),
         stated=DatasetCard(

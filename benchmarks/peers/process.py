@@ -22,13 +22,19 @@ class Peer(NamedTuple):
         module: Its module in this folder.
         arguments: What the module is told beside the case.
         rowwise_adagrad: Whether it knows that rule.
+        bfloat16: Whether it multiplies in that dtype, too.
         in_peers: Whether it lives in `.venv-peers`.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
     rowwise_adagrad: bool = False
+    bfloat16: bool = True
     in_peers: bool = True
+
+    def serves(self, optimizer: str, dtype: str) -> bool:
+        """Whether it knows a rule and a dtype."""
+        return (optimizer == "sgd" or self.rowwise_adagrad) and (dtype == "float32" or self.bfloat16)
 
 
 OURS = Peer("ours_model", rowwise_adagrad=True, in_peers=False)
@@ -37,7 +43,7 @@ PEERS = {
     "torchrec_compiled": Peer("torchrec_model", ("compiled",), rowwise_adagrad=True),
     "torch": Peer("torch_model"),
     "torch_compiled": Peer("torch_model", ("compiled",)),
-    "plain_jax": Peer("jax_model", in_peers=False),
+    "plain_jax": Peer("jax_model", bfloat16=False, in_peers=False),
 }
 
 

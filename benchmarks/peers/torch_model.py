@@ -84,7 +84,8 @@ class PlainTorch(StepByStep):
             torch.optim.SGD(self._tables.parameters(), lr=case.table_learning_rate),
             torch.optim.SGD(self._dense.parameters(), lr=case.learning_rate, fused=True),
         ]
-        self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE)
+        self._autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16")
+        self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE).to(getattr(torch, case.dtype))
 
     def load(self) -> None:
         """See `serve.Side`."""
@@ -109,7 +110,9 @@ class PlainTorch(StepByStep):
             count = int(offsets[-1])
             embeddings.append(table(ids[first : first + count], offsets))
             first += count
-        loss = self._loss(self._logits(torch.from_numpy(batch.dense), embeddings), torch.from_numpy(batch.label))
+        with self._autocast:
+            logits = self._logits(torch.from_numpy(batch.dense), embeddings)
+        loss = self._loss(logits.float(), torch.from_numpy(batch.label))
         loss.backward()
         for optimizer in self._optimizers:
             optimizer.step()

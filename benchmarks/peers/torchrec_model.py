@@ -61,7 +61,8 @@ class TorchRec(StepByStep):
         if compiled:
             for part in ("dense_arch", "inter_arch", "over_arch"):
                 getattr(self._model, part).compile()
-        self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE)
+        self._autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16")
+        self._square = torch.rand(MATMUL_SIZE, MATMUL_SIZE).to(getattr(torch, case.dtype))
 
     def load(self) -> None:
         """See `serve.Side`."""
@@ -90,8 +91,9 @@ class TorchRec(StepByStep):
             lengths=torch.from_numpy(batch.lengths).reshape(-1),
             stride=self._case.batch_size,
         )
-        logits = self._model(torch.from_numpy(batch.dense), ids)[:, 0]
-        loss = self._loss(logits, torch.from_numpy(batch.label))
+        with self._autocast:
+            logits = self._model(torch.from_numpy(batch.dense), ids)[:, 0]
+        loss = self._loss(logits.float(), torch.from_numpy(batch.label))
         loss.backward()
         self._optimizer.step()
         return loss.detach()

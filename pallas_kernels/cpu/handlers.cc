@@ -6,6 +6,7 @@
 #include "huge_pages.h"
 #include "interaction.h"
 #include "lookup.h"
+#include "transpose.h"
 #include "update.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -223,6 +224,35 @@ ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, f
   return invalid("vectors that interact are float32 or bfloat16");
 }
 
+// x is [..., n, m]; the result [..., m, n].
+ffi::Error transpose_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+  const auto sizes = x.dimensions();
+  const int64_t num_columns = sizes[sizes.size() - 1], num_rows = sizes[sizes.size() - 2];
+  if (x.element_count() == 0) return ffi::Error::Success();
+  const int64_t num_matrices = x.element_count() / (num_rows * num_columns);
+  const auto run = [&](auto vector, auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    transpose<decltype(vector)>(threads, static_cast<const T*>(x.untyped_data()), num_matrices, num_rows, num_columns,
+                                to);
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::DataType::F32) return run(Words{}, static_cast<uint32_t*>(out->untyped_data()));
+  if (x.element_type() == ffi::DataType::BF16) return run(Halves{}, static_cast<uint16_t*>(out->untyped_data()));
+  return invalid("matrices to transpose are float32 or bfloat16");
+}
+
+// Zeros in pages of 2 MB, if there are enough of them: those of a store, which others then write in place.
+ffi::Error zeros_handler(ffi::ThreadPool threads, ffi::Result<ffi::AnyBuffer> out) {
+  begin_in_huge_pages(out->untyped_data(), out->size_bytes());
+  char* bytes = static_cast<char*>(out->untyped_data());
+  const int64_t num_bytes = out->size_bytes(), pieces = (num_bytes + kHugePage - 1) / kHugePage;
+  parallel_for(threads, pieces, [&](int64_t piece) {
+    const int64_t begin = piece * kHugePage;
+    std::memset(bytes + begin, 0, std::min<int64_t>(kHugePage, num_bytes - begin));
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace dlrm
 
@@ -241,6 +271,16 @@ EXPORT __attribute__((target("arch=x86-64"))) int dlrm_runs_here() {
 }
 #else
 EXPORT int dlrm_runs_here() { return 1; }
+#endif
+
+// Whether this processor multiplies bfloat16 faster than float32.
+#if defined(__x86_64__)
+EXPORT int dlrm_multiplies_bf16() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("amx-bf16") || __builtin_cpu_supports("avx512bf16");
+}
+#else
+EXPORT int dlrm_multiplies_bf16() { return 0; }
 #endif
 
 // What the library was built from, see build.py.
@@ -316,5 +356,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_transpose, dlrm::transpose_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_zeros, dlrm::zeros_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Ret<ffi::AnyBuffer>());
 
 #pragma GCC visibility pop

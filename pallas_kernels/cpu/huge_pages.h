@@ -27,6 +27,14 @@ constexpr int kCollapse = 25;
 // Time of rest for each time of work.
 constexpr int kRest = 4;
 
+// Asks for huge pages for memory that nobody has touched: it gets them as it is touched.
+inline void begin_in_huge_pages(void* data, int64_t num_bytes) {
+  if (num_bytes < kHugeStore) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 // Asks for huge pages once for each store, on a thread of its own: the numbers move while they are used. Nothing of
 // this changes a result, and nothing happens where the system does not offer such pages or has none left, or no thread.
 inline void use_huge_pages(const void* data, int64_t num_bytes) {
@@ -57,6 +65,7 @@ inline void use_huge_pages(const void* data, int64_t num_bytes) {
 
 #else
 
+inline void begin_in_huge_pages(void*, int64_t) {}
 inline void use_huge_pages(const void*, int64_t) {}
 
 #endif
