@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dlrm_jax.data.batch import Batch
+from dlrm_jax.host_memory import give_back_freed_memory
 from dlrm_jax.metrics import EXACT_SAMPLES, BinnedMetrics, Metrics
 from dlrm_jax.pipeline import Pipeline
 from dlrm_jax.recommender import Recommender
@@ -141,6 +142,8 @@ class ReplayedSteps:
         self._pipeline = pipeline
         self._stop = stop
         self._unchecked: deque[_Unchecked] = deque()
+        # Room for which steps have been compiled.
+        self._compiled: Capacities | None = None
         # Made where the step leaves it, so that the step is compiled once.
         mesh: Mesh = recommender.tables.mesh
         self.steps_ahead = _STEPS_AHEAD_ON_HOSTS if is_of_hosts(mesh) else _STEPS_AHEAD
@@ -206,5 +209,9 @@ class ReplayedSteps:
             self.state, metrics, report = self._pipeline.step(
                 self.state, window.metrics, batch, upcoming, stop=self._stop.flag, capacities=self.capacities
             )
+        if self._compiled != self.capacities:
+            # The compiler's, which is more than a step takes.
+            give_back_freed_memory()
+            self._compiled = self.capacities
         window.add(metrics)
         return report

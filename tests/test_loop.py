@@ -16,7 +16,7 @@ import tiny
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from dlrm_jax import loop
+from dlrm_jax import loop, replay
 from dlrm_jax.config_notes import steps_in_vain
 from dlrm_jax.data.card import SparseColumn
 from dlrm_jax.data.random_batches import RandomBatches
@@ -40,9 +40,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run of 12 steps: its config, its result, and its pipeline."""
+    """A run of 12 steps: its config, its result, its pipeline, and how many steps were compiled at each giving back."""
     config = tiny.config(data, tmp_path_factory.mktemp("trained") / "run", max_steps=12)
-    made = []
+    made, given_back = [], []
 
     class Guarded(Pipeline):
         def __init__(self, *arguments):
@@ -56,8 +56,9 @@ def trained(data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Pipeline", Guarded)
+        patch.setattr(replay, "give_back_freed_memory", lambda: given_back.append(made[0].main_step._cache_size()))
         result = tiny.train_quietly(config)
-    return config, result, made[0]
+    return config, result, made[0], given_back
 
 
 def frozen(config):
@@ -162,12 +163,14 @@ def test_evaluation_when_predictions_are_not_finite_then_training_ends_naming_th
 
 def test_train_step_when_batches_differ_in_capacity_alone_then_it_is_compiled_once_for_each(trained):
     # 12 steps, 3 windows of metrics, an evaluation, a last step, and two capacities.
-    _, _, pipeline = trained
+    _, _, pipeline, given_back = trained
     assert pipeline.main_step._cache_size() == 2
+    # What the compiler has freed by then is no step's.
+    assert given_back == [1, 2]
 
 
 def test_log_when_training_ends_then_each_line_has_all_metrics_and_windows_their_samples(trained):
-    config, _, _ = trained
+    config, *_ = trained
     lines = read_log(Workdir(config.workdir))
     names = {"step", "split", "num_samples", "auc", "auc_error_bound", "ne", "log_loss", "accuracy", "calibration"}
     assert [(line["step"], line["split"]) for line in lines] == [
@@ -187,7 +190,7 @@ def test_log_when_training_ends_then_each_line_has_all_metrics_and_windows_their
 
 
 def test_tensorboard_when_training_ends_then_its_file_holds_the_same_figures(trained):
-    config, _, _ = trained
+    config, *_ = trained
     figures = {}
     for path in Path(config.workdir, "tensorboard").iterdir():
         content = path.read_bytes()
@@ -202,7 +205,7 @@ def test_tensorboard_when_training_ends_then_its_file_holds_the_same_figures(tra
 
 
 def test_files_when_training_ends_then_there_are_a_picture_and_a_result(trained):
-    config, result, _ = trained
+    config, result, *_ = trained
     assert Path(config.workdir, "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(Path(config.workdir, "result.json").read_text()) == dataclasses.asdict(result)
     assert (result.step, result.ended) == (12, "all steps")
