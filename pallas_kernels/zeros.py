@@ -3,13 +3,14 @@
 import functools
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from pallas_kernels import cpu
 from pallas_kernels.implementations import on_hosts
 
 
-def zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> Shaped[Array, "..."]:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[Array, "..."]:
     """`jnp.zeros`, on one device, for arrays whose rows will be read at random, inside `jax.jit`.
 
     On hosts large ones lie in pages of 2 MB from the start, where the system offers such: moved there later, as stores

@@ -115,7 +115,7 @@ def address_local(
         capacities: Room on their way.
     """
     device = device_number() if layout.num_devices > 1 else jnp.int32(0)
-    count = _number_of_ids(ids)
+    count = sum_or_most(ids.lengths)
     # Where some had no room, it is not known whose the others are: none is sent, lest all ask one owner for room.
     ids = dataclasses.replace(ids, lengths=jnp.where(count <= ids.capacity, ids.lengths, 0))
     if layout.wide and ids.values.ndim == 1:
@@ -137,10 +137,9 @@ def address_local(
     )
 
 
-def _number_of_ids(ids: KeyedJagged) -> Int32[Array, ""]:
-    """Ids of all bags; `MAX_IDS` where 32 bits do not hold their number, which is more than any capacity."""
-    lengths = jnp.asarray(ids.lengths)
-    total, rough = jnp.sum(lengths, dtype=jnp.int32), jnp.sum(lengths.astype(jnp.float32))
+def sum_or_most(counts: Int32[Any, "..."]) -> Int32[Array, ""]:
+    """Sum of counts; `MAX_IDS` where 32 bits do not hold it, which is more than any capacity."""
+    total, rough = jnp.sum(counts, dtype=jnp.int32), jnp.sum(jnp.asarray(counts).astype(jnp.float32))
     return jnp.where(jnp.abs(rough - total.astype(jnp.float32)) > 2.0**30, jnp.int32(MAX_IDS), total)
 
 

@@ -282,9 +282,7 @@ def _read_array(saved: SavedArray, array: LineArray, mesh: Mesh, *, same_layout:
 def _zeros(shape: tuple[int, int], dtype: np.dtype, mesh: Mesh) -> Callable[[], Float[Array, "lines line"]]:
     """Makes the lines of all devices, of which each has that shape."""
     # Compiled once for all arrays of a shape.
-    local = jax.shard_map(
-        partial(zeros, shape, jnp.dtype(dtype)), mesh=mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False
-    )
+    local = jax.shard_map(partial(zeros, shape, dtype), mesh=mesh, in_specs=(), out_specs=BY_DEVICE, check_vma=False)
     return jax.jit(local, out_shardings=sharding_on(mesh, BY_DEVICE))
 
 

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Ids
-from sharding.address import Addressed, AddressedGroup, ByOwner, HomeIds
+from sharding.address import Addressed, AddressedGroup, ByOwner, HomeIds, sum_or_most
 from sharding.capacities import Capacities
 from sharding.gather_few import gather_few
 from sharding.layout import Layout
 from sharding.mesh import AXES, BY_DEVICE, REPLICATED
 from sharding.records import NO_ROW
-from sharding.tables import MAX_IDS
 from sharding.trip import Trip, exchange, make_trip, to_owners
 
 
@@ -100,13 +99,6 @@ def deliver_local(addressed: Addressed, *, layout: Layout) -> Delivered:
         needs=jnp.max(of_all[:, 1:], axis=0),
         capacities=addressed.capacities,
     )
-
-
-def sum_or_most(counts: Int32[Array, " W"]) -> Int32[Array, ""]:
-    """Sum of counts; `MAX_IDS` where 32 bits do not hold it, which is more than any capacity."""
-    sums = jnp.cumsum(counts, dtype=jnp.int32)
-    # The first sum that is too large is below 2^32, and so negative.
-    return jnp.where(jnp.any(sums < 0), jnp.int32(MAX_IDS), sums[-1])
 
 
 def _spread(group: AddressedGroup, num_devices: int) -> DeliveredGroup:

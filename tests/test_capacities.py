@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sharding import FeatureSpec, InputError, KeyedJagged, ShardedTables, TableSpec, make_mesh
+from sharding.address import sum_or_most
 from sharding.capacities import Capacities, GroupCapacity, with_rounds
-from sharding.deliver import sum_or_most
 from sharding.jagged import for_devices
 from sharding.plan import ShardingPlan, row_wise, table_wise
 
