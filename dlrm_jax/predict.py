@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dlrm_jax.checkpoint import Checkpointer, RemovedError
 from dlrm_jax.config import Config, MeshConfig
@@ -121,8 +121,8 @@ class Predictor:
         if card.sample_weight is not None and card.sample_weight not in table.column_names:
             table = table.append_column(card.sample_weight, pa.array(np.ones(table.num_rows, np.float32)))
         table = _without_null_types(table, dataset_schema(card))
-        validate_schema(table.schema, card, "samples")
-        rows = columns_of(table, card, "samples")
+        validate_schema(table.schema, card, "samples", trained=True)
+        rows = columns_of(table, card, "samples", trained=True)
         devices = self.recommender.tables.num_devices
         samples = -(-table.num_rows // devices)
         return one_batch(rows, card, devices * (1 << max(samples - 1, 0).bit_length()))
@@ -232,7 +232,7 @@ def _without_null_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _check_batch(batch: Batch, recommender: Recommender) -> None:
-    """Raises InputError if an id of a batch is outside its table, a bag too long, or a dense feature not finite."""
+    """Raises InputError if an id is outside its table, a bag too long, or a weight or a dense feature not finite."""
     ids = batch.ids
     check_arrays(ids)
     unusable = np.argwhere(~np.isfinite(batch.dense))
@@ -253,11 +253,25 @@ def _check_batch(batch: Batch, recommender: Recommender) -> None:
                 f"sample {sample}: feature {name!r} has {lengths[sample]} ids, but max_pooling_factor is "
                 f"{column.max_pooling_factor}: shorten the bag"
             )
-        values = ids_of_values(ids.values[last - lengths.sum() : last])
+        own = slice(last - lengths.sum(), last)
+        values = ids_of_values(ids.values[own])
         outside = np.flatnonzero((values < 0) | (values >= num_rows))
         if outside.size:
-            sample = int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))
+            sample = _sample_of(lengths, int(outside[0]))
             raise InputError(
                 f"sample {sample}: feature {name!r} holds {values[outside[0]]}, but ids lie in [0, {num_rows}): "
                 "repair the id"
             )
+        weights = np.ones(0, np.float32) if ids.weights is None else ids.weights[own]
+        unusable = np.flatnonzero(~np.isfinite(weights))
+        if unusable.size:
+            place = int(unusable[0])
+            raise InputError(
+                f"sample {_sample_of(lengths, place)}: feature {name!r} has the weight {weights[place]}, but weights "
+                "are finite: repair the weight"
+            )
+
+
+def _sample_of(lengths: Int[np.ndarray, " B"], place: int) -> int:
+    """The sample whose bag holds the id at that place, given the lengths of the bags of a feature."""
+    return int(np.searchsorted(np.cumsum(lengths), place, side="right"))

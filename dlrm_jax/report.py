@@ -177,7 +177,7 @@ def read_log(workdir: Workdir) -> list[dict[str, Any]]:
 
 
 def logged_metrics(workdir: Workdir, split: str) -> dict[int, Metrics]:
-    """Reads what was logged of a split.
+    """Reads the evaluations of a split that were logged.
 
     Args:
         workdir: Folder of the run.
@@ -189,7 +189,8 @@ def logged_metrics(workdir: Workdir, split: str) -> dict[int, Metrics]:
     names = [field.name for field in dataclasses.fields(Metrics)]
     logged = {}
     for line in read_log(workdir):
-        if line["split"] == split:
+        # The training split may be evaluated, too; only windows of training steps have a speed.
+        if line["split"] == split and "samples_per_second" not in line:
             figures: dict[str, Any] = {name: math.nan if line[name] is None else line[name] for name in names}
             logged[line["step"]] = Metrics(**figures)
     return logged
@@ -245,8 +246,10 @@ def draw_curves(workdir: Workdir, attainable: dict[str, float]) -> Path:
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         if axis.lines:
-            axis.legend()
-    figure.suptitle(workdir.path.name)
+            for text in axis.legend().get_texts():
+                text.set_parse_math(False)
+    # Names are no formulas, whatever dollar signs they hold.
+    figure.suptitle(workdir.path.name, parse_math=False)
     path = workdir.path / "curves.png"
     figure.savefig(path, dpi=120)
     return path

@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from dlrm_jax.config import MeshConfig
+from dlrm_jax.data.card import read_card
 from dlrm_jax.data.display import ProgressDisplay
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.predict import Predictor
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str]) -> None:
     with ProgressDisplay() as display:
         metrics = predictor.evaluate(split, path=given.data, progress=display.of_stage(split))
     rows: dict[str, Metrics | dict[str, float]] = {f"{predictor.step:,}": metrics}
-    attainable = predictor.recommender.card.attainable.get(split)
+    path = given.data or predictor.recommender.config.data.path
+    # Of the samples at hand, which need not be those of the training.
+    card = predictor.recommender.card if path is None else read_card(path)
+    attainable = card.attainable.get(split)
     if attainable:
         rows["attainable"] = attainable
     Console(stderr=True, markup=False).print(result_table(f"{given.workdir}, {split}", rows))

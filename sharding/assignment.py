@@ -150,7 +150,7 @@ class Assignment:
         else:
             order = np.lexsort((load.sum(axis=(0, 2)), after.sum(axis=0), ~fits))
             chosen = order[: candidate.num_slices]
-        if len(chosen) < candidate.num_slices or not fits[chosen].all():
+        if not fits[chosen].all():
             return None
         added = float((after[:, chosen].max(axis=1) - before).sum()) + candidate.fixed
         return added, float(load[:, chosen].sum()), tuple(chosen.tolist())
@@ -189,11 +189,7 @@ class Assignment:
             total = rank[every, chosen] + menu.fixed
             places: dict[int, np.ndarray] = {}
             for row in menu.cut:
-                count = menu.candidates[row].num_slices
-                if count > rank.shape[1]:
-                    total[row] = np.inf
-                    continue
-                order = rank[row].argsort(kind="stable")[:count]
+                order = rank[row].argsort(kind="stable")[: menu.candidates[row].num_slices]
                 places[row] = order
                 more = float(added[row][:, order].max(axis=1).sum()) + float(tie[row, order].sum()) * _TIE
                 total[row] = more + menu.fixed[row] if np.isfinite(rank[row, order[-1]]) else np.inf

@@ -23,26 +23,21 @@ def least_bytes(
     features: Sequence[FeatureSpec],
     step: Step,
     constraints: Sequence[Constraint],
-    limit: float = math.inf,
 ) -> float:
-    """Bytes of a device that tables and optimizer state take at least, as even as can be; infinite if one does not fit.
+    """Bytes of a device that tables and optimizer state take at least, as even as can be.
 
     Args:
         tables: The tables.
         features: The features.
         step: What a step asks of the machine.
         constraints: What users want.
-        limit: Bytes of a device; what needs more is no choice.
     """
     choices = make_choices(tables, features, step, constraints, math.inf)
     devices = step.topology.num_devices
     total, largest = 0.0, 0.0
     for candidates in choices.of_table:
-        fitting = [candidate for candidate in candidates if candidate.owner_bytes <= limit]
-        if not fitting:
-            return math.inf
-        total += min(candidate.total_bytes for candidate in fitting)
-        largest = max(largest, min(candidate.owner_bytes for candidate in fitting))
+        total += min(candidate.total_bytes for candidate in candidates)
+        largest = max(largest, min(candidate.owner_bytes for candidate in candidates))
     return max(total / devices, largest)
 
 
@@ -68,7 +63,6 @@ def shortage_error(
     devices = topology.num_devices
     beside = buffers + step.dense.memory_bytes
     stores = least_bytes(tables, features, step, constraints)
-    spread = least_bytes(tables, features, step, constraints, max(limit - beside, 0))
     needed = stores + beside
 
     def figure(size: float) -> str:
@@ -79,7 +73,7 @@ def shortage_error(
     ways: list[tuple[bool, str]] = []
 
     def way(size: float, text: str) -> None:
-        if size < needed or (math.isinf(spread) and size <= limit):
+        if size < needed:
             ways.append((size > limit, f"{text} ({figure(size)})"))
 
     if constraints:

@@ -147,12 +147,12 @@ def storage_of(
     vectors = rows = sent_back = 0.0
     for group, most in zip(layout.groups, quantities, strict=True):
         # Out, in, and as the kernels want them: row, slot, logical row; offsets of bags.
-        travelling = 2 * most["ids"] * (1 + words) if layout.num_devices > 1 else 0.0
+        travelling = 2 * most["ids"] * (1 + words)
         held = most["ids"] if group.family != "local" else most["home_ids"] * layout.num_devices
         ids += travelling + held * (2 + words) + batch * most["vectors"]
         pooled = batch * most["vectors"]
         exchanged = max(code_bytes(codec, group.width) for codec in codecs) / _WORD_BYTES
-        vectors += pooled * (group.width + (0.0 if group.family == "local" else exchanged))
+        vectors += pooled * (group.width + exchanged)
         if group.family == "local" and layout.num_devices > 1 and group.table.rule is not None:
             # Every device gets the gradients of all, and puts them in the order of bags.
             vectors += batch * most["home_vectors"] * (group.width + exchanged)

@@ -1,13 +1,14 @@
 """Dataset cards: what they may say, and where each field is explained."""
 
 import dataclasses
+import io
 import json
 import re
 
 import pytest
 from test_check import BAG, CARD, DOCS
 
-from dlrm_jax.data.card import DatasetCard, DenseColumn, Frequencies, SparseColumn, read_card, write_card
+from dlrm_jax.data.card import CARD_FILE, DatasetCard, DenseColumn, Frequencies, SparseColumn, read_card, write_card
 from sharding.errors import InputError
 
 
@@ -23,7 +24,9 @@ from sharding.errors import InputError
             {"dense": (DenseColumn(name="price", std=1e39),)},
             "has std 1e+39, but it must be above 0 and at most 3.40282",
         ),
+        ({"dense": (DenseColumn(name="price", std=1e-46),)}, "'price' has std 1e-46, but it must be above 0 and"),
         ({"dense": (DenseColumn(name="price", std=float("nan")),)}, "'price' has std nan"),
+        ({"dense": (DenseColumn(name="price", mean=-1e39),)}, "'price' has mean -1e+39, but it must be finite, also"),
         ({"dense": (DenseColumn(name="price", mean=float("nan")),)}, "'price' has mean nan, but it must be finite"),
         ({"dense": (DenseColumn(name="price", mean=-float("inf")),)}, "'price' has mean -inf"),
         ({"sparse": (SparseColumn(name="user", num_rows=2**63),)}, "num_rows 9223372036854775808; the limit is 1 to 9"),
@@ -42,6 +45,17 @@ def test_card_when_it_is_out_of_its_limits_then_one_line_names_the_field(tmp_pat
     write_card(dataclasses.replace(CARD, **card), tmp_path)
     with pytest.raises(InputError, match=re.escape(message)):
         read_card(tmp_path)
+
+
+@pytest.mark.parametrize("begins_with", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_card_when_it_is_written_by_hand_then_it_is_utf_8_whatever_the_locale_says(tmp_path, monkeypatch, begins_with):
+    write_card(dataclasses.replace(CARD, name="Größe"), tmp_path)
+    path = tmp_path / CARD_FILE
+    body = json.dumps(json.loads(path.read_bytes()), ensure_ascii=False)
+    path.write_bytes((begins_with + body).encode())
+    # What open() without an encoding asks for.
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")
+    assert read_card(tmp_path).name == "Größe"
 
 
 def test_documentation_names_every_field_of_the_card():

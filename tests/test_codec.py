@@ -139,6 +139,25 @@ def test_every_return_on_any_mesh_when_codes_hold_the_numbers_exactly_then_the_b
     jax.tree.map(np.testing.assert_array_equal, there_and_back("float16"), there_and_back("float32"))
 
 
+@pytest.mark.parametrize(("nodes", "chips"), [(1, 2), (2, 1)])
+def test_partial_sums_when_one_hop_leads_nowhere_then_each_is_written_once_and_their_sum_never(
+    nodes: int, chips: int
+) -> None:
+    def home_local(owned: jax.Array) -> list[jax.Array]:
+        row_wise = returns.bring_home_row_wise([owned[0]], nodes, "int8")
+        of_node = returns.bring_home_table_row_wise([owned[0]], nodes, "int8")
+        return [array[None] for array in (*row_wise, *of_node)]
+
+    mesh = make_mesh(nodes, chips)
+    program = jax.shard_map(home_local, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)
+    owned = np.random.default_rng(4).normal(size=(2, 2, 3, 1, WIDTH)).astype(np.float32)
+    row_wise, of_node = jax.device_get(jax.jit(program)(owned))
+    # By owner, by whose samples they are.
+    read = np.asarray(round_trip("int8")(owned))
+    np.testing.assert_array_equal(row_wise, read[0] + read[1])
+    np.testing.assert_array_equal(of_node, row_wise if chips == 2 else np.concatenate(list(read), axis=2))
+
+
 # SGD is linear in the gradients, so that their errors can be followed; and sums of powers of two are exact.
 LINEAR = tuple(
     dataclasses.replace(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementation_cases import device_of, each_implementation
-from kernel_cases import NUM_ROWS, lines_of, table_of
+from kernel_cases import NOWHERE, NUM_ROWS, lines_of, table_of
 from update_cases import (
     a_batch,
     bits_of,
@@ -91,8 +91,28 @@ def test_column_shards_given_the_rows_statistics_then_equal_the_whole_row_bit_fo
 
 
 @each_implementation
-def test_stochastic_rounding_of_a_column_shard_then_the_bits_of_the_whole_rows_columns(implementation: str) -> None:
-    rows = table_of(32, dtype=jnp.bfloat16)
+def test_statistics_then_each_id_of_a_row_has_its_sums_in_the_stated_order(implementation: str) -> None:
+    # The squares of float16 numbers are exact: nothing but their sums is rounded.
+    width, rows = 32, table_of(32, dtype=np.float16).astype(np.float32)
+    ids = a_batch(num_rows=40)
+    ids = dataclasses.replace(ids, rows=np.concatenate([np.array(NOWHERE, np.int32), ids.rows[4:]]))
+    with device_of(implementation):
+        found = compiled_statistics(implementation, "lamb", width)(
+            fresh_stores("lamb", rows), ids_of(ids), gradients_of(width), slots=slots_of(width), step=jnp.int32(1)
+        )
+    squared_weights = rows.reshape(NUM_ROWS, 2, 16) ** 2
+    while squared_weights.shape[-1] > 1:
+        half = squared_weights.shape[-1] // 2
+        squared_weights = squared_weights[..., :half] + squared_weights[..., half:]
+    np.testing.assert_array_equal(found[4:, :, 0], squared_weights[ids.rows[4:], :, 0])
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_stochastic_rounding_of_a_column_shard_then_the_bits_of_the_whole_rows_columns(
+    implementation: str, dtype
+) -> None:
+    rows = table_of(32, dtype=dtype)
     ids, gradients = a_batch(), gradients_of(32)
     whole = update(implementation, "sgd", Stores(weights=lines_of(rows)), ids, gradients, storage_rounding="stochastic")
     for first in (0, 16):

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from planner_cases import BATCH, MACHINE, plan_of, skewed_model
 
-from sharding.constraints import Constraint, allowed_of
+from sharding.constraints import Allowed, Constraint, allowed_of, together_sets
 from sharding.errors import InputError
 from sharding.plan import PlacementKind
 from sharding.planner import make_plan
@@ -52,6 +52,7 @@ def test_tables_when_kept_together_then_they_share_a_device():
         (Constraint(tables=("t0",), devices=(8,)), "pinned to device 8, but 2 x 4 has devices 0 to 7"),
         (Constraint(tables=("t0",), nodes=(2,)), "pinned to node 2, but 2 x 4 has nodes 0 to 1"),
         (Constraint(tables=("t0",), devices=(1, 1)), "name each of them once"),
+        (Constraint(tables=("t0",), nodes=()), r"pinned to nodes \(\); name each of them once"),
         (Constraint(tables=("t0",), kinds=()), "leave no placement"),
         (Constraint(tables=("t0", "t1"), kinds=("row_wise",), together=True), "leave no placement"),
         (Constraint(tables=("t0",), forbidden=("nowhere",)), "names kind 'nowhere'"),  # pyright: ignore  a bad kind
@@ -110,3 +111,24 @@ def test_constraints_when_they_contradict_each_other_then_an_error_names_both(
 ):
     with pytest.raises(InputError, match=message):
         plan_of(constraints=constraints)
+
+
+def test_returns_when_one_is_wanted_then_of_spread_rows_alone():
+    wanted = Allowed(returns="rows")
+    assert wanted.allows("grid", 2, "rows")
+    assert not wanted.allows("grid", 2, "partial_sums")
+    assert wanted.allows("table_wise", 1, None)
+
+
+def test_nodes_when_pinned_then_one_slice_for_each():
+    pinned = Allowed(nodes=(1, 0))
+    assert pinned.allows("grid", 2, "rows")
+    assert not pinned.allows("grid", 4, "rows")
+    assert not pinned.allows("table_row_wise", 1, "rows")
+    assert not pinned.allows("column_wise", 2, None)
+
+
+def test_sets_when_another_joins_them_then_all_are_one():
+    pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g",), ("d", "a", "f")]
+    constraints = [Constraint(tables=names, together=True) for names in pairs]
+    assert set(together_sets([*constraints, Constraint(tables=("b", "g"))])) == {("a", "b", "c", "d", "e", "f"), ("g",)}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from placement_cases import FEATURES, PLANS, TABLES, plan_of
 
 from pallas_kernels.mosaic_tpu.lines import row_shape
 from pallas_kernels.mosaic_tpu.units import units_of_rows
@@ -12,6 +13,7 @@ from sharding import FeatureSpec, KeyedJagged, ShardedTables, TableSpec, layout,
 from sharding.checkpoint import read_table, restore_tables, save_tables
 from sharding.layout import LINE_BYTES, Layout, make_layout
 from sharding.plan import ShardingPlan, column_wise, data_parallel, one_device_plan, row_wise
+from sharding.returns import home_places
 
 # Widths whose least common multiple is 128 * 3 * 5 * 7 * 11 * 13 * 17 * 19 * 23.
 ODD_DIMS = (384, 640, 896, 1408, 1664, 2176, 2432, 2944)
@@ -94,3 +96,23 @@ def test_tables_alike_in_several_stores_then_learn_and_restore_as_in_one(tmp_pat
     for spec, rows in zip(specs, expected, strict=True):
         np.testing.assert_array_equal(one.read_rows(restored, spec.name, range(NUM_ROWS)), rows)
         np.testing.assert_array_equal(read_table(tmp_path / "2 2", spec.name), rows)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("nodes", "chips"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_vectors_that_come_home_then_each_has_a_place_of_its_own_behind_those_of_owners_before(
+    nodes: int, chips: int, plan: str
+) -> None:
+    for group in make_layout(TABLES, FEATURES, plan_of(nodes, chips, plan)).groups:
+        places = home_places(group, chips)
+        assert len(set(places.tolist())) == len(places) == group.num_vectors
+        owners = np.repeat(
+            [lookup.shard.first_device for lookup in group.lookups], [lookup.vectors for lookup in group.lookups]
+        )
+        if group.family == "table_wise":
+            np.testing.assert_array_equal(places // group.vectors_per_device, owners)
+        elif group.family == "table_row_wise":
+            np.testing.assert_array_equal(places // group.vectors_per_device, owners // chips)
+        else:
+            # What is added up, or pooled at home, has no owner.
+            assert sorted(places.tolist()) == list(range(group.num_vectors))

@@ -23,10 +23,20 @@ def test_largest_differencing_when_given_the_textbooks_numbers_then_it_finds_the
     assert sorted(loads_of(weights, greedy(weights, ones, nothing), nothing)) == [13.0, 17.0]
 
 
-def test_largest_differencing_when_bins_hold_something_then_they_keep_their_names():
-    held = np.array([0.0, 100.0, 0.0])
-    bins = largest_differencing([10.0, 10.0], [1, 1], held)
-    assert sorted(bins) == [(0,), (2,)]
+def test_largest_differencing_when_numbers_divide_evenly_into_four_bins_then_it_finds_that():
+    weights = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    nothing = np.zeros(4)
+    assert loads_of(weights, largest_differencing(weights, [1] * 8, nothing), nothing).tolist() == [9.0] * 4
+
+
+# More than the numbers, and less.
+@pytest.mark.parametrize("most_held", [100.0, 3.0])
+@pytest.mark.parametrize("name", PARTITIONERS)
+def test_partitioner_when_a_bin_holds_something_then_the_others_are_filled(name: str, most_held: float):
+    for full in range(3):
+        held = np.where(np.arange(3) == full, most_held, 0.0)
+        bins = PARTITIONERS[name]([10.0, 10.0], [1, 1], held)
+        assert sorted(bins) == [(place,) for place in range(3) if place != full]
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)

@@ -271,6 +271,33 @@ def test_stale_run_when_stopped_then_it_resumes_to_the_same_bits(data, tmp_path,
     tiny.assert_identical(tiny.restore(config), tiny.restore(whole))
 
 
+def test_stale_run_when_evaluations_and_want_of_room_interrupt_it_then_the_bits_of_one_without_either(
+    data, tmp_path, monkeypatch
+):
+    # Steps that are done again begin with a prologue, which must keep what the step before them has looked up.
+    replays = []
+    replay = ReplayedSteps._replay
+
+    def counted(steps: ReplayedSteps) -> None:
+        replays.append(steps.step)
+        replay(steps)
+
+    monkeypatch.setattr(ReplayedSteps, "_replay", counted)
+    config = tiny.config(data, tmp_path / "run", pipeline="stale", max_steps=9, eval_every=2)
+    tiny.train_quietly(config)
+    assert max(replays) > 1
+
+    def sufficient(recommender: Recommender, batch_size: int, ids_capacity: int):
+        return recommender.tables.sufficient_capacities(batch_size, batch_size * (2 + tiny.MAX_TAGS))
+
+    replays.clear()
+    monkeypatch.setattr(Recommender, "first_capacities", sufficient)
+    straight = tiny.config(data, tmp_path / "straight", pipeline="stale", max_steps=9, eval_split=None)
+    tiny.train_quietly(straight)
+    assert not replays
+    tiny.assert_identical(tiny.restore(config), tiny.restore(straight))
+
+
 @pytest.mark.parametrize(("was", "now"), [("route", "stale"), ("stale", "none")])
 def test_workdir_when_a_run_becomes_stale_or_ceases_to_be_then_the_error_names_the_setting(data, tmp_path, was, now):
     config = tiny.config(data, tmp_path / "run", max_steps=1, eval_split=None, pipeline=was)

@@ -21,10 +21,10 @@ from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.errors import InputError
 from sharding.load import loads_by_feature
 from sharding.lower_bound import relax
-from sharding.plan import PlacementKind, ShardingPlan, check_plan
+from sharding.plan import PlacementKind, Returns, ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_text
 from sharding.planner import make_plan
-from sharding.tables import FeatureSpec, TableSpec
+from sharding.tables import FeatureSpec, RowOptimizerName, TableSpec
 from sharding.topology import parse_topology
 
 # Machine, kinds, and columns, of which slices have at least 16.
@@ -168,6 +168,59 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
     assert relaxed.seconds >= 0.8 * cheapest
     planned = make_plan(tables, features, machine, batch_size=BATCH, loads=loads)
     assert planned.cost.total_seconds <= cheapest * 1.05
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    ("kind", "returns"),
+    [
+        ("data_parallel", None),
+        ("table_wise", None),
+        ("column_wise", None),
+        ("row_wise", "partial_sums"),
+        ("row_wise", "rows"),
+    ],
+)
+def test_bound_when_the_only_table_has_one_way_then_its_cost_with_what_exchanges_take_to_start(
+    kind: PlacementKind, returns: Returns | None, optimizer: RowOptimizerName
+):
+    machine = dataclasses.replace(parse_topology("h200:1x2"), inside_latency=1e-3)
+    tables, features, loads = model_of([TableSpec(name="t", num_rows=1000, dim=32, optimizer=optimizer)], [3.0])
+    # The rows of one device are hot.
+    loads = [dataclasses.replace(load, top=((0, 0.5),)) for load in loads]
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    only = Constraint(tables=("t0",), kinds=(kind,), returns=returns)
+    choices = make_choices(tables, features, step, [only], float(machine.hbm_bytes))
+    (cost,) = {assignment.cost for assignment in every_assignment(choices, step)}
+    relaxed = relax(choices, machine.num_devices, float(machine.hbm_bytes))
+    assert relaxed is not None
+    # Less what the solver may be off by.
+    assert relaxed.seconds == pytest.approx(cost, rel=1e-3)
+    assert relaxed.seconds <= cost
+
+
+@pytest.mark.parametrize("returns", ["partial_sums", "rows"])
+def test_bound_when_hot_rows_of_two_tables_are_on_two_devices_then_not_as_if_they_were_on_one(returns: Returns):
+    machine = parse_topology("h200:1x2")
+    tables, features, loads = model_of([TableSpec(name="t", num_rows=1000, dim=32)] * 2, [30.0, 20.0])
+    loads = [dataclasses.replace(load, top=((number, 0.5),)) for number, load in enumerate(loads)]
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    spread = Constraint(tables=("t0", "t1"), kinds=("row_wise",), returns=returns)
+    choices = make_choices(tables, features, step, [spread], float(machine.hbm_bytes))
+    (cost,) = {assignment.cost for assignment in every_assignment(choices, step)}
+    relaxed = relax(choices, machine.num_devices, float(machine.hbm_bytes))
+    assert relaxed is not None
+    assert 0.9 * cost <= relaxed.seconds <= cost
+
+
+def test_bound_when_memory_is_that_of_all_tables_or_less_then_one_or_none():
+    machine = parse_topology("h200:1x2")
+    tables, features, loads = model_of([TableSpec(name="t", num_rows=1000, dim=32, optimizer="sgd")] * 4, [1.0] * 4)
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    choices = make_choices(tables, features, step, [], float(machine.hbm_bytes))
+    half = 2 * 1000 * 32 * 4
+    assert relax(choices, machine.num_devices, half) is not None
+    assert relax(choices, machine.num_devices, 0.99 * half) is None
 
 
 @pytest.mark.parametrize(("machine_name", "kinds", "dim"), CUT_CASES)

@@ -133,10 +133,11 @@ def test_lookup_when_bags_end_beyond_the_ids_then_those_that_there_are(implement
 def test_lookup_of_rows_outside_the_store_when_weights_are_not_finite_then_zeros(
     implementation: str, weight: float, longest_bag: int | None
 ) -> None:
-    offsets = np.minimum(np.arange(NUM_BAGS + 1, dtype=np.int32) * 4, 4)
-    ids = Batch(rows=np.array(NOWHERE, np.int32), offsets=offsets, weights=np.full(4, weight, np.float32))
-    result = look_up(implementation, table_of(16), ids, ids.weights, longest_bag=longest_bag)
-    np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, 16)))
+    for width, bag in ((16, 4), (128, 1)):
+        offsets = np.minimum(np.arange(NUM_BAGS + 1, dtype=np.int32) * bag, 4)
+        ids = Batch(rows=np.array(NOWHERE, np.int32), offsets=offsets, weights=np.full(4, weight, np.float32))
+        result = look_up(implementation, table_of(width), ids, ids.weights, longest_bag=longest_bag)
+        np.testing.assert_array_equal(result, np.zeros((NUM_BAGS, width)))
 
 
 @each_implementation
@@ -145,6 +146,18 @@ def test_lookup_one_id_a_bag_then_the_rows_themselves(implementation: str) -> No
     ids = Batch(rows=rows, offsets=np.arange(NUM_IDS + 1, dtype=np.int32), weights=np.ones(NUM_IDS, np.float32))
     table = table_of(32)
     np.testing.assert_array_equal(look_up(implementation, table, ids, longest_bag=1), table[rows])
+
+
+@each_implementation
+@pytest.mark.parametrize("width", [16, 128])
+def test_lookup_of_negative_zeros_then_the_zeros_that_sums_from_zero_are(implementation: str, width: int) -> None:
+    # Bags of one id and of several.
+    offsets = np.minimum(np.arange(NUM_BAGS + 1) * 2, NUM_BAGS + np.arange(NUM_BAGS + 1) // 4).astype(np.int32)
+    rows = np.arange(NUM_IDS, dtype=np.int32)
+    ids = Batch(rows=rows, offsets=offsets, weights=np.ones(NUM_IDS, np.float32))
+    for weights in (None, ids.weights):
+        result = look_up(implementation, np.full((NUM_ROWS, width), -0.0, np.float32), ids, weights)
+        np.testing.assert_array_equal(result.view(np.uint32), 0)
 
 
 @each_implementation

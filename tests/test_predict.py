@@ -302,6 +302,18 @@ def test_batch_when_its_predictions_would_be_no_numbers_then_one_line_names_the_
     dense[7, 1] = np.nan
     with pytest.raises(InputError, match=r"^sample 7: 'price' is nan, but dense features are finite: repair"):
         predictor.predict(dataclasses.replace(batch, dense=dense))
+    weights = np.ones(batch.ids.capacity, np.float32)
+    weights[batch.ids.lengths.sum() :] = np.nan  # of no id
+    weighted = dataclasses.replace(batch.ids, weights=weights)
+    np.testing.assert_allclose(
+        predictor.predict(dataclasses.replace(batch, ids=weighted)), predictor.predict(batch), rtol=1e-6
+    )
+    items = batch.ids.features.index("item")
+    weights[batch.ids.lengths[:items].sum() + 8] = np.inf
+    with pytest.raises(
+        InputError, match=r"^sample 8: feature 'item' has the weight inf, but weights are finite: repair"
+    ):
+        predictor.predict(dataclasses.replace(batch, ids=weighted))
 
 
 def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(predictor, monkeypatch, capsys):
@@ -341,3 +353,29 @@ def test_eval_script_when_it_is_run_then_its_last_line_is_json_with_all_samples(
 def test_id_when_it_is_negative_then_more_rows_are_not_advised(predictor):
     with pytest.raises(InputError, match=r"'user' is -1, but ids lie in \[0, 40\): repair the id$"):
         predictor.predict(changed(user=[0, 0, -1]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ending"),
+    [
+        (changed(user=[0, tiny.USERS, 0]), "but ids lie in [0, 40): repair the id"),
+        (changed(tags=[[1], [2, tiny.TAGS], []]), "but ids lie in [0, 60): repair the id"),
+        (changed(tags=[[1] * (tiny.MAX_TAGS + 1), [], []]), "max_pooling_factor is 30: shorten the bag"),
+        (ROWS.select("user", "item", "tags", "age"), "is missing: give it; the samples have ['user', 'item', 'tags', "),
+    ],
+)
+def test_rows_when_a_trained_model_cannot_take_them_then_another_card_is_not_advised(predictor, rows, ending):
+    with pytest.raises(InputError) as error:
+        predictor.predict(rows)
+    assert ending in str(error.value)
+    assert str(error.value).endswith(ending) or "missing" in ending
+
+
+def test_eval_script_when_other_samples_are_given_then_what_is_attainable_is_said_of_them(
+    predictor, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(eval_script, "configure_jax", lambda mesh: None)
+    other = tiny.write_dataset(tmp_path / "other", attainable={"test": {"auc": 0.87654}})
+    for arguments, expected in ((["--data", str(other)], True), ([], False)):
+        eval_script.main([str(predictor._workdir.path), *arguments])
+        assert ("0.87654" in capsys.readouterr().err) == expected

@@ -37,3 +37,18 @@ def test_rejects_when_taken_up_again_forget_what_came_after_the_state(tmp_path):
     with open(tmp_path / "rejects.csv", newline="") as file:
         assert [row["text"] for row in csv.DictReader(file)] == ["one", "three"]
     assert again.rejected == 2
+
+
+def test_rejects_when_taken_up_again_without_their_file_then_later_ones_are_written_all_the_same(tmp_path):
+    path = tmp_path / "rejects.csv"
+    with Rejects(path, 1.0) as rejects:
+        rejects.add("a", 1, "bad", "one")
+        state = rejects.state()
+    path.unlink()
+    with Rejects(path, 1.0, state=state) as again:
+        again.accept(5)
+        assert again.state() == RejectsState(accepted=5, rejected=1, size=0, first=state.first)
+        again.add("a", 7, "bad", "two")
+    with open(path, newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == ["two"]
+    assert again.rejected == 2

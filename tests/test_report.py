@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dlrm_jax.metrics import Metrics
-from dlrm_jax.report import RunLog, logged_metrics, read_log
+from dlrm_jax.report import RunLog, draw_curves, logged_metrics, read_log
 from dlrm_jax.workdir import Workdir
 
 METRICS = Metrics(**{field.name: 0.5 for field in dataclasses.fields(Metrics)})
@@ -61,7 +61,6 @@ def test_figures_that_are_not_finite_then_null_in_the_file_and_absent_from_tenso
         log.metrics(4, "train", dataclasses.replace(METRICS, ne=value), samples_per_second=7.0)
     (line,) = map(json.loads, workdir.metrics_file.read_text().splitlines())
     assert (line["ne"], line["auc"], line["samples_per_second"]) == (None, 0.5, 7.0)
-    assert math.isnan(logged_metrics(workdir, "train")[4].ne)
     (event,) = [event for event in events_of(workdir) if event.HasField("summary")]
     tags = {each.tag for each in event.summary.value}
     assert event.step == 4
@@ -69,8 +68,26 @@ def test_figures_that_are_not_finite_then_null_in_the_file_and_absent_from_tenso
     assert "train/ne" not in tags
 
 
+def test_evaluations_when_they_are_of_the_training_split_then_windows_of_training_are_none_of_them(workdir) -> None:
+    with log_of(workdir, first_step=0) as log:
+        log.metrics(4, "train", dataclasses.replace(METRICS, ne=math.nan))
+        log.metrics(5, "train", METRICS, samples_per_second=7.0)
+    evaluated = logged_metrics(workdir, "train")
+    assert list(evaluated) == [4]
+    assert math.isnan(evaluated[4].ne)
+
+
 def test_log_of_a_process_that_does_not_write_then_no_file(workdir) -> None:
     with log_of(workdir, first_step=0, writes=False) as log:
         log.metrics(4, "train", METRICS)
         log.to_disk()
     assert list(Path(workdir.path).iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cost$_$", r"$\q$"])
+def test_curves_when_names_hold_dollar_signs_then_they_are_no_formulas(tmp_path, name) -> None:
+    workdir = Workdir(tmp_path / name)
+    workdir.path.mkdir()
+    with log_of(workdir, first_step=0) as log:
+        log.metrics(4, name, METRICS)
+    assert draw_curves(workdir, {}).read_bytes().startswith(b"\x89PNG")

@@ -1,15 +1,18 @@
 """Updates of bfloat16 and float16 stores."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementation_cases import each_implementation
-from kernel_cases import NUM_ROWS, Batch, lines_of, table_of
-from update_cases import a_batch, bits_of, fresh_stores, gradients_of, numbers_of_rows, slots_of, update
+from implementation_cases import device_of, each_implementation, skip_unless_served
+from kernel_cases import NUM_BAGS, NUM_ROWS, Batch, lines_of, table_of
+from update_cases import a_batch, bits_of, fresh_stores, gradients_of, ids_of, numbers_of_rows, slots_of, update
 
-from pallas_kernels import Stores
+from pallas_kernels import ROW_OPTIMIZERS, Stores, row_statistics
+from pallas_kernels.rounding import Rounding, column_bits, row_key, stochastic_round
 
 SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 
@@ -86,6 +89,20 @@ def test_updates_of_split_weights_then_float32s_bits(implementation: str, rule: 
             np.testing.assert_array_equal(now, was)
 
 
+@each_implementation
+def test_statistics_of_split_weights_then_those_of_the_float32_weights(implementation: str) -> None:
+    rows, ids = table_of(16), ids_of(a_batch())
+    results = []
+    for stores, storage_rounding in ((fresh_stores("lamb", rows), "nearest"), (split_stores("lamb", rows), "split")):
+        options = {"width": 16, "storage_rounding": storage_rounding}
+        skip_unless_served(implementation, dtype=stores.weights.dtype, rule="lamb", **options)
+        options["optimizer"] = ROW_OPTIMIZERS["lamb"]
+        call = functools.partial(row_statistics, implementation=implementation, **options)
+        with device_of(implementation):
+            results.append(jax.jit(call)(stores, ids, gradients_of(16), slots=slots_of(16), step=jnp.int32(1)))
+    np.testing.assert_array_equal(results[1], results[0])
+
+
 @pytest.mark.parametrize(
     ("dtype", "element_state", "message"),
     [
@@ -98,6 +115,50 @@ def test_an_update_of_split_weights_when_a_half_is_missing_then_an_error(dtype, 
     stores = Stores(weights=lines_of(table_of(16, dtype=dtype)), element_state=element_state)
     with pytest.raises(ValueError, match=message):
         update("xla", "sgd", stores, a_batch(), gradients_of(16), storage_rounding="split")
+
+
+def rounded(implementation: str, numbers: np.ndarray, dtype, storage_rounding: Rounding) -> np.ndarray:
+    """What the first rows are when those float32 numbers are written to them, as integers; step 4, seed 2."""
+    num_rows = len(numbers)
+    ids = Batch(
+        rows=np.arange(num_rows, dtype=np.int32),
+        offsets=np.arange(num_rows + 1, dtype=np.int32),
+        weights=np.ones(num_rows, np.float32),
+    )
+    # Rows of zeros that the numbers' opposites are subtracted from.
+    stores = Stores(weights=lines_of(np.zeros((NUM_ROWS, 16), dtype)))
+    slots = slots_of(16, learning_rate=jnp.ones(3), weight_decay=jnp.zeros(3))
+    options = {"slots": slots, "storage_rounding": storage_rounding, "step": 4, "seed": 2}
+    after = update(implementation, "sgd", stores, ids, -numbers, **options)
+    return numbers_of_rows(after, 16)[0][:num_rows].view(np.uint16)
+
+
+@each_implementation
+@pytest.mark.parametrize(("dtype", "spacing"), [(jnp.bfloat16, 2.0**-7), (jnp.float16, 2.0**-10)])
+def test_an_update_when_results_lie_midway_between_16_bit_numbers_then_the_even_ones(
+    implementation: str, dtype, spacing: float
+) -> None:
+    steps = np.arange(8, dtype=np.float32) + np.float32(0.5)
+    numbers = np.float32(1) + steps * np.float32(spacing)
+    numbers = np.concatenate([numbers, -numbers])[None]
+    even = 1 + 2 * np.array([0, 1, 1, 2, 2, 3, 3, 4]) * spacing
+    wanted = np.concatenate([even, -even])[None].astype(dtype).view(np.uint16)
+    np.testing.assert_array_equal(rounded(implementation, numbers, dtype, "nearest"), wanted)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_stochastic_rounding_of_an_update_when_numbers_are_tiny_or_huge_then_the_formulas_bits(
+    implementation: str, dtype
+) -> None:
+    # Below, on and above the least normal number of float16, and beyond its largest.
+    numbers = np.array([3e-8, 1e-7, 2.3e-6, 6.1e-5, 2.0**-14, 1.001, 65519.0, 1e9], np.float32)
+    numbers = np.resize(np.concatenate([numbers, -numbers]), (NUM_BAGS, 16))
+    logical_rows = jnp.arange(NUM_BAGS, dtype=jnp.uint32)[:, None]
+    keys = row_key(jnp.uint32(2), jnp.uint32(4), slots_of(16).table[0], logical_rows)
+    bits = column_bits(keys[:, None], jnp.arange(16, dtype=jnp.uint32)[None])
+    wanted = np.asarray(stochastic_round(jnp.asarray(numbers), bits, dtype)).view(np.uint16)
+    np.testing.assert_array_equal(rounded(implementation, numbers, dtype, "stochastic"), wanted)
 
 
 def rounded_rows(implementation: str, dtype, *, places: np.ndarray, table: int = 7, **options) -> np.ndarray:

@@ -80,6 +80,14 @@ def test_tables_of_one_chunk_then_restored_bit_for_bit(tmp_path: Path) -> None:
     assert_same(restore_tables(tables, tmp_path / "tables"), noise(tables))
 
 
+def test_tables_of_zeros_then_their_chunks_are_on_disk_like_any(tmp_path: Path, small_chunks: None) -> None:
+    # A chunk that is not there is an error.
+    tables = tables_of(TABLES[3:])
+    zeros = jax.tree.map(np.zeros_like, noise(tables))
+    save_tables(tables, zeros, tmp_path / "tables")
+    assert not read_table(tmp_path / "tables", "half").any()
+
+
 @pytest.mark.parametrize("spec", TABLES, ids=lambda spec: spec.name)
 def test_read_table_then_the_rows_that_the_model_sees(saved: Path, spec: TableSpec) -> None:
     tables = tables_of()
@@ -211,6 +219,13 @@ def test_files_of_other_shapes_than_the_manifest_says_then_refused(saved: Path) 
     manifest["stores"]["float32.adam"]["lines_per_device"] += 1
     (saved / MANIFEST).write_text(json.dumps(manifest))
     assert_refused(f"{saved / 'weights.float32.adam'}: has shape (1, ", restore_tables, tables_of(), saved)
+
+
+def test_files_of_another_dtype_than_the_manifest_says_then_refused(saved: Path) -> None:
+    # Of as many bits, so that it has the same shape.
+    metadata = saved / "weights.bfloat16.adagrad" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace('"bfloat16"', '"float16"'))
+    assert_refused(f"{metadata.parent}: has shape (1, ", read_table, saved, "half")
 
 
 @pytest.mark.parametrize(

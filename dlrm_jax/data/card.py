@@ -15,8 +15,9 @@ from sharding.whole_file import write_whole
 CARD_FILE = "card.json"
 FORMAT = "dlrm_jax.dataset"
 VERSION = 1
-# The largest float32, in which features are divided.
-MAX_STD = 2.0**128 - 2.0**104
+# The smallest and the largest float32 above 0: features are normalised in float32.
+_MIN_FLOAT32 = 2.0**-149
+_MAX_FLOAT32 = 2.0**128 - 2.0**104
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class DenseColumn:
 
     Attributes:
         name: Column of floats in the Parquet files.
-        mean: Subtracted from the column; finite.
+        mean: Subtracted from the column; finite, also as float32.
         std: The column is divided by it; above 0 and finite, also as float32.
     """
 
@@ -157,7 +158,8 @@ def read_card(directory: str | os.PathLike[str]) -> DatasetCard:
             f"{path}: no dataset card there; make the dataset with scripts/prepare.py, or see docs/data.md"
         )
     try:
-        body = json.loads(path.read_text())
+        # Bytes, since JSON is UTF-8 whatever the locale says.
+        body = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); repair it or prepare the dataset again") from error
     if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
@@ -279,10 +281,12 @@ def _check_label(card: DatasetCard, features: list[str], where: str) -> None:
 
 
 def _check_dense(column: DenseColumn, where: str) -> None:
-    if not 0 < column.std <= MAX_STD:
+    if not _MIN_FLOAT32 <= column.std <= _MAX_FLOAT32:
         raise InputError(
             f"{where}: dense feature {column.name!r} has std {column.std}, but it must be above 0 and at most "
-            f"{MAX_STD:.7g}"
+            f"{_MAX_FLOAT32:.7g}, also as float32"
         )
-    if not -math.inf < column.mean < math.inf:
-        raise InputError(f"{where}: dense feature {column.name!r} has mean {column.mean}, but it must be finite")
+    if not -_MAX_FLOAT32 <= column.mean <= _MAX_FLOAT32:
+        raise InputError(
+            f"{where}: dense feature {column.name!r} has mean {column.mean}, but it must be finite, also as float32"
+        )

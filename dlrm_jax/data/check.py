@@ -245,6 +245,9 @@ def _check_vocabulary(path: Path, column: SparseColumn) -> None:
             names = file.schema_arrow.names
             if not {"id", "value", "count"} <= set(names):
                 raise InputError(f"{path}: a vocabulary has the columns id, value and count; this one has {names}")
+            kind = file.schema_arrow.field("id").type
+            if not pa.types.is_integer(kind):
+                raise InputError(f"{path}: column 'id' is {kind}, but must be an integer (int64): cast it")
             for rows in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=["id"]):
                 ids = rows.column("id").to_numpy(zero_copy_only=False)
                 outside = ids[~((ids >= 0) & (ids < column.num_rows))]

@@ -125,7 +125,8 @@ class Rejects:
         """Writes everything out and returns where the collection stands."""
         if self._stream is not None:
             self._stream.flush()
-        size = self._path.stat().st_size if self._rejected else 0
+        # Whoever has looked at the rejects of an interrupted run may have removed them.
+        size = self._path.stat().st_size if self._path.is_file() else 0
         return RejectsState(accepted=self._accepted, rejected=self._rejected, size=size, first=self._first)
 
     def finish(self) -> None:

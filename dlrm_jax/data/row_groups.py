@@ -150,7 +150,9 @@ class RowGroups:
             first_row += num_rows
 
 
-def columns_of(table: pa.Table, card: DatasetCard, where: str, *, first_row: int = 0) -> RowGroup:
+def columns_of(
+    table: pa.Table, card: DatasetCard, where: str, *, first_row: int = 0, trained: bool = False
+) -> RowGroup:
     """Checks rows against the card and turns them into numpy columns.
 
     Args:
@@ -158,6 +160,7 @@ def columns_of(table: pa.Table, card: DatasetCard, where: str, *, first_row: int
         card: The dataset's card, with the sparse features that are wanted.
         where: What to call the rows' origin in an error.
         first_row: Number of the first row there.
+        trained: As in `validate_schema`.
 
     Returns:
         The columns. A sample of weight 0 has empty bags, like padding: it must not touch a row of a table.
@@ -165,7 +168,7 @@ def columns_of(table: pa.Table, card: DatasetCard, where: str, *, first_row: int
     Raises:
         InputError: The rows are not what the card says.
     """
-    validate_row_group(table, card, where, first_row)
+    validate_row_group(table, card, where, first_row, trained=trained)
     weight = np.ones(table.num_rows, np.float32)
     if card.sample_weight is not None:
         weight = _numbers(table, card.sample_weight)

@@ -17,7 +17,9 @@ List = pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray
 _WEIGHT_LIMIT = "weights other than 0 are at least 1.4e-45, the smallest float32 number"
 
 
-def validate_schema(schema: pa.Schema, card: DatasetCard, path: str | os.PathLike[str]) -> None:
+def validate_schema(
+    schema: pa.Schema, card: DatasetCard, path: str | os.PathLike[str], *, trained: bool = False
+) -> None:
     """Checks that every column of the card is there and of a usable type.
 
     Usable are: integers or floats for the label, the sample weight and dense features; integers for ids, or lists of
@@ -27,22 +29,25 @@ def validate_schema(schema: pa.Schema, card: DatasetCard, path: str | os.PathLik
         schema: Schema of a Parquet file.
         card: The dataset's card; to check a selection of features, give a card with those alone.
         path: The file, for the message.
+        trained: Whether a model has been trained with the card, so that no message advises to change it.
 
     Raises:
         InputError: A column is missing, there twice, or of another type; the message names file and column.
     """
     for name in filter(None, (card.label, card.sample_weight, *(column.name for column in card.dense))):
-        _require(schema, name, _is_number, "an integer or a float, such as float32", path)
+        _require(schema, name, _is_number, "an integer or a float, such as float32", path, trained)
     for column in card.sparse:
         if column.bag:
-            _require(schema, column.name, _is_list_of(pa.types.is_integer), "a list of integers (int64)", path)
+            _require(schema, column.name, _is_list_of(pa.types.is_integer), "a list of integers (int64)", path, trained)
         else:
-            _require(schema, column.name, pa.types.is_integer, "an integer (int64)", path)
+            _require(schema, column.name, pa.types.is_integer, "an integer (int64)", path, trained)
         if column.weights:
-            _require(schema, column.weights, _is_list_of(_is_number), "a list of floats (float32)", path)
+            _require(schema, column.weights, _is_list_of(_is_number), "a list of floats (float32)", path, trained)
 
 
-def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLike[str], first_row: int) -> None:
+def validate_row_group(
+    table: pa.Table, card: DatasetCard, path: str | os.PathLike[str], first_row: int, *, trained: bool = False
+) -> None:
     """Checks every value of some consecutive rows of a file, whose schema has been checked.
 
     Labels lie in [0, 1]; sample weights are finite and at least 0; dense features are finite, also normalised; ids lie
@@ -55,6 +60,7 @@ def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLi
         card: The dataset's card; to check a selection of features, give a card with those alone.
         path: The file, for the message.
         first_row: Number in the file of the table's first row; rows count from 0.
+        trained: As in `validate_schema`.
 
     Raises:
         InputError: The first wrong value by column, then row; the message names file, row, column, value and limit.
@@ -73,13 +79,13 @@ def validate_row_group(table: pa.Table, card: DatasetCard, path: str | os.PathLi
     for column in card.sparse:
         for row, chunk in _chunks(table, column.name, first_row):
             if column.bag:
-                _validate_bags(chunk, column, path, row)
+                _validate_bags(chunk, column, path, row, trained)
             else:
                 ids = chunk.drop_null() if chunk.null_count else chunk
                 bad = _first_outside(ids.to_numpy(), column.num_rows)
                 if bad is not None:
                     position = int(np.flatnonzero(~_nulls(chunk))[bad])
-                    _raise_outside(ids[bad].as_py(), column, _locate(path, row + position, column.name))
+                    _raise_outside(ids[bad].as_py(), column, _locate(path, row + position, column.name), trained)
         if column.weights:
             _validate_weights(table, column, path, first_row)
 
@@ -106,13 +112,16 @@ def _limits(card: DatasetCard) -> Iterator[tuple[str, str, Callable[[np.ndarray]
         yield column.name, limit, functools.partial(_is_finite_normalised, column=column)
 
 
-def _validate_bags(chunk: List, column: SparseColumn, path: str | os.PathLike[str], first_row: int) -> None:
+def _validate_bags(
+    chunk: List, column: SparseColumn, path: str | os.PathLike[str], first_row: int, trained: bool
+) -> None:
     lengths = pooling_factors(chunk)
     if np.max(lengths, initial=0) > column.max_pooling_factor:
         row = _first(lengths > column.max_pooling_factor)
+        or_raise = "" if trained else f", or raise max_pooling_factor in {CARD_FILE}"
         raise InputError(
             f"{_locate(path, first_row + row, column.name)} has {lengths[row]} ids, but max_pooling_factor is "
-            f"{column.max_pooling_factor}: shorten the bag, or raise max_pooling_factor in {CARD_FILE}"
+            f"{column.max_pooling_factor}: shorten the bag{or_raise}"
         )
     ids = chunk.flatten()
     if ids.null_count:
@@ -120,9 +129,8 @@ def _validate_bags(chunk: List, column: SparseColumn, path: str | os.PathLike[st
         raise InputError(f"{where} holds a null, but a bag is a list of ids: leave the null out of the list")
     bad = _first_outside(ids.to_numpy(), column.num_rows)
     if bad is not None:
-        _raise_outside(
-            ids[bad].as_py(), column, _locate(path, first_row + _row_of(lengths, bad), column.name, contains=True)
-        )
+        where = _locate(path, first_row + _row_of(lengths, bad), column.name, contains=True)
+        _raise_outside(ids[bad].as_py(), column, where, trained)
 
 
 def _validate_weights(table: pa.Table, column: SparseColumn, path: str | os.PathLike[str], first_row: int) -> None:
@@ -164,8 +172,8 @@ def _first_outside(ids: Shaped[np.ndarray, " ids"], num_rows: int) -> int | None
     return _first((ids < 0) | (ids >= num_rows))
 
 
-def _raise_outside(value: int, column: SparseColumn, where: str) -> None:
-    or_raise = f", or raise num_rows of {column.name!r} in {CARD_FILE}" if value >= 0 else ""
+def _raise_outside(value: int, column: SparseColumn, where: str, trained: bool) -> None:
+    or_raise = f", or raise num_rows of {column.name!r} in {CARD_FILE}" if value >= 0 and not trained else ""
     raise InputError(
         f"{where} {'' if column.bag else 'is '}{value}, but ids lie in [0, {column.num_rows}): repair the id{or_raise}"
     )
@@ -208,13 +216,13 @@ def _locate(path: str | os.PathLike[str], row: int, column: str, *, contains: bo
     return f"{os.fspath(path)}, row {row}: {column!r}{' holds' if contains else ''}"
 
 
-def _require(schema: pa.Schema, name: str, is_usable, expected: str, path: str | os.PathLike[str]) -> None:
+def _require(
+    schema: pa.Schema, name: str, is_usable, expected: str, path: str | os.PathLike[str], trained: bool
+) -> None:
     indices = schema.get_all_field_indices(name)
     if not indices:
-        raise InputError(
-            f"{os.fspath(path)}: column {name!r} of {CARD_FILE} is missing: write it, or take it off the card; "
-            f"the file has {schema.names}"
-        )
+        fix = "give it; the samples have" if trained else "write it, or take it off the card; the file has"
+        raise InputError(f"{os.fspath(path)}: column {name!r} of {CARD_FILE} is missing: {fix} {schema.names}")
     if len(indices) > 1:
         raise InputError(f"{os.fspath(path)}: column {name!r} is there {len(indices)} times: keep one")
     kind = schema.field(indices[0]).type

@@ -16,12 +16,13 @@
 
 namespace dlrm {
 
+constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+
 #if defined(__linux__)
 
 // Stores smaller than this stay; so do any beyond the first so many.
 constexpr int64_t kHugeStore = int64_t{64} << 20;
 constexpr size_t kMostStores = 256;
-constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
 // Linux 6.1 and later: make them huge now. Older headers do not name it; older kernels refuse it, and do so in time.
 constexpr int kCollapse = 25;
 // Time of rest for each time of work.
