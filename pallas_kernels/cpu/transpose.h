@@ -14,22 +14,15 @@ constexpr int64_t kTile = 8;
 // A task's rows end a cache line of each column that it writes, in both sizes of elements.
 constexpr int64_t kRowsOfTranspose = 64;
 
-// First, and then second, of the halves of two vectors of 8 elements with their elements in turn.
-template <typename Vector>
-inline Vector interleave_low(Vector a, Vector b) {
+// Four elements of each of two vectors of 8, from element `First` on, in turns.
+template <int First, typename Vector>
+inline Vector in_turns(Vector a, Vector b) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  return __builtin_shufflevector(a, b, First, First + 8, First + 1, First + 9, First + 2, First + 10, First + 3,
+                                 First + 11);
 #else
-  return __builtin_shuffle(a, b, Vector{0, 8, 1, 9, 2, 10, 3, 11});
-#endif
-}
-
-template <typename Vector>
-inline Vector interleave_high(Vector a, Vector b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  return __builtin_shuffle(a, b, Vector{4, 12, 5, 13, 6, 14, 7, 15});
+  return __builtin_shuffle(a, b, Vector{First, First + 8, First + 1, First + 9, First + 2, First + 10, First + 3,
+                                        First + 11});
 #endif
 }
 
@@ -41,8 +34,8 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
   for (int i = 0; i < kTile; ++i) std::memcpy(&rows[i], from + i * from_stride, sizeof rows[i]);
   for (int round = 0; round < 3; ++round) {
     for (int i = 0; i < kTile / 2; ++i) {
-      mixed[2 * i] = interleave_low(rows[i], rows[i + kTile / 2]);
-      mixed[2 * i + 1] = interleave_high(rows[i], rows[i + kTile / 2]);
+      mixed[2 * i] = in_turns<0>(rows[i], rows[i + kTile / 2]);
+      mixed[2 * i + 1] = in_turns<4>(rows[i], rows[i + kTile / 2]);
     }
     std::memcpy(rows, mixed, sizeof rows);
   }
