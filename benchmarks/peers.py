@@ -148,9 +148,8 @@ def _compare(case: Case, sides: list[str], *, turns: int, steps: int, turn_s: fl
         # Of the processors' time, matrix products alone.
         "cpu_ms": 1e3 * flops / (1e9 * results["ours"]["cpu_gflops"]),
     }
-    what = {"workload": case.name, "ids": case.ids, "optimizer": case.optimizer, "batch_size": case.batch_size}
-    what["dtype"] = case.dtype
-    return {**what, "load": os.getloadavg()[0], "floor": floor, "sides": results}
+    what = {name: getattr(case, name) for name in ("ids", "optimizer", "batch_size", "dtype")}
+    return {"workload": case.name, **what, "load": os.getloadavg()[0], "floor": floor, "sides": results}
 
 
 def _figures(times: list[dict[str, float]], side: SideProcess, first: dict[str, Any]) -> dict[str, float]:

@@ -66,7 +66,7 @@ def _load() -> str | None:
     if not build.LIBRARY.exists():
         return "their library was not built: with a C++ compiler on the path, install the package again"
     try:
-        library = _library()
+        library = ctypes.CDLL(str(build.LIBRARY))
     except OSError as error:
         return f"their library does not load: {error}"
     library.dlrm_sources.restype = ctypes.c_char_p
@@ -80,10 +80,6 @@ def _load() -> str | None:
     return None
 
 
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(_build_module().LIBRARY))
-
-
 def available() -> bool:
     """Whether the library was built, and loads on this machine."""
     return _missing() is None
@@ -92,7 +88,7 @@ def available() -> bool:
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies matrices of bfloat16 faster than those of float32, and can be asked."""
-    return available() and bool(_library().dlrm_multiplies_bf16())
+    return available() and bool(ctypes.CDLL(str(_build_module().LIBRARY)).dlrm_multiplies_bf16())
 
 
 def unable(

@@ -289,10 +289,13 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system offers no pages of 2 MB"
 )
 def test_zeros_when_large_then_they_lie_in_huge_pages_at_once() -> None:
-    megabytes = 192
+    def huge_megabytes() -> int:
+        of_process = Path("/proc/self/smaps_rollup").read_text()
+        return int(of_process.split("AnonHugePages:")[1].split()[0]) // 1024
+
+    megabytes, before = 192, huge_megabytes()
     given = jax.block_until_ready(jax.jit(lambda: zeros((megabytes * 2048, 128), jnp.dtype("float32")))())
-    of_process = Path("/proc/self/smaps_rollup").read_text()
-    huge = int(of_process.split("AnonHugePages:")[1].split()[0]) // 1024
+    huge = huge_megabytes() - before
     # The system may be short of them, in which case it has none of many.
     if huge == 0:
         pytest.skip("the system has no pages of 2 MB left")

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Case:
     learning_rate: float = 0.01
     table_learning_rate: float
     eps: float = 1e-8
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def features(self) -> tuple[str, ...]:

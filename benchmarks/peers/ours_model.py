@@ -105,7 +105,7 @@ def config_of(case: Case) -> Config:
             interaction="dcnv2" if case.cross_layers else "dot",
             cross_layers=case.cross_layers or 1,
             cross_rank=case.cross_rank or 1,
-            dtype="bfloat16" if case.dtype == "bfloat16" else "float32",
+            dtype=case.dtype,
         ),
         dense_optimizer=DenseOptimizerConfig(name="sgd", learning_rate=case.learning_rate),
         stated=DatasetCard(

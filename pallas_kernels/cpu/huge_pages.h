@@ -28,12 +28,21 @@ constexpr int kCollapse = 25;
 // Time of rest for each time of work.
 constexpr int kRest = 4;
 
-// Asks for huge pages for memory that nobody has touched: it gets them as it is touched.
-inline void begin_in_huge_pages(void* data, int64_t num_bytes) {
-  if (num_bytes < kHugeStore) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+// The huge pages that lie within some bytes.
+struct HugePages {
+  HugePages(const void* data, int64_t num_bytes)
+      : begin((reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1)),
+        end((reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1)) {}
+
+  // Whether the system will make them huge, those that nobody has touched as they are touched.
+  bool ask() const { return madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0; }
+
+  const uintptr_t begin, end;
+};
+
+// Asks for huge pages for memory that nobody has touched.
+inline void begin_in_huge_pages(const void* data, int64_t num_bytes) {
+  if (num_bytes >= kHugeStore) HugePages(data, num_bytes).ask();
 }
 
 // Asks for huge pages once for each store, on a thread of its own: the numbers move while they are used. Nothing of
@@ -46,13 +55,11 @@ inline void use_huge_pages(const void* data, int64_t num_bytes) {
     std::lock_guard<std::mutex> lock(mutex);
     if (seen.size() >= kMostStores || !seen.emplace(data, num_bytes).second) return;
   }
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
-  const auto move = [begin, end] {
-    if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+  const auto move = [pages = HugePages(data, num_bytes)] {
+    if (!pages.ask()) return;
     // Page by page with rests between them, since moving one holds up whoever allocates memory. Memory that was given
     // back meanwhile ends it.
-    for (uintptr_t page = begin; page < end; page += kHugePage) {
+    for (uintptr_t page = pages.begin; page < pages.end; page += kHugePage) {
       const auto started = std::chrono::steady_clock::now();
       if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) != 0) return;
       std::this_thread::sleep_for(kRest * (std::chrono::steady_clock::now() - started));
@@ -66,7 +73,7 @@ inline void use_huge_pages(const void* data, int64_t num_bytes) {
 
 #else
 
-inline void begin_in_huge_pages(void*, int64_t) {}
+inline void begin_in_huge_pages(const void*, int64_t) {}
 inline void use_huge_pages(const void*, int64_t) {}
 
 #endif
