@@ -11,11 +11,12 @@ the same on every device. The bound is the optimum of a mixed integer programme 
                 P_g * bins >= sum_tc x_tc vectors_tc                           (bins: W devices, or N nodes)
                 sum_tc x_tc bytes_tc <= W * bytes of a device
                 the cuts of `sharding.cuts`, where an optimum breaks them      (what whole slices on whole bins mean)
+                those of `sharding.dealing`, of few candidates                 (all quantities of a group together)
 
 First x and P may be fractions (a table may be in two halves), and cuts are added until that hardly raises the optimum.
 Then P is whole, and of programmes that are not large, x. Both are searched by branch and bound, which stops after a
-number of nodes and gives the bound that it has proved by then. What limits the bound: the cuts say little of how
-several large slices fit together.
+number of nodes and gives the bound that it has proved by then. What limits the bound where there are many candidates:
+the cuts say little of how several large slices fit together.
 
 Letters: W devices, C chips of a node.
 """
@@ -30,6 +31,8 @@ from jaxtyping import Float
 
 from sharding.candidates import SPREAD, Choices
 from sharding.cuts import VECTORS_PLACE, Cuts
+from sharding.dealing import MOST_PLACES, least_dealt
+from sharding.highs import make_solver
 from sharding.layout import FAMILIES, Family
 
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
@@ -37,21 +40,20 @@ from sharding.layout import FAMILIES, Family
 _ROUNDS = 30
 _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
+# Where dealing out costs no more than this share above the optimum, that is as good as true.
+_CLOSE = 5e-3
 # Searches for whole vectors, likewise, up to as many candidates.
 _VECTOR_ROUNDS = 3
 _MEDIUM = 4000
-# Searches for whole tables: up to so many candidates, so many rounds; and up to how many there is time to try branches
-# out before one is taken.
-_TABLE_ROUNDS = ((400, 3), (_MEDIUM, 2))
-_FEW = 1300
+# Searches for whole tables: up to so many candidates, so many rounds, and the share of the cost that any search may
+# leave open. In between, solutions that are nearly the best make good starts, since they are unlike each other.
+_FEW, _SEVERAL = 400, 1300
+_TABLE_ROUNDS = ((_FEW, 6, 3e-4), (_SEVERAL, 2, 3e-3), (_MEDIUM, 2, 3e-4))
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
 # found late, and only then does their bound rise.
 _VECTOR_NODES = 20
 _TABLE_NODES = 400
 _FAST_NODES = 100
-_GAP = 3e-3
-# By default, 1e-6, HiGHS 1.15 now and then cuts off the optimum and proves a bound that a plan beats.
-_TOLERANCE = 1e-9
 # Improving solutions of one search that are worth a start.
 _SOLUTIONS = 5
 # Times that the relaxation is solved again with what cannot be whole left out.
@@ -128,7 +130,7 @@ class _Programme:
         programme.num_col_ = self.num_columns
         programme.col_cost_, programme.col_lower_, programme.col_upper_ = objective, np.zeros(self.num_columns), upper
         programme.a_matrix_.start_ = np.zeros(self.num_columns + 1, np.int32)
-        self._highs = _solver()
+        self._highs = make_solver()
         self._highs.passModel(programme)
         first = 0
         for options in choices.of_table:
@@ -203,6 +205,30 @@ class _Programme:
             self._at_most(members, values, self._z(cut.group, cut.quantity))
         return self._add_rows()
 
+    def add_dealing_cuts(self, columns: np.ndarray) -> bool:
+        """Adds what dealing out the slices of whole tables costs, where that is more than a solution says.
+
+        See `sharding.dealing`. Of slices that are on several devices, it counts the mean over these.
+
+        Returns:
+            Whether that is so much more that the next solution should be another.
+        """
+        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD)).sum(axis=1)
+        cuts, excess = self.cuts, 0.0
+        for group, mine in enumerate(cuts.members):
+            chosen, bins = mine[columns[mine] > 0.5], cuts.bins[group]
+            if bins == 1 or not 1 < len(chosen) <= MOST_PLACES // bins:
+                continue
+            least = least_dealt(cuts.means[chosen], cuts.slices[chosen], bins)
+            if least > z[group] * (1.0 + _PROGRESS):
+                excess += least - z[group]
+                each = cuts.means[chosen].sum(axis=1)
+                maxima = np.array([self._z(group, quantity) for quantity in range(len(SPREAD))])
+                values = np.append(each, -np.ones(len(SPREAD)))
+                self._row(np.append(chosen, maxima), values, -highspy.kHighsInf, float(each.sum()) - least)
+        self._add_rows()
+        return excess > _CLOSE * z.sum()
+
     def solve(self) -> _Solved | None:
         """The optimum where all may be fractions; None if nothing is feasible."""
         self._highs.run()
@@ -211,9 +237,9 @@ class _Programme:
         cost = self._highs.getInfo().objective_function_value
         return _Solved(bound=cost, cost=cost, columns=np.array(self._highs.getSolution().col_value))
 
-    def search(self, whole: Whole, start: np.ndarray | None) -> _Solved | None:
+    def search(self, whole: Whole, gap: float, start: np.ndarray | None) -> _Solved | None:
         """Branch and bound with whole numbers, from whole x if there are any; None if it found no solution."""
-        highs = _solver()
+        highs = make_solver()
         highs.passModel(self._highs.getLp())
         integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns, dtype=np.int32)
         integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
@@ -221,11 +247,11 @@ class _Programme:
         highs.changeColsIntegrality(len(integral), integral, kind)
         highs.setOptionValue("mip_max_nodes", _VECTOR_NODES)
         if whole == "all":
-            highs.setOptionValue("mip_max_nodes", _TABLE_NODES if self.num_x <= _FEW else _FAST_NODES)
-            if self.num_x > _FEW:
+            # Up to how many candidates there is time to try branches out before one is taken.
+            highs.setOptionValue("mip_max_nodes", _TABLE_NODES if self.num_x <= _SEVERAL else _FAST_NODES)
+            if self.num_x > _SEVERAL:
                 highs.setOptionValue("mip_pscost_minreliable", 0)
-        highs.setOptionValue("mip_rel_gap", _GAP)
-        highs.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
+        highs.setOptionValue("mip_rel_gap", gap)
         # A restart costs more here than it gives.
         highs.setOptionValue("mip_allow_restart", False)
         if start is not None:
@@ -262,14 +288,6 @@ class _Programme:
         self._highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), kept.astype(np.float64))
 
 
-def _solver() -> highspy.Highs:
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
-    # Of several threads, which one is first would decide.
-    highs.setOptionValue("threads", 1)
-    return highs
-
-
 def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = False) -> Relaxed | None:
     """Solves the relaxation.
 
@@ -296,9 +314,9 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     columns = solved.columns
     proved = [solved]
     starts: list[np.ndarray] = []
-    for whole, rounds in () if quick or large else _searches(programme.num_x):
+    for whole, rounds, gap in () if quick or large else _searches(programme.num_x):
         for _ in range(rounds):
-            searched = programme.search(whole, starts[-1] if starts else None)
+            searched = programme.search(whole, gap, starts[-1] if starts else None)
             if searched is None:
                 break
             before = max(one.bound for one in proved)
@@ -307,9 +325,10 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
                 starts += [*searched.others, searched.columns]
             else:
                 columns = searched.columns
-            if not programme.add_cuts(searched.columns) or (
-                whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)
-            ):
+            added = programme.add_cuts(searched.columns)
+            if whole == "all" and programme.num_x <= _FEW:
+                added |= programme.add_dealing_cuts(searched.columns)
+            if not added or (whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)):
                 break
     for _ in range(_DIVES):
         programme.keep_whole(columns)
@@ -339,7 +358,7 @@ def _best_bound(proved: Sequence[_Solved]) -> float:
     return best
 
 
-def _searches(num_candidates: int) -> tuple[tuple[Whole, int], ...]:
-    """What is to be whole, and the rounds of each."""
-    rounds = next(rounds for most, rounds in _TABLE_ROUNDS if num_candidates <= most)
-    return ("vectors", _VECTOR_ROUNDS), ("all", rounds)
+def _searches(num_candidates: int) -> tuple[tuple[Whole, int, float], ...]:
+    """What is to be whole, the rounds of each, and the share that they may leave open."""
+    rounds, gap = next(entry for most, *entry in _TABLE_ROUNDS if num_candidates <= most)
+    return ("vectors", _VECTOR_ROUNDS, gap), ("all", int(rounds), gap)

@@ -33,8 +33,11 @@ _SEARCH_ROUNDS = 4
 _BUFFERS = 0.12
 # Widths that further starts cut all tables to, the first of which cuts none: fewer groups, which round up less.
 _WIDTHS = (1 << 20, 128, 64, 32)
-# The cheapest of the starts, which are searched on from before one is picked.
+# The cheapest of the starts, which are searched on from before one is picked, and cycles of ruins of each.
 _SEARCHED = 6
+_CYCLES = 2
+# What is this close to the bound is good enough, as a share of the step.
+_CLOSE = 5e-3
 # Up to how many tables there is time for such.
 _FEW_TABLES = 300
 # What the runtime keeps for itself.
@@ -183,7 +186,9 @@ class _Search:
         if relaxed is None:
             return None, buffers
         # Of the relaxation that leaves the stores all memory: others have fewer candidates.
-        lower_bound = relaxed.seconds + at_stages(self.step) + self.step.latency_seconds([])
+        least = relaxed.seconds + self.step.latency_seconds([])
+        lower_bound = least + at_stages(self.step)
+        enough = least + _CLOSE * lower_bound
         spare: PlanResult | None = None
         for attempt in range(_ATTEMPTS):
             # At first buffers get a share that is enough for most.
@@ -201,13 +206,13 @@ class _Search:
                         relaxed = self.relaxed(choices, memory, quick=True) if memory > 0 else None
                         continue
                 partitioned = self.partitioned(starts)
-                best, name = self.best_start(choices, starts, room)
+                best, name = self.best_start(choices, starts, room, enough)
                 begun = self.result(best, name, partitioned, lower_bound)
                 storage = begun.cost.storage
                 buffers = storage.buffers
                 if storage.total <= self.limit:
                     best.memory = min(room, float(self.limit - storage.dense - buffers))
-                    improve(best, _SEARCH_ROUNDS)
+                    improve(best, _SEARCH_ROUNDS, enough=enough)
                     improved = self.result(best, name, partitioned, lower_bound)
                     if improved.cost.storage.total <= self.limit:
                         return improved, improved.cost.storage.buffers
@@ -258,7 +263,7 @@ class _Search:
         return relax(choices, topology.num_devices, memory, quick=quick)
 
     def best_start(
-        self, choices: Choices, starts: list[tuple[Assignment, str]], memory: float
+        self, choices: Choices, starts: list[tuple[Assignment, str]], memory: float, enough: float
     ) -> tuple[Assignment, str]:
         """The cheapest of the starts, and of those whose tables are cut to narrower widths, once searched on from.
 
@@ -278,7 +283,7 @@ class _Search:
                 improve(start, 0)
         found.sort(key=lambda entry: entry[0].cost)
         for start, _ in found[:_SEARCHED] if few else ():
-            improve(start, 2, ruins=False)
+            improve(start, 2, cycles=_CYCLES, enough=enough)
         return min(found, key=lambda entry: entry[0].cost)
 
     def narrower(self, choices: Choices) -> list[Choices]:

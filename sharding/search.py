@@ -7,6 +7,7 @@ of whatever kind; ruins. A move is kept if the cost falls.
 from collections.abc import Set
 
 import numpy as np
+from jaxtyping import Int
 
 from sharding.assignment import NOISE, WORTH, Assignment, insert_best
 from sharding.candidates import SPREAD, Candidate
@@ -15,11 +16,16 @@ from sharding.swaps import swap_slices
 
 # Tables that are taken out together.
 _MOST_TAKEN = 60
-# Most tables of one ruin, and how much worse than the cheapest it may leave things.
-_MOST_RUINED = 16
+# Most tables of one ruin, and how much worse than the cheapest the first of a cycle may leave things.
+_MOST_RUINED = 10
 _WORSE = 0.01
-# Times that ruins put each table back; and up to how many tables that finds anything in the time there is.
-_INSERTS = 40
+# Cycles of ruins, how many in a row may find nothing, and how many tables one puts back: of each so many, in all so
+# many.
+CYCLES = 8
+_IN_VAIN = 3
+_INSERTS_OF_TABLE = 100
+_INSERTS = 5000
+# Up to how many tables ruins find anything in the time there is.
 _FEW_TABLES = 200
 
 # A candidate and its bins.
@@ -125,23 +131,37 @@ def drop_families(assignment: Assignment, movable: Set[int]) -> bool:
     return helped
 
 
-def ruin_and_recreate(assignment: Assignment, movable: Set[int], inserts: int) -> None:
+def ruin_and_recreate(assignment: Assignment, movable: Set[int], cycles: int, enough: float = 0.0) -> None:
     """Takes some tables out and puts them back where they cost least, again and again; keeps what was cheapest.
 
     Half are tables of a group whose maxima are far above its means, half are any (Schrimpf et al. 2000). A little worse
-    than the cheapest is good enough to go on from. The dice are the same in every run.
+    than the cheapest is good enough to go on from, ever less so during a cycle; the next begins from the cheapest. The
+    dice are the same in every run.
 
     Args:
         assignment: The assignment; changed.
         movable: Tables that may be moved.
-        inserts: Tables to put back in all.
+        cycles: Most cycles.
+        enough: The cost at which they end.
     """
     dice = np.random.default_rng(0)
     tables = np.array(sorted(movable))
-    best = assignment.cost
+    in_vain = 0
+    for _ in range(cycles if len(tables) > 1 else 0):
+        before = assignment.cost
+        if before <= enough:
+            break
+        _ruin_cycle(assignment, tables, dice)
+        in_vain = 0 if assignment.cost < before * (1.0 - NOISE) else in_vain + 1
+        if in_vain == _IN_VAIN:
+            break
+
+
+def _ruin_cycle(assignment: Assignment, tables: Int[np.ndarray, " tables"], dice: np.random.Generator) -> None:
+    best = current = assignment.cost
     cheapest = _snapshot(assignment)
-    current = best
-    while inserts > 0 and len(tables) > 1:
+    inserts = total = min(_INSERTS, _INSERTS_OF_TABLE * len(tables))
+    while inserts > 0:
         slack = (assignment.most - assignment.load.mean(axis=2)).clip(min=0.0).sum(axis=1)
         if slack.sum() <= best * WORTH:
             break
@@ -158,9 +178,10 @@ def ruin_and_recreate(assignment: Assignment, movable: Set[int], inserts: int) -
             if not insert_best(assignment, chosen[number]):
                 break
             put.append(chosen[number])
+        worse = _WORSE * inserts / total
         inserts -= len(chosen)
         cost = assignment.cost
-        if len(put) < len(chosen) or cost > min(best * (1.0 + _WORSE), current * (1.0 + _WORSE / 4)):
+        if len(put) < len(chosen) or cost > min(best * (1.0 + worse), current * (1.0 + worse / 4)):
             _undo(assignment, put, before)
             continue
         current = cost
@@ -186,13 +207,14 @@ def _restore(assignment: Assignment, held: list[Placed]) -> None:
         assignment.place(candidate, bins)
 
 
-def improve(assignment: Assignment, rounds: int, *, ruins: bool = True) -> None:
+def improve(assignment: Assignment, rounds: int, *, cycles: int = CYCLES, enough: float = 0.0) -> None:
     """Local search, until nothing helps: swaps within groups; levels, families and single tables put elsewhere.
 
     Args:
         assignment: The assignment; changed.
         rounds: Most rounds; 0 for the swaps alone.
-        ruins: Whether ruins follow.
+        cycles: Most cycles of ruins, which follow where there are rounds.
+        enough: What costs no more than this is not ruined.
     """
     bundled = {table for tables in assignment.choices.together for table in tables}
     movable = set(range(len(assignment.choices.tables))) - bundled
@@ -207,8 +229,8 @@ def improve(assignment: Assignment, rounds: int, *, ruins: bool = True) -> None:
             swap_slices(assignment, group, bundled)
         if assignment.cost > before * (1.0 - 1e-3):
             break
-    if rounds and ruins and len(movable) <= _FEW_TABLES:
-        ruin_and_recreate(assignment, movable, _INSERTS * len(movable))
+    if rounds and len(movable) <= _FEW_TABLES:
+        ruin_and_recreate(assignment, movable, cycles, enough)
         for group in range(len(assignment.choices.groups)):
             swap_slices(assignment, group, bundled)
 

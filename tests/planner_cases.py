@@ -1,9 +1,14 @@
 """Machines and models that plans are made for, shared by the tests of the planner and of its parts."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
+from sharding.assignment import Assignment
+from sharding.candidates import Choices
+from sharding.cost import Step
 from sharding.load import FeatureLoad
 from sharding.planner import PlanResult, make_plan
 from sharding.tables import FeatureSpec, TableSpec
@@ -38,3 +43,20 @@ def skewed_model(num_tables: int, seed: int) -> tuple[list[TableSpec], list[Feat
 def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:
     tables, features, loads = skewed_model(num_tables, seed)
     return make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, **arguments)
+
+
+def every_assignment(choices: Choices, step: Step) -> Iterator[Assignment]:
+    """Every way to place all tables."""
+    every_place = [
+        [
+            (candidate, bins)
+            for candidate in candidates
+            for bins in itertools.combinations(range(step.topology.num_devices // candidate.span), candidate.num_slices)
+        ]
+        for candidates in choices.of_table
+    ]
+    for places in itertools.product(*every_place):
+        assignment = Assignment(choices, step, float(step.topology.hbm_bytes))
+        for candidate, bins in places:
+            assignment.place(candidate, bins)
+        yield assignment

@@ -291,9 +291,9 @@ def full_devices(seed: int) -> tuple[Assignment, Set[int]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_ruins_when_memory_is_nearly_full_then_every_table_has_a_place_and_nothing_got_dearer(seed: int):
     assignment, tables = full_devices(seed)
-    improve(assignment, 2, ruins=False)
+    improve(assignment, 2, cycles=0)
     before = assignment.cost
-    ruin_and_recreate(assignment, tables, 300)
+    ruin_and_recreate(assignment, tables, 4)
     assert None not in assignment.candidate
     assert assignment.most_bytes <= assignment.memory
     assert assignment.cost <= before * (1 + 1e-9)
@@ -307,10 +307,26 @@ def test_ruins_when_what_they_end_with_is_dearer_then_the_cheapest_that_they_fou
     assignment = Assignment(choices, step, float("inf"))
     for table in range(12):
         insert_best(assignment, table)
-    improve(assignment, 4, ruins=False)
+    improve(assignment, 4, cycles=0)
     before = assignment.cost
-    ruin_and_recreate(assignment, set(range(12)), 200)
+    ruin_and_recreate(assignment, set(range(12)), 4)
     assert assignment.cost <= before * (1 + 1e-9)
+
+
+def test_ruins_when_the_cost_is_good_enough_then_nothing_moves_else_it_falls():
+    names = tuple(f"t{number}" for number in range(12))
+    whole = Constraint(tables=names, kinds=("table_wise", "column_wise"))
+    found = []
+    for enough in (float("inf"), 0.0):
+        choices, step = choices_of(skewed_model(12, 1), FOUR, [whole])
+        assignment = Assignment(choices, step, float("inf"))
+        for table in range(12):
+            insert_best(assignment, table)
+        before = assignment.cost, list(assignment.bins)
+        ruin_and_recreate(assignment, set(range(12)), 1, enough)
+        found.append((assignment.cost, assignment.bins) == before)
+    assert found == [True, False]
+    assert assignment.cost < before[0]
 
 
 def test_search_when_tables_have_more_than_their_memory_then_each_keeps_a_place():

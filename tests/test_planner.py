@@ -1,20 +1,18 @@
 """The planner: what it promises of every plan, and what it says when nothing fits."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import BATCH, CHIPS, MACHINE, NODES, model_of, plan_of, skewed_model
+from planner_cases import BATCH, CHIPS, MACHINE, NODES, every_assignment, model_of, plan_of, skewed_model
 
 from benchmarks.planner import SAMPLES_PER_DEVICE, random_instance
 from sharding import lower_bound, planner
 from sharding.assignment import Assignment
-from sharding.candidates import Choices, make_choices
+from sharding.candidates import make_choices
 from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.cuts import VECTORS_PLACE, Cuts
@@ -133,28 +131,13 @@ def test_batch_when_the_devices_do_not_divide_it_then_an_error_says_which_they_d
         make_plan(tables, features, MACHINE, batch_size=batch_size)
 
 
-def every_assignment(choices: Choices, step: Step) -> Iterator[Assignment]:
-    every_place = [
-        [
-            (candidate, bins)
-            for candidate in candidates
-            for bins in itertools.combinations(range(step.topology.num_devices // candidate.span), candidate.num_slices)
-        ]
-        for candidates in choices.of_table
-    ]
-    for places in itertools.product(*every_place):
-        assignment = Assignment(choices, step, float(step.topology.hbm_bytes))
-        for candidate, bins in places:
-            assignment.place(candidate, bins)
-        yield assignment
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("searched", ["thoroughly", "quickly"])
 def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(seed: int, searched: str, monkeypatch):
     if searched == "quickly":
         # As where there are many candidates.
         monkeypatch.setattr(lower_bound, "_FEW", 0)
+        monkeypatch.setattr(lower_bound, "_SEVERAL", 0)
     tables, features, loads = skewed_model(3, seed)
     machine = parse_topology("h200:1x2")
     step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
