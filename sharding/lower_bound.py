@@ -360,5 +360,5 @@ def _best_bound(proved: Sequence[_Solved]) -> float:
 
 def _searches(num_candidates: int) -> tuple[tuple[Whole, int, float], ...]:
     """What is to be whole, the rounds of each, and the share that they may leave open."""
-    rounds, gap = next(entry for most, *entry in _TABLE_ROUNDS if num_candidates <= most)
-    return ("vectors", _VECTOR_ROUNDS, gap), ("all", int(rounds), gap)
+    _, rounds, gap = next(entry for entry in _TABLE_ROUNDS if num_candidates <= entry[0])
+    return ("vectors", _VECTOR_ROUNDS, gap), ("all", rounds, gap)

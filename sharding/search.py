@@ -21,7 +21,7 @@ _MOST_RUINED = 10
 _WORSE = 0.01
 # Cycles of ruins, how many in a row may find nothing, and how many tables one puts back: of each so many, in all so
 # many.
-CYCLES = 8
+_CYCLES = 8
 _IN_VAIN = 3
 _INSERTS_OF_TABLE = 100
 _INSERTS = 5000
@@ -207,7 +207,7 @@ def _restore(assignment: Assignment, held: list[Placed]) -> None:
         assignment.place(candidate, bins)
 
 
-def improve(assignment: Assignment, rounds: int, *, cycles: int = CYCLES, enough: float = 0.0) -> None:
+def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enough: float = 0.0) -> None:
     """Local search, until nothing helps: swaps within groups; levels, families and single tables put elsewhere.
 
     Args:
