@@ -16,65 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.products import product_grads
-
-
-@jax.custom_vjp
-def matmul(x: Float[Array, "B n"], kernel: Float[Array, "n m"]) -> Float[Array, "B m"]:
-    """Computes `x @ kernel` in the dtype of `x`, with sums and result in float32.
-
-    The derivative is written out because automatic differentiation would multiply the float32 cotangent by the
-    bfloat16 operand, which runs at the speed of float32.
-
-    Args:
-        x: Inputs, in the dtype to compute in.
-        kernel: Weights in float32.
-
-    Returns:
-        The product in float32.
-    """
-    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(x, kernel):
-    return matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals, cotangent):
-    x, kernel = residuals
-    x_grad, kernel_grad = product_grads(x, kernel, cotangent.astype(x.dtype))
-    return x_grad.astype(x.dtype), kernel_grad
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def relu(x: Float[Array, "B n"]) -> Float[Array, "B n"]:
-    """Computes `max(x, 0)`; the gradient at 0 is 0.
-
-    The derivative is written in terms of the output, which the next layer keeps anyway. `jax.nn.relu` keeps its input,
-    too: of every layer a second array for the whole batch, until the backward pass has come to it.
-
-    Args:
-        x: Inputs.
-
-    Returns:
-        The rectified inputs, in their dtype.
-    """
-    return jnp.maximum(x, 0)
-
-
-def _relu_forward(x):
-    y = jax.lax.optimization_barrier(relu(x))
-    return y, y
-
-
-def _relu_backward(y, cotangent):
-    return (jnp.where(y > 0, cotangent, 0),)
-
-
-relu.defvjp(_relu_forward, _relu_backward)
+from pallas_kernels.linear import linear
 
 
 class Linear(nnx.Module):
@@ -117,10 +59,10 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(math.sqrt(1 / num_outputs) * draw)
         self.compute_dtype = compute_dtype
 
-    def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B m"]:
-        """Returns `x @ kernel + bias` in float32."""
-        y = matmul(x.astype(self.compute_dtype), self.kernel[...])
-        return y if self.bias is None else y + self.bias[...][None, :]
+    def __call__(self, x: Float[Array, "B n"], *, relu: bool = False) -> Float[Array, "B m"]:
+        """Returns `x @ kernel + bias` in float32, or with a ReLU after it, in the compute dtype."""
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x.astype(self.compute_dtype), self.kernel[...], bias, relu)
 
 
 class MLP(nnx.Module):
@@ -149,15 +91,11 @@ class MLP(nnx.Module):
             else nnx.List()
         )
         self.last_relu = last_relu
-        self.compute_dtype = compute_dtype
 
     def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B m"]:
         """Returns the last layer's output: float32 without a ReLU after it, else in the compute dtype."""
         for index, layer in enumerate(self.layers):
-            x = layer(x)
-            if self.last_relu or index + 1 < len(self.layers):
-                # Rounded before the ReLU, so that what is kept for the backward pass is rounded too.
-                x = relu(x.astype(self.compute_dtype))
+            x = layer(x, relu=self.last_relu or index + 1 < len(self.layers))
         return x
 
 
@@ -218,4 +156,5 @@ class Projection(nnx.Module):
     def __call__(self, embeddings: Float[Array, "B k D"]) -> Float[Array, "B k m"]:
         """Returns the projected embeddings in float32."""
         by_feature = jnp.swapaxes(embeddings.astype(self.compute_dtype), 0, 1)
-        return jnp.swapaxes(jax.vmap(matmul)(by_feature, self.kernel[...]), 0, 1)
+        project = jax.vmap(lambda x, kernel: linear(x, kernel, None, False))
+        return jnp.swapaxes(project(by_feature, self.kernel[...]), 0, 1)

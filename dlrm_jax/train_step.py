@@ -132,7 +132,7 @@ def jit_step(step: Any, recommender: Recommender, shardings: Any) -> Any:
     """
     mesh = recommender.tables.mesh
     device = mesh.devices.flat[0]
-    options = compiler_options(device.platform, device.device_kind, recommender.config.model.dtype)
+    options = compiler_options(device.platform, device.device_kind)
 
     def jit(more: CompilerOptions) -> Any:
         return jax.jit(

@@ -10,7 +10,7 @@ nearly equal numbers by more. Here it is always fused where the rule has the for
 where.
 
 Letters: n ids, G bags, w width of a row, S slots, B samples, d columns of x, k embeddings of a sample, D their
-dimension, P pairs.
+dimension, P pairs; of a dense layer n inputs and m outputs.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -36,7 +37,7 @@ from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
     *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
-    *("dot_interaction", "dot_interaction_grad", "transpose", "zeros"),
+    *("dot_interaction", "dot_interaction_grad", "product", "parameter_gradients", "zeros"),
 )
 _STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -87,7 +88,7 @@ def available() -> bool:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies matrices of bfloat16 faster than those of float32, and can be asked."""
+    """Whether this processor multiplies matrices of bfloat16, so that `linear` can serve."""
     return available() and bool(ctypes.CDLL(str(_build_module().LIBRARY)).dlrm_multiplies_bf16())
 
 
@@ -262,12 +263,70 @@ def dot_interaction_grad(
     return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
 
 
-def transposed(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
-    """Writes out the transposed matrices, float32 or bfloat16."""
-    shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
-    # Under `jax.vmap` its matrices are one more axis of x.
-    call = _call("transpose", jax.ShapeDtypeStruct(shape, x.dtype), vmap_method="broadcast_all")
-    return call(x)
+# Of `cpu/products.h`: the samples whose gradients are packed at a time.
+_SAMPLES_PACKED = 1024
+
+
+def _packed(*sizes: int) -> jax.ShapeDtypeStruct:
+    """Memory for a packed operand of a product: rows and columns in blocks of 32."""
+    return jax.ShapeDtypeStruct((math.prod(-(-size // 32) * 32 for size in sizes),), jnp.bfloat16)
+
+
+def linear(
+    x: BFloat16[Array, "B n"],
+    kernel: Float[Array, "n m"],
+    bias: Float[Array, " m"] | None,
+    *,
+    relu: bool,
+    multiplier: str = "",
+) -> Float[Array, "B m"]:
+    """See `pallas_kernels.linear.linear`, for inputs in bfloat16.
+
+    Args:
+        x: Inputs.
+        kernel: Weights.
+        bias: None for none.
+        relu: Whether a ReLU follows.
+        multiplier: That of `cpu/multipliers.h` to use, `amx` or `avx512_bf16`; else the best that this processor has.
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), x.dtype if relu else jnp.float32)
+    call = _call("product", (_packed(*kernel.shape), result), vmap_method="sequential")
+    no_mask = jnp.zeros((0, 0), x.dtype)
+    return call(x, no_mask, kernel, _or_empty(bias, (0,)), transposed=False, relu=relu, multiplier=multiplier)[1]
+
+
+def linear_grads(
+    x: BFloat16[Array, "B n"],
+    kernel: Float[Array, "n m"],
+    cotangent: Float[Array, "B m"],
+    y: BFloat16[Array, "B m"] | None,
+    *,
+    multiplier: str = "",
+) -> tuple[BFloat16[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
+    """The gradients of x, of the kernel and of the bias from that of the outputs.
+
+    Two calls: what needs no gradient of x has none computed.
+
+    Args:
+        x: Inputs.
+        kernel: Weights.
+        cotangent: Gradient of the outputs, in their dtype.
+        y: The outputs of a layer with a ReLU; None of one without.
+        multiplier: As for `linear`.
+    """
+    mask = jnp.zeros((0, 0), cotangent.dtype) if y is None else y
+    results = (_packed(*kernel.shape), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    call = _call("product", results, vmap_method="sequential")
+    no_bias = jnp.zeros((0,), jnp.float32)
+    _, x_grad = call(cotangent, mask, kernel, no_bias, transposed=True, relu=False, multiplier=multiplier)
+    results = (
+        _packed(min(x.shape[0], _SAMPLES_PACKED), kernel.shape[1]),
+        jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
+        jax.ShapeDtypeStruct(kernel.shape[1:], jnp.float32),
+    )
+    call = _call("parameter_gradients", results, vmap_method="sequential")
+    _, kernel_grad, bias_grad = call(x, cotangent, mask, multiplier=multiplier)
+    return x_grad, kernel_grad, bias_grad
 
 
 def zeros(*, shape: tuple[int, ...], dtype: jnp.dtype) -> Shaped[Array, "..."]:

@@ -81,7 +81,7 @@ def implementation_of(
     raise AssertionError("xla serves every call")
 
 
-def on_hosts(native: Callable, reference: Callable, *arrays: Array) -> Any:
+def on_hosts(native: Callable, reference: Callable, *arrays: Array | None) -> Any:
     """Calls one of the `cpu` kernels in programs for hosts, where those were built, else its reference in `jax.numpy`.
 
     For what only `cpu` has a kernel of, since XLA's programs for other platforms are as good.

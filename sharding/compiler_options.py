@@ -6,7 +6,6 @@ ahead of time (tests/test_overlap_aot.py holds them).
 
 from collections.abc import Mapping
 
-from pallas_kernels import cpu
 from sharding.topology import kind_of
 
 CompilerOptions = dict[str, bool | int | str]
@@ -65,27 +64,20 @@ _TPU_KINDS: Mapping[str, CompilerOptions] = {
     "tpu7x": _SPARSE_CORE,
 }
 
-_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _CPU: CompilerOptions = {
-    # Matrix products by Eigen with oneDNN's kernels instead of YNNPACK, which is slower at most shapes of MLPs
-    # (docs/performance.md); only sums stay YNNPACK's.
-    _YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE",
-    # Left alone: xla_cpu_experimental_onednn_custom_call. Steps take 0.93 of the time with it, but by jaxlib 0.12.0
-    # programs with such calls cannot be written to the compilation cache (MemoryError: std::bad_alloc).
-}
-_CPU_BFLOAT16: CompilerOptions = {
-    # YNNPACK alone multiplies bfloat16; for the others XLA makes operands float32.
-    _YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    # XLA's own matrix products by Eigen with oneDNN's kernels instead of YNNPACK, which is slower at most shapes of
+    # MLPs (docs/performance.md); only sums stay YNNPACK's. Dense layers are multiplied by `pallas_kernels.cpu` where
+    # that can serve.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 
 
-def compiler_options(platform: str, device_kind: str, compute_dtype: str = "float32") -> CompilerOptions:
+def compiler_options(platform: str, device_kind: str) -> CompilerOptions:
     """Options for training steps and what goes with them; for ``jax.jit(..., compiler_options=...)``.
 
     Args:
         platform: What JAX calls the platform: "gpu" or "cuda", "tpu", "cpu".
         device_kind: What JAX calls the device: ``device.device_kind``.
-        compute_dtype: Of the dense part's matrix products.
 
     Returns:
         The options; none for a platform that is not known.
@@ -97,7 +89,7 @@ def compiler_options(platform: str, device_kind: str, compute_dtype: str = "floa
         case "tpu":
             return _TPU | _TPU_KINDS.get(kind, {})
         case "cpu":
-            return _CPU_BFLOAT16 if compute_dtype == "bfloat16" and cpu.multiplies_bfloat16() else _CPU
+            return _CPU
     return {}
 
 

@@ -30,6 +30,8 @@ _COLLECTIVES = (
 _IDS = ("s32", "u32")
 # Calls that only name memory.
 _NO_KERNELS = ('"AllocateBuffer"', '"ConcatBitcast"', '"Sharding"')
+# Products of dense layers by `pallas_kernels.cpu`, whose first result is room to work in.
+_LAYERS = ('"dlrm_product"', '"dlrm_parameter_gradients"')
 _LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
 
 
@@ -133,6 +135,8 @@ def _flops(instruction: Instruction, program: Program) -> Work:
 
 def _products(instruction: Instruction) -> float:
     """Products of two numbers that an instruction adds up."""
+    if instruction.attribute("custom_call_target") in _LAYERS:
+        return instruction.inputs[0][0].size * instruction.results[1].shape[-1]
     if instruction.opcode == "dot" or _is_library_product(instruction):
         left = instruction.inputs[0][0].shape
         return instruction.results[0].size * math.prod(left[dim] for dim in _contracted(instruction))
@@ -279,6 +283,8 @@ def _kernel_bytes(instruction: Instruction) -> float:
     results = instruction.results
     if _is_library_product(instruction):
         results = results[:1]  # The other is room to work in.
+    if instruction.attribute("custom_call_target") in _LAYERS:
+        results = results[1:]
     arrays = [array for arrays in instruction.inputs for array in arrays]
     return sum(map(touched, (*arrays, *results)))
 

@@ -247,20 +247,6 @@ def test_unable_then_says_what_is_not_served() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(64, 8), (200, 45), (3, 130), (7, 1), (1, 7), (0, 4), (2, 3, 65, 16)])
-def test_transposed_then_equals_numpys(shape: tuple[int, ...], dtype) -> None:
-    x = jnp.arange(np.prod(shape), dtype=jnp.float32).astype(dtype).reshape(shape)
-    given = jax.jit(cpu.transposed)(x)
-    assert given.dtype == dtype
-    np.testing.assert_array_equal(given, np.swapaxes(x, -1, -2))
-
-
-def test_transposed_under_vmap_then_equals_numpys() -> None:
-    x = jnp.arange(3.0 * 20 * 9).reshape(20, 3, 9)
-    np.testing.assert_array_equal(jax.vmap(cpu.transposed, in_axes=1)(x), np.transpose(x, (1, 2, 0)))
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint16])
 @pytest.mark.parametrize("lines", [0, 3, 40_000])
 def test_zeros_then_all_are(lines: int, dtype) -> None:

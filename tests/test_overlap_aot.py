@@ -16,7 +16,6 @@ from configs import CONFIGS
 from dlrm_jax.config import MeshConfig
 from dlrm_jax.planning import planning_input
 from dlrm_jax.target_step import compile_for_target, lower_train_step, step_timeline
-from pallas_kernels import cpu
 from sharding import FeatureSpec, KeyedJagged, ShardedTables
 from sharding.aot import target_mesh
 from sharding.compiler_options import compiler_options
@@ -140,17 +139,8 @@ def test_compiler_options_then_every_kind_of_accelerator_has_some(kind: str) -> 
     assert compiler_options(topology.platform, topology.device_kind)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiler_options_of_a_cpu_then_none_is_about_exchanges(dtype: str) -> None:
-    assert set(compiler_options("cpu", "cpu", dtype)) == {"xla_cpu_experimental_ynn_fusion_type"}
-
-
-@pytest.mark.parametrize("able", [False, True])
-def test_compiler_options_of_a_cpu_in_bfloat16_then_they_differ_where_it_multiplies_that(
-    able: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: able)
-    assert (compiler_options("cpu", "cpu", "bfloat16") != compiler_options("cpu", "cpu", "float32")) == able
+def test_compiler_options_of_a_cpu_then_none_is_about_exchanges() -> None:
+    assert set(compiler_options("cpu", "cpu")) == {"xla_cpu_experimental_ynn_fusion_type"}
 
 
 @pytest.mark.slow

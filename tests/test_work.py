@@ -1,5 +1,7 @@
 """What the instructions of compiled programs do: arithmetic and bytes."""
 
+import math
+
 import pytest
 from program_cases import program_of
 
@@ -30,6 +32,23 @@ def test_a_matrix_product_in_any_form_then_its_arithmetic_is_counted(line: str, 
     assert found.float32_flops == 2 * products
     assert found.bfloat16_flops == 0
     assert found.num_bytes == 4 * (8 * 4 + 4 * 3 + 8 * 3)
+
+
+@pytest.mark.parametrize(
+    ("operands", "results", "target"),
+    [("8,4 4,3", "8,3", "dlrm_product"), ("8,4 8,3", "4,3", "dlrm_parameter_gradients")],
+)
+def test_a_layer_of_the_cpu_kernels_then_its_room_to_work_in_counts_for_nothing(
+    operands: str, results: str, target: str
+) -> None:
+    left, right = operands.split()
+    found = work(
+        f"%a = bf16[{left}]{{1,0}} parameter(0)\n%b = bf16[{right}]{{1,0}} parameter(1)\n"
+        f'%c = (bf16[4096]{{0}}, f32[{results}]{{1,0}}) custom-call(%a, %b), custom_call_target="{target}"'
+    )
+    assert found.bfloat16_flops == 2 * 8 * 4 * 3
+    sizes = [math.prod(map(int, shape.split(","))) for shape in (left, right, results)]
+    assert found.num_bytes == 2 * (sizes[0] + sizes[1]) + 4 * sizes[2]
 
 
 @pytest.mark.parametrize(

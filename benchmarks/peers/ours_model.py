@@ -4,7 +4,6 @@ python -m benchmarks.peers.ours_model CASE STARTED
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from dlrm_jax.host_memory import keep_freed_memory
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.sources import card_of
+from pallas_kernels.linear import linear
 from sharding import KeyedJagged
 from sharding.compiler_options import compiler_options
 
@@ -36,10 +36,11 @@ class Ours:
         batches_of_case = [_batch_of(batch, case.features) for batch in batches(case)]
         room = recommender.first_capacities(case.batch_size, batches_of_case[0].ids.capacity)
         self._repeated = RepeatedSteps(recommender, batches_of_case, room)
-        self._square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), case.dtype)
-        options = compiler_options("cpu", "cpu", case.dtype)
-        product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32), compiler_options=options)
-        self._product = product.lower(self._square, self._square).compile()
+        self._operands = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), case.dtype), jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
+        product = jax.jit(
+            lambda x, kernel: linear(x, kernel, None, False), compiler_options=compiler_options("cpu", "cpu")
+        )
+        self._product = product.lower(*self._operands).compile()
         jax.block_until_ready(self._repeated.replayed.state)
 
     def load(self) -> None:
@@ -82,7 +83,7 @@ class Ours:
 
     def matmul(self) -> None:
         """See `serve.Side`."""
-        jax.block_until_ready(self._product(self._square, self._square))
+        jax.block_until_ready(self._product(*self._operands))
 
 
 def config_of(case: Case) -> Config:

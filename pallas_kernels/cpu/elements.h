@@ -73,8 +73,17 @@ inline Bf16 nearest_bf16(float x) {
   return Bf16{static_cast<uint16_t>((word & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
 }
 
+// As above, for the high halves of words; their low halves are anything.
+inline Words nearest_bf16(Floats x) {
+  const Words words = reinterpret_cast<Words>(x);
+  const Words rounded = words + 0x7fff + ((words >> 16) & 1);
+  const Words nan = (words & 0x80000000) | 0x7fc00000;
+  return (words & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+}
+
 inline void store(Bf16* to, Floats x) {
-  for (int lane = 0; lane < kLanes; ++lane) to[lane] = nearest_bf16(x[lane]);
+  const Halves halves = __builtin_convertvector(nearest_bf16(x) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
 }
 
 inline void store(F16* to, Floats x) {
@@ -88,6 +97,26 @@ inline void store(F16* to, Floats x) {
   vst1q_u16(reinterpret_cast<uint16_t*>(to), vreinterpretq_u16_f16(halves));
 #endif
 }
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline void assign(float& to, float x) { to = x; }
+inline void assign(Bf16& to, float x) { to = nearest_bf16(x); }
+
+// a * b + c with one rounding.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__FMA__)
+  return reinterpret_cast<Floats>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+#endif
+}
+
+inline Floats all_lanes(float x) { return Floats{} + x; }
 
 // Asks for all cache lines of some bytes. Never faults, so the address need not exist.
 inline void prefetch(const void* base, int64_t byte_offset, int64_t num_bytes) {

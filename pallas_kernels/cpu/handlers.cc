@@ -6,7 +6,7 @@
 #include "huge_pages.h"
 #include "interaction.h"
 #include "lookup.h"
-#include "transpose.h"
+#include "products.h"
 #include "update.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -16,6 +16,7 @@ namespace {
 using F32s = ffi::Buffer<ffi::DataType::F32>;
 using S32s = ffi::Buffer<ffi::DataType::S32>;
 using U32s = ffi::Buffer<ffi::DataType::U32>;
+using BF16s = ffi::Buffer<ffi::DataType::BF16>;
 
 ffi::Error invalid(const char* message) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, message); }
 
@@ -224,21 +225,52 @@ ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, f
   return invalid("vectors that interact are float32 or bfloat16");
 }
 
-// x is [..., n, m]; the result [..., m, n].
-ffi::Error transpose_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
-  const auto sizes = x.dimensions();
-  const int64_t num_columns = sizes[sizes.size() - 1], num_rows = sizes[sizes.size() - 2];
-  if (x.element_count() == 0) return ffi::Error::Success();
-  const int64_t num_matrices = x.element_count() / (num_rows * num_columns);
-  const auto run = [&](auto vector, auto* to) {
-    using T = std::remove_pointer_t<decltype(to)>;
-    transpose<decltype(vector)>(threads, static_cast<const T*>(x.untyped_data()), num_matrices, num_rows, num_columns,
-                                to);
-    return ffi::Error::Success();
+template <typename T, typename Array>
+Matrix<T> matrix_of(const Array& array, const ffi::AnyBuffer* mask = nullptr) {
+  const bool masked = mask != nullptr && mask->element_count() > 0;
+  const auto sizes = array.dimensions();
+  return {static_cast<const T*>(array.untyped_data()), masked ? static_cast<const T*>(mask->untyped_data()) : nullptr,
+          sizes[0], sizes[1]};
+}
+
+// Calls run(multiplier, given) with the best multiplier here, or that of a name, and `given` of an array's dtype.
+template <typename Visit>
+ffi::Error with_multiplier(std::string_view name, ffi::DataType type, const Visit& run) {
+#if defined(__x86_64__)
+  const auto of_type = [&](auto multiplier) {
+    return type == ffi::DataType::BF16 ? run(multiplier, Bf16{}) : run(multiplier, float{});
   };
-  if (x.element_type() == ffi::DataType::F32) return run(Words{}, static_cast<uint32_t*>(out->untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(Halves{}, static_cast<uint16_t*>(out->untyped_data()));
-  return invalid("matrices to transpose are float32 or bfloat16");
+  if (name != "avx512_bf16" && Amx::runs_here()) return of_type(Amx{});
+  if (name != "amx" && Avx512Bf16::runs_here()) return of_type(Avx512Bf16{});
+#endif
+  return invalid("this processor does not multiply bfloat16, or not so");
+}
+
+ffi::Error product_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer mask, F32s weights, F32s bias,
+                           ffi::Result<BF16s> packed, ffi::Result<ffi::AnyBuffer> out, bool transposed, bool relu,
+                           std::string_view multiplier) {
+  return with_multiplier(multiplier, x.element_type(), [&](auto unit, auto given) {
+    using M = decltype(unit);
+    const auto from = matrix_of<decltype(given)>(x, &mask);
+    const auto run = [&](auto* to) {
+      product<M>(threads, from, matrix_of<float>(weights), transposed, data_or_null(bias), relu,
+                 static_cast<Bf16*>(packed->untyped_data()), to);
+      return ffi::Error::Success();
+    };
+    if (out->element_type() == ffi::DataType::F32) return run(static_cast<float*>(out->untyped_data()));
+    return run(static_cast<Bf16*>(out->untyped_data()));
+  });
+}
+
+ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, BF16s x, ffi::AnyBuffer g, ffi::AnyBuffer mask,
+                                       ffi::Result<BF16s> packed, ffi::Result<F32s> weights, ffi::Result<F32s> bias,
+                                       std::string_view multiplier) {
+  return with_multiplier(multiplier, g.element_type(), [&](auto unit, auto given) {
+    parameter_gradients<decltype(unit)>(threads, matrix_of<Bf16>(x), matrix_of<decltype(given)>(g, &mask),
+                                        static_cast<Bf16*>(packed->untyped_data()), weights->typed_data(),
+                                        bias->typed_data());
+    return ffi::Error::Success();
+  });
 }
 
 // Zeros in pages of 2 MB, if there are enough of them: those of a store, which others then write in place.
@@ -260,6 +292,7 @@ namespace ffi = xla::ffi;
 using F32s = ffi::Buffer<ffi::DataType::F32>;
 using S32s = ffi::Buffer<ffi::DataType::S32>;
 using U32s = ffi::Buffer<ffi::DataType::U32>;
+using BF16s = ffi::Buffer<ffi::DataType::BF16>;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -273,16 +306,15 @@ EXPORT __attribute__((target("arch=x86-64"))) int dlrm_runs_here() {
 EXPORT int dlrm_runs_here() { return 1; }
 #endif
 
-// Whether this processor multiplies bfloat16 faster than float32. Those with AMX have AVX-512 BF16, too; Clang 14 cannot
-// be asked for AMX.
-#if defined(__x86_64__)
+// Whether this processor multiplies bfloat16.
 EXPORT int dlrm_multiplies_bf16() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16");
-}
+  return dlrm::Amx::runs_here() || dlrm::Avx512Bf16::runs_here();
 #else
-EXPORT int dlrm_multiplies_bf16() { return 0; }
+  return 0;
 #endif
+}
 
 // What the library was built from, see build.py.
 EXPORT const char* dlrm_sources() { return DLRM_SOURCES; }
@@ -358,11 +390,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_transpose, dlrm::transpose_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_product, dlrm::product_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<F32s>()
+                                  .Arg<F32s>()
+                                  .Ret<BF16s>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("transposed")
+                                  .Attr<bool>("relu")
+                                  .Attr<std::string_view>("multiplier"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_parameter_gradients, dlrm::parameter_gradients_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<BF16s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<BF16s>()
+                                  .Ret<F32s>()
+                                  .Ret<F32s>()
+                                  .Attr<std::string_view>("multiplier"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_zeros, dlrm::zeros_handler,
                               ffi::Ffi::Bind()

@@ -14,26 +14,6 @@ namespace dlrm {
 constexpr int64_t kSamplesOfTask = 32;
 constexpr int64_t kRowsOfTile = 4;
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-inline void assign(float& to, float x) { to = x; }
-inline void assign(Bf16& to, float x) { to = nearest_bf16(x); }
-
-// a * b + c with one rounding.
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__FMA__)
-  return reinterpret_cast<Floats>(
-      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#else
-  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-  return c;
-#endif
-}
-
-inline Floats all_lanes(float x) { return Floats{} + x; }
-
 // to[i, c] = sum_k left[i, k] * right[k, c] for kRowsOfTile rows i and V * 8 columns c, the sum in the order of k.
 template <int V>
 inline void multiply_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,33 +40,52 @@ class FlushSubnormals {
 #endif
 };
 
-// Calls work(task) once for each task in [0, num_tasks), on the calling thread and on threads of the pool.
-//
-// The caller takes tasks too, and waits only for tasks that a thread has begun. So no call waits for a free thread,
-// and calls of many devices may share one pool without a deadlock. A helper that the pool starts late finds no task
-// left, and touches nothing but the counters, which it keeps alive.
-template <typename Work>
-void parallel_for(ffi::ThreadPool& pool, int64_t num_tasks, const Work& work) {
-  if (num_tasks <= 0) return;
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto take = [progress, num_tasks, &work] {
-    FlushSubnormals flush;
-    for (;;) {
-      const int64_t task = progress->next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= num_tasks) return;
-      work(task);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int64_t helpers = std::min(num_tasks, pool.num_threads()) - 1;
-  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule(decltype(take)(take));
-  take();
-  for (int spins = 0; progress->done.load(std::memory_order_acquire) < num_tasks; ++spins) {
+// Waits, without sleeping, until a number of tasks are done that threads have begun.
+inline void wait_for(const std::atomic<int64_t>& done, int64_t num_tasks) {
+  for (int spins = 0; done.load(std::memory_order_acquire) < num_tasks; ++spins) {
     if (spins > 200) std::this_thread::yield();
   }
+}
+
+// Calls work(phase, task) once for each of sizes[phase] tasks of each phase, on the calling thread and on threads of
+// the pool; none before all tasks of the phase before are done.
+//
+// The caller takes tasks too, in order, as all do, and each waits only for tasks that a thread has begun. So no call
+// waits for a free thread, and calls of many devices may share one pool without a deadlock. A helper that the pool
+// starts late finds no task left, and touches nothing but the counters, which it keeps alive.
+template <typename Work>
+void parallel_phases(ffi::ThreadPool& pool, const std::vector<int64_t>& sizes, const Work& work) {
+  struct Progress {
+    explicit Progress(const std::vector<int64_t>& sizes) : sizes(sizes), done(sizes.size()) {}
+    const std::vector<int64_t> sizes;
+    std::atomic<int64_t> next{0};
+    std::vector<std::atomic<int64_t>> done;
+  };
+  auto progress = std::make_shared<Progress>(sizes);
+  auto take = [progress, &work] {
+    FlushSubnormals flush;
+    size_t phase = 0;
+    int64_t first = 0;
+    for (;;) {
+      const int64_t task = progress->next.fetch_add(1, std::memory_order_relaxed);
+      while (phase < progress->sizes.size() && task - first >= progress->sizes[phase]) first += progress->sizes[phase++];
+      if (phase == progress->sizes.size()) return;
+      if (phase > 0) wait_for(progress->done[phase - 1], progress->sizes[phase - 1]);
+      work(static_cast<int64_t>(phase), task - first);
+      progress->done[phase].fetch_add(1, std::memory_order_release);
+    }
+  };
+  const int64_t most = sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end());
+  const int64_t helpers = std::min(most, pool.num_threads()) - 1;
+  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule(decltype(take)(take));
+  take();
+  for (size_t phase = 0; phase < sizes.size(); ++phase) wait_for(progress->done[phase], sizes[phase]);
+}
+
+// Calls work(task) once for each task in [0, num_tasks), as above.
+template <typename Work>
+void parallel_for(ffi::ThreadPool& pool, int64_t num_tasks, const Work& work) {
+  parallel_phases(pool, {num_tasks}, [&](int64_t, int64_t task) { work(task); });
 }
 
 }  // namespace dlrm

@@ -1,18 +1,14 @@
-// Matrices written out transposed, in tiles of 8 x 8 that registers hold; threads share out the rows.
+// Tiles of 8 x 8 elements, transposed in registers.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "elements.h"
-#include "parallel.h"
 
 namespace dlrm {
 
 constexpr int64_t kTile = 8;
-// A task's rows end a cache line of each column that it writes, in both sizes of elements.
-constexpr int64_t kRowsOfTranspose = 64;
 
 // Four elements of each of two vectors of 8, from element `First` on, in turns.
 template <int First, typename Vector>
@@ -40,34 +36,6 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
     std::memcpy(rows, mixed, sizeof rows);
   }
   for (int i = 0; i < kTile; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof rows[i]);
-}
-
-// to[k, c, r] = from[k, r, c] for each of some matrices.
-template <typename Vector, typename T>
-void transpose(ffi::ThreadPool& threads, const T* from, int64_t num_matrices, int64_t num_rows, int64_t num_columns,
-               T* to) {
-  const int64_t tasks_of_matrix = (num_rows + kRowsOfTranspose - 1) / kRowsOfTranspose;
-  parallel_for(threads, num_matrices * tasks_of_matrix, [&](int64_t task) {
-    const int64_t offset = task / tasks_of_matrix * num_rows * num_columns;
-    const T* matrix = from + offset;
-    T* transposed = to + offset;
-    const int64_t begin = task % tasks_of_matrix * kRowsOfTranspose;
-    const int64_t end = std::min(num_rows, begin + kRowsOfTranspose);
-    for (int64_t column = 0; column < num_columns; column += kTile) {
-      for (int64_t row = begin; row < end; row += kTile) {
-        const int64_t rows = std::min(kTile, end - row), columns = std::min(kTile, num_columns - column);
-        const T* corner = matrix + row * num_columns + column;
-        T* to_corner = transposed + column * num_rows + row;
-        if (rows == kTile && columns == kTile) {
-          transpose_tile<Vector>(corner, num_columns, to_corner, num_rows);
-          continue;
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t c = 0; c < columns; ++c) to_corner[c * num_rows + r] = corner[r * num_columns + c];
-        }
-      }
-    }
-  });
 }
 
 }  // namespace dlrm

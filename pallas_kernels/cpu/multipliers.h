@@ -1,0 +1,145 @@
+// How processors multiply matrices of bfloat16: blocks of float32 sums, from rows of a and columns of b that lie packed.
+//
+// A multiplier adds a block of kRows x kColumns sums, each in the order of k, in pairs of k:
+//   c[i, j] = (0 or c[i, j]) + sum_k a[i, k] * b[k, j]
+// a is [kRows, kDepth], of which some columns count, a multiple of kDepthUnit; b is [depth / 2, kColumns, 2]; c is
+// [kRows, kColumns].
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "elements.h"
+
+namespace dlrm {
+
+// So deep, blocks of a stay in the first-level cache.
+constexpr int64_t kColumns = 32, kDepthUnit = 32, kDepth = 512;
+
+// Pairs of bfloat16 with AVX-512.
+struct Avx512Bf16 {
+  static constexpr int64_t kRows = 8;
+  // State of a thread that multiplies.
+  struct Session {};
+
+  static bool runs_here() { return __builtin_cpu_supports("avx512bf16"); }
+
+  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
+                                                                     float* c, bool fresh) {
+    __m512 sums[kRows][2];
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * kColumns + v * 16);
+    }
+    for (int64_t k = 0; k < depth; k += 2) {
+      const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * kColumns);
+      const __m512bh right = (__m512bh)_mm512_loadu_si512(b + k * kColumns + 32);
+      for (int i = 0; i < kRows; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * kDepth + k, sizeof pair);
+        const __m512bh factors = (__m512bh)_mm512_set1_epi32(pair);
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], factors, left);
+        sums[i][1] = _mm512_dpbf16_ps(sums[i][1], factors, right);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + i * kColumns + v * 16, sums[i][v]);
+    }
+  }
+};
+
+// Tiles of 16 x 32 bfloat16.
+struct Amx {
+  static constexpr int64_t kRows = 32;
+
+  // The system lends tiles to a process that asks for them.
+  static bool runs_here() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool lent = has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return lent;
+  }
+
+  struct Session {
+    // Of eight tiles, all of 16 rows of 64 bytes.
+    struct Config {
+      uint8_t palette, first_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    };
+    static constexpr Config kConfig{
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __attribute__((target("amx-tile"))) Session() { _tile_loadconfig(&kConfig); }
+    __attribute__((target("amx-tile"))) ~Session() { _tile_release(); }
+  };
+
+  __attribute__((target("amx-tile,amx-bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
+                                                                    float* c, bool fresh) {
+    constexpr int64_t kRowBytes = kDepth * sizeof(Bf16), kPairBytes = kColumns * 2 * sizeof(Bf16);
+    constexpr int64_t kSumBytes = kColumns * sizeof(float);
+    // GCC's intrinsics do not say that they read and write memory.
+    asm volatile("" ::: "memory");
+    if (fresh) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, c, kSumBytes);
+      _tile_loadd(1, c + 16, kSumBytes);
+      _tile_loadd(2, c + 16 * kColumns, kSumBytes);
+      _tile_loadd(3, c + 16 * kColumns + 16, kSumBytes);
+    }
+    for (int64_t k = 0; k < depth; k += kDepthUnit) {
+      _tile_loadd(4, a + k, kRowBytes);
+      _tile_loadd(6, b + k * kColumns, kPairBytes);
+      _tile_loadd(7, b + k * kColumns + 32, kPairBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * kDepth + k, kRowBytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, kSumBytes);
+    _tile_stored(1, c + 16, kSumBytes);
+    _tile_stored(2, c + 16 * kColumns, kSumBytes);
+    _tile_stored(3, c + 16 * kColumns + 16, kSumBytes);
+    asm volatile("" ::: "memory");
+  }
+
+ private:
+  // Clang 14's __builtin_cpu_supports knows no AMX: bits 22 (AMX-BF16) and 24 (AMX-TILE) of leaf 7's EDX.
+  static bool has_tiles() {
+    uint32_t eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    return (edx >> 22 & 1) && (edx >> 24 & 1);
+  }
+};
+
+// Finishes whole rows of a block: out[i, j] = sums[i, j] + bias[j], rectified if asked; a NaN stays.
+__attribute__((target("avx512f,avx512bf16"))) inline void finish_rows(const float* sums, int64_t rows,
+                                                                      const float* bias, bool relu, Bf16* out,
+                                                                      int64_t stride) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 left = _mm512_loadu_ps(bias), right = _mm512_loadu_ps(bias + 16);
+  for (int64_t i = 0; i < rows; ++i) {
+    __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + 32 * i), left);
+    __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + 32 * i + 16), right);
+    if (relu) {
+      // Of zero and a NaN, the second.
+      x = _mm512_max_ps(zero, x);
+      y = _mm512_max_ps(zero, y);
+    }
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
+    std::memcpy(out + i * stride, &rounded, sizeof rounded);
+  }
+}
+
+}  // namespace dlrm
+
+#endif
