@@ -46,7 +46,7 @@ def integers(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
 
 
 # Samples, inputs, outputs: no sample, one of each; sizes within a block and beyond it, beyond a part of the depth
-# (512), beyond the samples that are packed at a time (1024), and beyond the panels that caches hold (4 of so many).
+# (256), beyond the samples that are packed at a time (1024), and beyond the panels that caches hold (4 of so many).
 SIZES = [
     (0, 5, 3),
     (1, 1, 1),

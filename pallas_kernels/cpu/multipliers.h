@@ -21,7 +21,7 @@
 namespace dlrm {
 
 // So deep, blocks of a stay in the first-level cache.
-constexpr int64_t kColumns = 32, kDepthUnit = 32, kDepth = 512;
+constexpr int64_t kColumns = 32, kDepthUnit = 32, kDepth = 256;
 
 // Pairs of bfloat16 with AVX-512.
 struct Avx512Bf16 {
