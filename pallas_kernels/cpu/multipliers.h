@@ -6,22 +6,24 @@
 // [kRows, kColumns].
 #pragma once
 
-#if defined(__x86_64__)
-
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <cstring>
 
 #include "elements.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dlrm {
 
 // So deep, blocks of a stay in the first-level cache.
 constexpr int64_t kColumns = 32, kDepthUnit = 32, kDepth = 256;
+
+#if defined(__x86_64__)
 
 // Pairs of bfloat16 with AVX-512.
 struct Avx512Bf16 {
@@ -140,6 +142,6 @@ __attribute__((target("avx512f,avx512bf16"))) inline void finish_rows(const floa
   }
 }
 
-}  // namespace dlrm
-
 #endif
+
+}  // namespace dlrm

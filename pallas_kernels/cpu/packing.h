@@ -2,8 +2,6 @@
 // whole blocks.
 #pragma once
 
-#if defined(__x86_64__)
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -144,5 +142,3 @@ inline void pack_transposed_panel(const Matrix<float>& from, int64_t row, int64_
 }
 
 }  // namespace dlrm
-
-#endif

@@ -4,8 +4,6 @@
 // Letters: B samples, n inputs, m outputs. Each sum runs in the same order for every number of threads.
 #pragma once
 
-#if defined(__x86_64__)
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -213,5 +211,3 @@ void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const 
 }
 
 }  // namespace dlrm
-
-#endif
