@@ -117,13 +117,16 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import numpy as np
 from test_cpu_kernels import updated
+from test_linear import layer_and_gradients
 from pallas_kernels import cpu
 arrays = updated(cpu, "lamb", 64) + updated(cpu, "rowwise_adagrad", 256)
+if cpu.multiplies_bfloat16():
+    arrays += layer_and_gradients()
 print(",".join(str(hash(array.tobytes())) for array in arrays))
 """
 
 
-def test_an_update_on_one_thread_or_several_then_the_same_bits() -> None:
+def test_an_update_or_a_layer_on_one_thread_or_several_then_the_same_bits() -> None:
     here = Path(__file__).resolve().parent
     results = set()
     # XLA sizes its pool by this variable, when a process starts.

@@ -60,6 +60,15 @@ SIZES = [
 ]
 
 
+def layer_and_gradients() -> list[np.ndarray]:
+    """Of numbers whose sums are rounded; with more work than one task takes."""
+    random = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(random.normal(size=(1500, size)), jnp.bfloat16) for size in (300, 170))
+    kernel, bias = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((300, 170), (170,)))
+    y = jax.jit(partial(cpu.linear, relu=True))(x, kernel, bias)
+    return [np.asarray(array) for array in (y, *jax.jit(cpu.linear_grads)(x, kernel, cotangent, y))]
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
