@@ -1,4 +1,4 @@
-"""Dense layers in bfloat16 on hosts that multiply it, and models of them."""
+"""Dense layers in bfloat16: the kernels of hosts that multiply it, and models of such layers."""
 
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,16 @@ MODELS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
     "wide last layer": (DOT | {"top_mlp": (1,)}, [(5, 16)]),
 }
 
-
-MULTIPLIERS = ("amx", "avx512_bf16")
-pytestmark = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+# Multipliers, and what Linux calls them.
+MULTIPLIERS = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16"}
+# The kernels cannot run elsewhere; what any platform can do is tested everywhere.
+native = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 
 
 @pytest.fixture(params=MULTIPLIERS)
 def multiplier(request: pytest.FixtureRequest) -> str:
-    """Each way of multiplying that this processor has."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    if {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16"}[request.param] not in flags:
+    """Each way of multiplying; a test of one that this processor has not got is skipped, since it cannot run."""
+    if not cpu.multiplies_bfloat16() or MULTIPLIERS[request.param] not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip(f"this processor has no {request.param}")
     return request.param
 
@@ -120,6 +120,7 @@ def test_linear_when_a_sum_is_nan_or_infinite_then_the_relu_lets_it_through(mult
     np.testing.assert_array_equal(y, np.repeat([[np.nan], [np.inf], [0.0]], 33, axis=1))
 
 
+@native
 def test_linear_grads_when_outputs_are_nan_or_infinite_then_only_positive_ones_let_gradients_through() -> None:
     y = jnp.asarray([[np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-126, -(2.0**-126), 1.0]], jnp.bfloat16)
     cotangent = jnp.ones(y.shape, jnp.bfloat16)
@@ -167,6 +168,7 @@ def test_model_in_bfloat16_then_its_gradients_are_nearly_those_in_float32(name: 
         assert jnp.linalg.norm(given - wanted) < 0.12 * jnp.linalg.norm(wanted)
 
 
+@native
 @pytest.mark.parametrize("name", MODELS)
 def test_model_in_bfloat16_then_its_program_has_no_product_of_xla_s(name: str) -> None:
     loss, arguments = loss_of(name, "bfloat16", samples=48)
