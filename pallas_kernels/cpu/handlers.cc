@@ -229,7 +229,7 @@ template <typename T, typename Array>
 Matrix<T> matrix_of(const Array& array, const ffi::AnyBuffer* mask = nullptr) {
   const bool masked = mask != nullptr && mask->element_count() > 0;
   const auto sizes = array.dimensions();
-  return {static_cast<const T*>(array.untyped_data()), masked ? static_cast<const T*>(mask->untyped_data()) : nullptr,
+  return {static_cast<const T*>(array.untyped_data()), masked ? static_cast<const Bf16*>(mask->untyped_data()) : nullptr,
           sizes[0], sizes[1]};
 }
 

@@ -98,12 +98,18 @@ struct Amx {
       _tile_loadd(3, c + 16 * kColumns + 16, kSumBytes);
     }
     for (int64_t k = 0; k < depth; k += kDepthUnit) {
+      // While tiles multiply, the next ones of b come from the second-level cache.
+      const Bf16* next = b + (k + kDepthUnit) * kColumns;
+      prefetch_lines(next, 0);
       _tile_loadd(4, a + k, kRowBytes);
       _tile_loadd(6, b + k * kColumns, kPairBytes);
-      _tile_loadd(7, b + k * kColumns + 32, kPairBytes);
+      prefetch_lines(next, 8);
       _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + k * kColumns + 32, kPairBytes);
+      prefetch_lines(next, 16);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, a + 16 * kDepth + k, kRowBytes);
+      prefetch_lines(next, 24);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -115,6 +121,11 @@ struct Amx {
   }
 
  private:
+  // Asks for eight cache lines, from one on.
+  static void prefetch_lines(const Bf16* from, int64_t first) {
+    for (int64_t i = first; i < first + 8; ++i) __builtin_prefetch(from + 32 * i);
+  }
+
   // Clang 14's __builtin_cpu_supports knows no AMX: bits 22 (AMX-BF16) and 24 (AMX-TILE) of leaf 7's EDX.
   static bool has_tiles() {
     uint32_t eax, ebx, ecx, edx;
@@ -122,25 +133,6 @@ struct Amx {
     return (edx >> 22 & 1) && (edx >> 24 & 1);
   }
 };
-
-// Finishes whole rows of a block: out[i, j] = sums[i, j] + bias[j], rectified if asked; a NaN stays.
-__attribute__((target("avx512f,avx512bf16"))) inline void finish_rows(const float* sums, int64_t rows,
-                                                                      const float* bias, bool relu, Bf16* out,
-                                                                      int64_t stride) {
-  const __m512 zero = _mm512_setzero_ps();
-  const __m512 left = _mm512_loadu_ps(bias), right = _mm512_loadu_ps(bias + 16);
-  for (int64_t i = 0; i < rows; ++i) {
-    __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + 32 * i), left);
-    __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + 32 * i + 16), right);
-    if (relu) {
-      // Of zero and a NaN, the second.
-      x = _mm512_max_ps(zero, x);
-      y = _mm512_max_ps(zero, y);
-    }
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
-    std::memcpy(out + i * stride, &rounded, sizeof rounded);
-  }
-}
 
 #endif
 

@@ -16,8 +16,9 @@
 
 namespace dlrm {
 
-// What a task goes through again and again, for its core's second-level cache: rows of a, and panels of b.
-constexpr int64_t kBytesOfRows = 1 << 20, kBytesOfPanels = 1 << 18;
+// What a task goes through again and again, for its core's second-level cache: rows of a, and panels of b, kDepth of
+// each, and their sums.
+constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16;
 // Samples whose gradients are packed before they are multiplied.
 constexpr int64_t kSamplesPacked = 1024;
 // Rows that a task packs: of weights, and of gradients.
@@ -57,38 +58,35 @@ void prefetch_block(const Out* out, int64_t rows, int64_t column, int64_t num_co
   }
 }
 
-// Packed operands: a lies in parts of kDepth columns, each of `stride` rows; b panel by panel.
-struct Operands {
-  const Bf16* a;
-  int64_t stride;
-  const Bf16* b;
-  int64_t depth;
-};
 
-// Multiplies rows of a by panels of b, and hands each block of sums to write(row, panel, sums), whose cache lines
-// ask_for(row, panel) has asked for.
+// Multiplies rows of a by the panels of b, and hands each block of sums to write(row, panel, sums), whose cache lines
+// ask_for(row, panel) has asked for. pack(k, depth, to) packs `depth` columns of a from k on, at most kDepth.
 //
-// A block's rows stay in the first-level cache while panels from the second-level cache pass by; so lines of the result
-// are written one after the other.
-template <typename M, typename Ask, typename Write>
-void multiply_rows(const Operands& operands, int64_t rows, int64_t num_panels, const Ask& ask_for, const Write& write) {
-  const int64_t depth = operands.depth, panel_bytes = depth * kColumns * static_cast<int64_t>(sizeof(Bf16));
-  const int64_t held = std::max<int64_t>(1, kBytesOfPanels / panel_bytes);
-  thread_local std::vector<float> memory;
+// Part by part of the depth, a block's rows stay in the first-level cache while panels from the second-level cache pass
+// by, and all of these while rows do.
+template <typename M, typename Pack, typename Ask, typename Write>
+void multiply_rows(const Bf16* b, int64_t depth, int64_t rows, int64_t num_panels, const Pack& pack, const Ask& ask_for,
+                   const Write& write) {
   constexpr int64_t kBlock = M::kRows * kColumns;
-  // The sums of all panels wait for the next part, if there is one.
-  memory.resize(std::max<int64_t>(memory.size(), kBlock * (depth > kDepth ? held : 1)));
+  const int64_t blocks = num_pieces(rows, M::kRows), part_size = blocks * M::kRows * kDepth;
+  const bool one_part = depth <= kDepth, one_group = num_panels <= kPanelsHeld;
+  Bf16* a = memory_of_thread(one_group ? part_size : num_pieces(depth, kDepth) * part_size);
+  thread_local std::vector<float> memory;
+  // The sums of all blocks wait for the next part, if there is one.
+  memory.resize(std::max<int64_t>(memory.size(), kBlock * (one_part ? 1 : blocks * kPanelsHeld)));
   [[maybe_unused]] typename M::Session session;
-  for (int64_t group = 0; group < num_panels; group += held) {
-    const int64_t end = std::min(num_panels, group + held);
-    for (int64_t i = 0; i < rows; i += M::kRows) {
-      for (int64_t k = 0; k < depth; k += kDepth) {
-        const bool ends = k + kDepth >= depth;
+  for (int64_t group = 0; group < num_panels; group += kPanelsHeld) {
+    const int64_t end = std::min(num_panels, group + kPanelsHeld);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t part_depth = std::min(kDepth, depth - k);
+      const bool ends = k + kDepth >= depth;
+      Bf16* part = a + (one_group ? 0 : k / kDepth * part_size);
+      if (group == 0) pack(k, part_depth, part);
+      for (int64_t i = 0; i < rows; i += M::kRows) {
         for (int64_t panel = group; panel < end; ++panel) {
-          float* sums = memory.data() + (depth > kDepth ? (panel - group) * kBlock : 0);
+          float* sums = memory.data() + (one_part ? 0 : (i / M::kRows * kPanelsHeld + panel - group) * kBlock);
           if (ends) ask_for(i, panel);
-          M::multiply(operands.a + (k / kDepth * operands.stride + i) * kDepth,
-                      operands.b + (panel * depth + k) * kColumns, std::min(kDepth, depth - k), sums, k == 0);
+          M::multiply(part + i * kDepth, b + (panel * depth + k) * kColumns, part_depth, sums, k == 0);
           if (ends) write(i, panel, sums);
         }
       }
@@ -98,27 +96,24 @@ void multiply_rows(const Operands& operands, int64_t rows, int64_t num_panels, c
 
 // Writes a block of sums and a bias, rectified if asked, to columns of out, [*, num_columns].
 template <typename Out>
-void finish_block(const float* sums, int64_t rows, const float* bias, bool relu, int64_t column, int64_t num_columns,
-                  Out* out) {
-  const int64_t columns = std::min(kColumns, num_columns - column);
-  if constexpr (std::is_same_v<Out, Bf16>) {
-    if (columns == kColumns) return finish_rows(sums, rows, bias, relu, out + column, num_columns);
-  }
+DLRM_AVX512 void finish_block(const float* sums, int64_t rows, const float* bias, bool relu, int64_t column,
+                              int64_t num_columns, Out* out) {
+  const __mmask32 lanes = first_lanes(num_columns - column);
+  const Floats512 added = load_lanes(bias, ~0u);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const float x = sums[i * kColumns + j] + bias[j];
-      // A NaN stays.
-      assign(out[i * num_columns + column + j], relu && x < 0.0f ? 0.0f : x);
-    }
+    const Floats512 x = load_lanes(sums + i * kColumns, ~0u) + added;
+    store_lanes(out + i * num_columns + column, lanes, relu ? rectified(x) : x);
   }
 }
 
 // Adds a block of sums to columns of out, [*, num_columns], or writes it there, if it is the first.
-inline void add_block(const float* sums, int64_t rows, bool first, int64_t column, int64_t num_columns, float* out) {
-  const int64_t columns = std::min(kColumns, num_columns - column);
+DLRM_AVX512 inline void add_block(const float* sums, int64_t rows, bool first, int64_t column, int64_t num_columns,
+                                  float* out) {
+  const __mmask32 lanes = first_lanes(num_columns - column);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = out + i * num_columns + column;
-    for (int64_t j = 0; j < columns; ++j) row[j] = (first ? 0.0f : row[j]) + sums[i * kColumns + j];
+    const Floats512 x = load_lanes(sums + i * kColumns, ~0u);
+    store_lanes(row, lanes, first ? x : load_lanes(row, lanes) + x);
   }
 }
 
@@ -140,16 +135,12 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
     }
   };
   const int64_t num_packs = transposed ? num_panels : num_pieces(depth, kWeightsOfTask);
-  const int64_t most = kBytesOfRows / (depth * static_cast<int64_t>(sizeof(Bf16)));
-  const int64_t rows_of = rows_of_task<M>(from.rows, most, 4 * threads.num_threads());
+  const int64_t rows_of = rows_of_task<M>(from.rows, kRowsHeld, 4 * threads.num_threads());
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, from.rows - begin);
-    Bf16* a = memory_of_thread(round_up(depth, kDepth) * rows_of);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      pack_rows(from, begin, k, round_up(rows, M::kRows), std::min(kDepth, depth - k), a + k * rows_of);
-    }
     multiply_rows<M>(
-        {a, rows_of, packed, depth}, rows, num_panels,
+        packed, depth, rows, num_panels,
+        [&](int64_t k, int64_t part, Bf16* to) { pack_rows(from, begin, k, round_up(rows, M::kRows), part, to); },
         [&](int64_t i, int64_t panel) {
           prefetch_block(out + (begin + i) * num_columns, std::min(M::kRows, rows - i), panel * kColumns, num_columns);
         },
@@ -177,17 +168,15 @@ void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const 
     pack_panels(g, sample + row, std::min(kGradientsOfTask, depth - row), depth, packed + row * kColumns,
                 sums.data() + (sample + row) / kGradientsOfTask * sums_size);
   };
-  const int64_t most = kBytesOfRows / (kSamplesPacked * static_cast<int64_t>(sizeof(Bf16)));
-  const int64_t rows_of = rows_of_task<M>(n, most, 2 * threads.num_threads());
+  const int64_t rows_of = rows_of_task<M>(n, kRowsHeld, 2 * threads.num_threads());
   const auto multiply = [&](int64_t sample, int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin), depth = depth_at(sample);
-    Bf16* a = memory_of_thread(round_up(depth, kDepth) * rows_of);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      pack_columns(x, sample + k, begin, std::min(kDepth, depth - k), round_up(rows, M::kRows), a + k * rows_of);
-    }
     float* to = weights + begin * m;
     multiply_rows<M>(
-        {a, rows_of, packed, depth}, rows, num_panels,
+        packed, depth, rows, num_panels,
+        [&](int64_t k, int64_t part, Bf16* a) {
+          pack_columns(x, sample + k, begin, part, round_up(rows, M::kRows), a);
+        },
         [&](int64_t i, int64_t panel) {
           prefetch_block(to + i * m, std::min(M::kRows, rows - i), panel * kColumns, m);
         },
