@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.cross import cross_network
+from pallas_kernels.cross_layer import CrossLayer
 from pallas_kernels.linear import linear
 
 
@@ -100,10 +102,10 @@ class MLP(nnx.Module):
 
 
 class LowRankCross(nnx.Module):
-    """Low-rank cross network: `x_{l+1} = x_0 * ((x_l V_l) U_l + b_l) + x_l`.
+    """Low-rank cross network: `x_{l+1} = x_0 * ((x_l V_l) U_l + b_l) + x_l`; see `pallas_kernels.cross`.
 
     Source: Wang et al. 2021 (DCN V2), equation 2, with the initialisation of TorchRec's LowRankCrossNet: Xavier
-    normal kernels, zero biases. Elementwise operations are in float32.
+    normal kernels, zero biases.
 
     Attributes:
         down: The maps V_l, `[n, rank]`, without bias.
@@ -117,19 +119,21 @@ class LowRankCross(nnx.Module):
             num_inputs: n, also the width of the output.
             num_layers: Number of cross layers.
             rank: Width between V and U.
-            compute_dtype: What the operands of the products are rounded to.
+            compute_dtype: What the network's input, and what the backward pass is given, are rounded to.
             rngs: Its stream `params` gives the random bits.
         """
         settings = {"compute_dtype": compute_dtype, "rngs": rngs}
         self.down = nnx.List(Linear(num_inputs, rank, bias="none", **settings) for _ in range(num_layers))
         self.up = nnx.List(Linear(rank, num_inputs, bias="zeros", **settings) for _ in range(num_layers))
+        self.compute_dtype = compute_dtype
 
     def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B n"]:
-        """Returns the last layer's output in float32."""
-        first = x = x.astype(jnp.float32)
-        for down, up in zip(self.down, self.up, strict=True):
-            x = first * up(down(x)) + x
-        return x
+        """Returns the last layer's output in the compute dtype."""
+        layers = tuple(
+            CrossLayer(down.kernel[...], up.kernel[...], up.bias[...])
+            for down, up in zip(self.down, self.up, strict=True)
+        )
+        return cross_network(x.astype(self.compute_dtype), layers)
 
 
 class Projection(nnx.Module):

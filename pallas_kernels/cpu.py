@@ -1,5 +1,7 @@
 """Both operations, and what goes with them on hosts, in C++: handlers of XLA's foreign function interface.
 
+Those of layers are called by `cpu_layers`.
+
 The sources lie in `cpu/`; `cpu/build.py` compiles them when the package is built. Threads are those of XLA's own pool.
 Each result is the same for every number of threads: a bag or a row is added up in the order that `xla` states, by one
 thread or in the stated blocks, and each row has one writer.
@@ -9,8 +11,7 @@ each program's shapes suggest, so each step of a rule's arithmetic may differ in
 nearly equal numbers by more. Here it is always fused where the rule has the form ``a * b + c``; `cpu/optimizers.h` says
 where.
 
-Letters: n ids, G bags, w width of a row, S slots, B samples, d columns of x, k embeddings of a sample, D their
-dimension, P pairs; of a dense layer n inputs and m outputs.
+Letters: n ids, G bags, w width of a row, S slots.
 """
 
 import ctypes
@@ -18,7 +19,6 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Bool, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels import rounding
 from pallas_kernels.ids import Ids
@@ -37,8 +37,10 @@ from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
     *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
-    *("dot_interaction", "dot_interaction_grad", "product", "parameter_gradients", "zeros"),
+    *("dot_interaction", "dot_interaction_grad", "zeros"),
 )
+# Where bfloat16 is multiplied.
+_PRODUCT_HANDLERS = ("product", "parameter_gradients", "cross_sum", "cross_grads")
 _STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -75,7 +77,7 @@ def _load() -> str | None:
         return f"their library is older than its sources: run {build.__file__}, or install the package again"
     if not library.dlrm_runs_here():
         return "this processor lacks AVX2, FMA or BMI2"
-    for name in _HANDLERS:
+    for name in (*_HANDLERS, *(_PRODUCT_HANDLERS if library.dlrm_multiplies_bf16() else ())):
         handler = jax.ffi.pycapsule(getattr(library, f"dlrm_{name}"))
         jax.ffi.register_ffi_target(f"dlrm_{name}", handler, platform="cpu")
     return None
@@ -123,15 +125,15 @@ def unable(
     return None
 
 
-def _call(name: str, results, **settings: Any) -> Callable[..., Any]:
+def call(name: str, results, **settings: Any) -> Callable[..., Any]:
     """`jax.ffi.ffi_call` of one of our handlers, which XLA must know by then."""
     if (missing := _missing()) is not None:
         raise RuntimeError(f"no cpu kernels: {missing}")
     return jax.ffi.ffi_call(f"dlrm_{name}", results, **settings)
 
 
-def _or_empty(array: Array | None, shape: tuple[int, ...]) -> Array:
-    """How the handlers are told that an array is absent: one without elements."""
+def or_empty(array: Array | None, shape: tuple[int, ...]) -> Array:
+    """How the handlers are told that an array is absent: one without elements, of this shape."""
     return jnp.zeros(shape, jnp.float32) if array is None else array
 
 
@@ -147,7 +149,7 @@ def pooled_lookup(
     """See `pallas_kernels.pooled_lookup`. The longest bag does not matter here."""
     del longest_bag
     result = jax.ShapeDtypeStruct((offsets.shape[0] - 1, width), jnp.float32)
-    return _call("pooled_lookup", result)(store, rows, offsets, _or_empty(weights, (0,)))
+    return call("pooled_lookup", result)(store, rows, offsets, or_empty(weights, (0,)))
 
 
 def _batch(
@@ -163,7 +165,7 @@ def _batch(
         ids.slots,
         ids.offsets,
         gradients,
-        _or_empty(ids.weights, (0,)),
+        or_empty(ids.weights, (0,)),
         jnp.stack((slots.first_row, slots.first_scalar), axis=1),
         jnp.stack((keys, slots.first_column), axis=1),
         jnp.stack((*scalars, *corrections), axis=1),
@@ -194,7 +196,7 @@ def row_statistics(
     shape = (num_ids, max(1, width // STATISTICS_BLOCK), len(optimizer.statistics))
     batch = _batch(ids, gradients, slots, step, jnp.uint32(0))
     results = (_scratch(num_ids, width), jax.ShapeDtypeStruct(shape, jnp.float32))
-    _, statistics = _call("row_statistics", results)(
+    _, statistics = call("row_statistics", results)(
         *batch, *jax.tree.leaves(stores), rule=optimizer.name, rounding=storage_rounding
     )
     return statistics
@@ -218,9 +220,9 @@ def sparse_update(
     num_ids = ids.rows.shape[0]
     ids = dataclasses.replace(ids, rows=jnp.where(enabled, ids.rows, -1))
     logical_rows = jnp.zeros((0, 1), jnp.uint32) if ids.logical_rows is None else ids.logical_rows
-    arguments = (*_batch(ids, gradients, slots, step, seed), logical_rows, _or_empty(statistics, (0, 0)))
+    arguments = (*_batch(ids, gradients, slots, step, seed), logical_rows, or_empty(statistics, (0, 0)))
     arrays, tree = jax.tree.flatten(stores)
-    _, *updated = _call(
+    _, *updated = call(
         "sparse_update",
         (_scratch(num_ids, width), *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)),
         input_output_aliases={len(arguments) + i: 1 + i for i in range(len(arrays))},
@@ -230,106 +232,10 @@ def sparse_update(
 
 def bags_of_ids(offsets: Int32[Array, " G+1"], *, num_ids: int) -> Int32[Array, " n"]:
     """See `pallas_kernels.bags.bags_of_ids`."""
-    return _call("bags_of_ids", jax.ShapeDtypeStruct((num_ids,), jnp.int32))(offsets)
-
-
-def dot_interaction(
-    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
-) -> Float[Array, "B d+P"]:
-    """See `pallas_kernels.interaction.dot_interaction`, for float32 and bfloat16. Sums run in the order of columns.
-
-    The handlers go through embeddings feature by feature, since so the kernels of tables write and read them: pooled
-    bags are not transposed on their way.
-    """
-    num_vectors = embeddings.shape[1] + (x.shape[1] > 0)
-    num_pairs = num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
-    result = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + num_pairs), x.dtype)
-    by_feature = jnp.swapaxes(embeddings, 0, 1)
-    return _call("dot_interaction", result)(x, by_feature, self_interaction=self_interaction)
-
-
-def dot_interaction_grad(
-    x: Float[Array, "B d"],
-    embeddings: Float[Array, "B k D"],
-    cotangent: Float[Array, "B d+P"],
-    *,
-    self_interaction: bool,
-) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
-    """The gradients of x and of the embeddings from that of x and the dot products."""
-    by_feature = jnp.swapaxes(embeddings, 0, 1)
-    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, by_feature))
-    call = _call("dot_interaction_grad", results)
-    x_grad, by_feature_grad = call(x, by_feature, cotangent, self_interaction=self_interaction)
-    return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
-
-
-# Of `cpu/products.h`: the samples whose gradients are packed at a time.
-_SAMPLES_PACKED = 1024
-
-
-def _packed(*sizes: int) -> jax.ShapeDtypeStruct:
-    """Memory for a packed operand of a product: rows and columns in blocks of 32."""
-    return jax.ShapeDtypeStruct((math.prod(-(-size // 32) * 32 for size in sizes),), jnp.bfloat16)
-
-
-def linear(
-    x: BFloat16[Array, "B n"],
-    kernel: Float[Array, "n m"],
-    bias: Float[Array, " m"] | None,
-    *,
-    relu: bool,
-    multiplier: str = "",
-) -> Float[Array, "B m"]:
-    """See `pallas_kernels.linear.linear`, for inputs in bfloat16.
-
-    Args:
-        x: Inputs.
-        kernel: Weights.
-        bias: None for none.
-        relu: Whether a ReLU follows.
-        multiplier: That of `cpu/multipliers.h` to use, `amx` or `avx512_bf16`; else the best that this processor has.
-    """
-    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), x.dtype if relu else jnp.float32)
-    call = _call("product", (_packed(*kernel.shape), result), vmap_method="sequential")
-    no_mask = jnp.zeros((0, 0), x.dtype)
-    return call(x, no_mask, kernel, _or_empty(bias, (0,)), transposed=False, relu=relu, multiplier=multiplier)[1]
-
-
-def linear_grads(
-    x: BFloat16[Array, "B n"],
-    kernel: Float[Array, "n m"],
-    cotangent: Float[Array, "B m"],
-    y: BFloat16[Array, "B m"] | None,
-    *,
-    multiplier: str = "",
-) -> tuple[BFloat16[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
-    """The gradients of x, of the kernel and of the bias from that of the outputs.
-
-    Two calls: what needs no gradient of x has none computed.
-
-    Args:
-        x: Inputs.
-        kernel: Weights.
-        cotangent: Gradient of the outputs, in their dtype.
-        y: The outputs of a layer with a ReLU; None of one without.
-        multiplier: As for `linear`.
-    """
-    mask = jnp.zeros((0, 0), cotangent.dtype) if y is None else y
-    results = (_packed(*kernel.shape), jax.ShapeDtypeStruct(x.shape, x.dtype))
-    call = _call("product", results, vmap_method="sequential")
-    no_bias = jnp.zeros((0,), jnp.float32)
-    _, x_grad = call(cotangent, mask, kernel, no_bias, transposed=True, relu=False, multiplier=multiplier)
-    results = (
-        _packed(min(x.shape[0], _SAMPLES_PACKED), kernel.shape[1]),
-        jax.ShapeDtypeStruct(kernel.shape, jnp.float32),
-        jax.ShapeDtypeStruct(kernel.shape[1:], jnp.float32),
-    )
-    call = _call("parameter_gradients", results, vmap_method="sequential")
-    _, kernel_grad, bias_grad = call(x, cotangent, mask, multiplier=multiplier)
-    return x_grad, kernel_grad, bias_grad
+    return call("bags_of_ids", jax.ShapeDtypeStruct((num_ids,), jnp.int32))(offsets)
 
 
 def zeros(*, shape: tuple[int, ...], dtype: jnp.dtype) -> Shaped[Array, "..."]:
     """See `pallas_kernels.zeros.zeros`."""
     # Two of one shape are two arrays: as results of equal calls XLA would make one, and copy it.
-    return _call("zeros", jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True)()
+    return call("zeros", jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True)()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu_layers
 from pallas_kernels.implementations import on_hosts
 
 
@@ -56,7 +56,7 @@ def dot_interaction(
     """
     if x.dtype != embeddings.dtype:
         raise ValueError(f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give both in one dtype")
-    return _by_platform(cpu.dot_interaction, _products, self_interaction, x, embeddings)
+    return _by_platform(cpu_layers.dot_interaction, _products, self_interaction, x, embeddings)
 
 
 def _by_platform(native: Callable, reference: Callable, self_interaction: bool, *arrays: Array) -> Any:
@@ -91,7 +91,7 @@ def _dot_interaction_forward(x, embeddings, self_interaction):
 
 
 def _dot_interaction_backward(self_interaction, vectors, cotangent):
-    return _by_platform(cpu.dot_interaction_grad, _products_grad, self_interaction, *vectors, cotangent)
+    return _by_platform(cpu_layers.dot_interaction_grad, _products_grad, self_interaction, *vectors, cotangent)
 
 
 dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)

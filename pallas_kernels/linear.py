@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, cpu_layers
 from pallas_kernels.implementations import on_hosts
 
 
@@ -39,7 +39,7 @@ def linear(
     Returns:
         The outputs: with a ReLU in the dtype of x, else in float32.
     """
-    native, reference = functools.partial(cpu.linear, relu=relu), functools.partial(_reference, relu=relu)
+    native, reference = functools.partial(cpu_layers.linear, relu=relu), functools.partial(_reference, relu=relu)
     return on_hosts(native, reference, x, kernel, bias) if _multiplied_here(x) else reference(x, kernel, bias)
 
 
@@ -48,7 +48,7 @@ def _multiplied_here(x: Array) -> bool:
 
 
 def _reference(x, kernel, bias, *, relu):
-    y = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = product(x, kernel.astype(x.dtype))
     if bias is not None:
         y = y + bias[None, :]
     return jnp.maximum(y.astype(x.dtype), 0) if relu else y
@@ -67,7 +67,7 @@ def _linear_backward(relu, residuals, cotangent):
     del relu
     x, kernel, bias, y = residuals
     arrays = x, kernel, cotangent, y
-    grads = on_hosts(cpu.linear_grads, _reference_grads, *arrays) if _multiplied_here(x) else _reference_grads(*arrays)
+    grads = on_hosts(cpu_layers.linear_grads, _reference_grads, *arrays) if _multiplied_here(x) else _reference_grads(*arrays)
     x_grad, kernel_grad, bias_grad = grads
     return x_grad, kernel_grad, None if bias is None else bias_grad
 
@@ -78,12 +78,19 @@ linear.defvjp(_linear_forward, _linear_backward)
 def _reference_grads(x, kernel, cotangent, y):
     if y is not None:
         cotangent = jnp.where(y > 0, cotangent, 0)
-    rounded = cotangent.astype(x.dtype)
-    x_grad = _product(rounded, kernel.astype(x.dtype).T).astype(x.dtype)
+    x_grad = product(cotangent.astype(x.dtype), kernel.astype(x.dtype).T).astype(x.dtype)
+    return x_grad, *parameter_grads(x, cotangent)
+
+
+def parameter_grads(
+    x: Float[Array, "B n"], cotangent: Float[Array, "B m"]
+) -> tuple[Float[Array, "n m"], Float[Array, " m"]]:
+    """The gradients of a dense layer's kernel and bias by XLA, from its inputs and the gradient of its outputs."""
     # Not `x.T @ cotangent`: where a layer has one output, XLA's program for hosts would go through x column by column.
-    kernel_grad = _product(rounded.T, x).T
-    return x_grad, kernel_grad, jnp.sum(cotangent.astype(jnp.float32), axis=0)
+    kernel_grad = product(cotangent.astype(x.dtype).T, x).T
+    return kernel_grad, jnp.sum(cotangent.astype(jnp.float32), axis=0)
 
 
-def _product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:
+def product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:
+    """XLA's matrix product of operands of one dtype, with sums in float32."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import pytest
 from row_oracle import RULES
 from update_cases import HYPER, fresh_stores
 
-from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, scans, xla
+from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, cpu_layers, scans, xla
 from pallas_kernels.bags import bags_of_ids
 from pallas_kernels.interaction import dot_interaction
 from pallas_kernels.zeros import zeros
@@ -180,7 +180,7 @@ def test_dot_interaction_then_equals_float64s_values_and_gradient(
     embeddings = jax.random.normal(keys[1], (batch_size, num_embeddings, dim), dtype)
     vectors = np.concatenate([x[:, None], embeddings] if has_x else [embeddings], axis=1).astype(np.float64)
     i, j = np.tril_indices(vectors.shape[1], 0 if self_interaction else -1)
-    given = cpu.dot_interaction(x, embeddings, self_interaction=self_interaction)
+    given = cpu_layers.dot_interaction(x, embeddings, self_interaction=self_interaction)
     assert given.dtype == dtype
     # Sums of float32; a bfloat16 result is rounded once more.
     close: dict[str, Any] = {"rtol": 2.0**-8 if dtype == jnp.bfloat16 else 1e-5, "atol": 1e-5}
@@ -189,7 +189,7 @@ def test_dot_interaction_then_equals_float64s_values_and_gradient(
     np.testing.assert_allclose(np.asarray(given[:, x.shape[1] :], np.float64), pairs, **close)
 
     cotangent = jax.random.normal(keys[2], given.shape, dtype)
-    x_grad, embeddings_grad = cpu.dot_interaction_grad(x, embeddings, cotangent, self_interaction=self_interaction)
+    x_grad, embeddings_grad = cpu_layers.dot_interaction_grad(x, embeddings, cotangent, self_interaction=self_interaction)
     assert x_grad.dtype == embeddings_grad.dtype == dtype
     of_x, of_pairs = np.split(np.asarray(cotangent, np.float64), [x.shape[1]], axis=1)
     symmetric = np.zeros((batch_size, vectors.shape[1], vectors.shape[1]))

@@ -199,7 +199,7 @@ def golden_cross(shared, dtype):
     nnx.replace_by_pure_dict(params, {"down": down, "up": up})
     run = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
     y, pullback = jax.vjp(run, params, jnp.asarray(figures["x"]))
-    params_grad, x_grad = pullback(jnp.asarray(figures["y_grad"]))
+    params_grad, x_grad = pullback(jnp.asarray(figures["y_grad"], dtype))
     found = {"y": y, "x_grad": x_grad}
     gradients = nnx.to_pure_dict(params_grad)
     for layer in range(3):
@@ -222,4 +222,4 @@ def test_cross_network_when_computing_in_bfloat16_then_it_is_close_to_float32(sh
     for name, value in found.items():
         scale = np.abs(figures[name]).max()
         # Three layers, each rounding its operands to 8 bits.
-        np.testing.assert_allclose(value / scale, figures[name] / scale, atol=2e-2, err_msg=name)
+        np.testing.assert_allclose(value.astype(jnp.float32) / scale, figures[name] / scale, atol=2e-2, err_msg=name)

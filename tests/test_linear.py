@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dlrm_jax.model import DLRM, ModelConfig
-from pallas_kernels import cpu
+from pallas_kernels import cpu, cpu_layers
 from pallas_kernels.linear import linear
 from sharding.compiler_options import compiler_options
 
@@ -65,8 +65,8 @@ def layer_and_gradients() -> list[np.ndarray]:
     random = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(random.normal(size=(1500, size)), jnp.bfloat16) for size in (300, 170))
     kernel, bias = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((300, 170), (170,)))
-    y = jax.jit(partial(cpu.linear, relu=True))(x, kernel, bias)
-    return [np.asarray(array) for array in (y, *jax.jit(cpu.linear_grads)(x, kernel, cotangent, y))]
+    y = jax.jit(partial(cpu_layers.linear, relu=True))(x, kernel, bias)
+    return [np.asarray(array) for array in (y, *jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, y))]
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -76,7 +76,7 @@ def test_linear_then_equals_float64(multiplier: str, sizes: tuple[int, int, int]
     samples, inputs, outputs = sizes
     x, kernel = integers(0, samples, inputs), integers(1, inputs, outputs, dtype=jnp.float32)
     bias = integers(2, outputs, dtype=jnp.float32) if biased else None
-    y = jax.jit(partial(cpu.linear, relu=relu, multiplier=multiplier))(x, kernel, bias)
+    y = jax.jit(partial(cpu_layers.linear, relu=relu, multiplier=multiplier))(x, kernel, bias)
     expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + (0 if bias is None else np.asarray(bias))
     if relu:
         expected = np.maximum(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 0)
@@ -92,7 +92,7 @@ def test_linear_grads_then_equal_float64(multiplier: str, sizes: tuple[int, int,
     # Without a ReLU cotangents are float32.
     cotangent = integers(2, samples, outputs, dtype=jnp.bfloat16 if relu else jnp.float32)
     y = integers(3, samples, outputs) if relu else None
-    call = jax.jit(partial(cpu.linear_grads, multiplier=multiplier))
+    call = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))
     x_grad, kernel_grad, bias_grad = call(x, kernel, cotangent, y)
     passed = np.asarray(cotangent, np.float64) * (1 if y is None else np.asarray(y, np.float64) > 0)
     expected = jnp.asarray(passed @ np.asarray(kernel, np.float64).T, jnp.bfloat16)
@@ -104,7 +104,7 @@ def test_linear_grads_then_equal_float64(multiplier: str, sizes: tuple[int, int,
 def test_linear_grads_when_operands_are_float32_then_they_are_rounded_and_the_biases_are_not(multiplier: str) -> None:
     x, kernel = jnp.ones((3, 2), jnp.bfloat16), jnp.full((2, 4), 1 + 2**-10, jnp.float32)
     cotangent = jnp.full((3, 4), 1 + 2**-10, jnp.float32)
-    x_grad, kernel_grad, bias_grad = jax.jit(partial(cpu.linear_grads, multiplier=multiplier))(
+    x_grad, kernel_grad, bias_grad = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))(
         x, kernel, cotangent, None
     )
     np.testing.assert_array_equal(np.asarray(x_grad, np.float32), np.full((3, 2), 4.0))
@@ -115,7 +115,7 @@ def test_linear_grads_when_operands_are_float32_then_they_are_rounded_and_the_bi
 def test_linear_when_a_sum_is_nan_or_infinite_then_the_relu_lets_it_through(multiplier: str) -> None:
     # 32 outputs are finished as vectors, the one behind them alone.
     x = jnp.asarray([[np.nan], [np.inf], [-np.inf]], jnp.bfloat16)
-    call = jax.jit(partial(cpu.linear, relu=True, multiplier=multiplier))
+    call = jax.jit(partial(cpu_layers.linear, relu=True, multiplier=multiplier))
     y = np.asarray(call(x, jnp.ones((1, 33), jnp.float32), None), np.float32)
     np.testing.assert_array_equal(y, np.repeat([[np.nan], [np.inf], [0.0]], 33, axis=1))
 
@@ -124,7 +124,7 @@ def test_linear_when_a_sum_is_nan_or_infinite_then_the_relu_lets_it_through(mult
 def test_linear_grads_when_outputs_are_nan_or_infinite_then_only_positive_ones_let_gradients_through() -> None:
     y = jnp.asarray([[np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-126, -(2.0**-126), 1.0]], jnp.bfloat16)
     cotangent = jnp.ones(y.shape, jnp.bfloat16)
-    _, _, bias_grad = jax.jit(cpu.linear_grads)(jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, 8)), cotangent, y)
+    _, _, bias_grad = jax.jit(cpu_layers.linear_grads)(jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, 8)), cotangent, y)
     np.testing.assert_array_equal(bias_grad, [0, 1, 0, 0, 0, 1, 0, 1])
 
 

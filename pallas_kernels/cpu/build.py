@@ -77,7 +77,7 @@ def _build() -> str | None:
                 "-isystem",
                 str(headers),
             ),
-            *(str(FOLDER / "handlers.cc"), "-o", str(whole)),
+            *(*map(str, sorted(FOLDER.glob("*.cc"))), "-o", str(whole)),
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:

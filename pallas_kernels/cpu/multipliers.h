@@ -2,8 +2,8 @@
 //
 // A multiplier adds a block of kRows x kColumns sums, each in the order of k, in pairs of k:
 //   c[i, j] = (0 or c[i, j]) + sum_k a[i, k] * b[k, j]
-// a is [kRows, kDepth], of which some columns count, a multiple of kDepthUnit; b is [depth / 2, kColumns, 2]; c is
-// [kRows, kColumns].
+// a is [kRows, kDepth], of which some columns count, a multiple of kDepthUnit; b is [depth / 2, kColumns, 2]; rows of c
+// are `stride` numbers apart.
 #pragma once
 
 #include <cstdint>
@@ -34,10 +34,10 @@ struct Avx512Bf16 {
   static bool runs_here() { return __builtin_cpu_supports("avx512bf16"); }
 
   __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
-                                                                     float* c, bool fresh) {
+                                                                     float* c, int64_t stride, bool fresh) {
     __m512 sums[kRows][2];
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * kColumns + v * 16);
+      for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * stride + v * 16);
     }
     for (int64_t k = 0; k < depth; k += 2) {
       const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * kColumns);
@@ -51,7 +51,7 @@ struct Avx512Bf16 {
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + i * kColumns + v * 16, sums[i][v]);
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + i * stride + v * 16, sums[i][v]);
     }
   }
 };
@@ -81,9 +81,9 @@ struct Amx {
   };
 
   __attribute__((target("amx-tile,amx-bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
-                                                                    float* c, bool fresh) {
+                                                                    float* c, int64_t stride, bool fresh) {
     constexpr int64_t kRowBytes = kDepth * sizeof(Bf16), kPairBytes = kColumns * 2 * sizeof(Bf16);
-    constexpr int64_t kSumBytes = kColumns * sizeof(float);
+    const int64_t sum_bytes = stride * sizeof(float);
     // GCC's intrinsics do not say that they read and write memory.
     asm volatile("" ::: "memory");
     if (fresh) {
@@ -92,10 +92,10 @@ struct Amx {
       _tile_zero(2);
       _tile_zero(3);
     } else {
-      _tile_loadd(0, c, kSumBytes);
-      _tile_loadd(1, c + 16, kSumBytes);
-      _tile_loadd(2, c + 16 * kColumns, kSumBytes);
-      _tile_loadd(3, c + 16 * kColumns + 16, kSumBytes);
+      _tile_loadd(0, c, sum_bytes);
+      _tile_loadd(1, c + 16, sum_bytes);
+      _tile_loadd(2, c + 16 * stride, sum_bytes);
+      _tile_loadd(3, c + 16 * stride + 16, sum_bytes);
     }
     for (int64_t k = 0; k < depth; k += kDepthUnit) {
       // While tiles multiply, the next ones of b come from the second-level cache.
@@ -113,10 +113,10 @@ struct Amx {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, kSumBytes);
-    _tile_stored(1, c + 16, kSumBytes);
-    _tile_stored(2, c + 16 * kColumns, kSumBytes);
-    _tile_stored(3, c + 16 * kColumns + 16, kSumBytes);
+    _tile_stored(0, c, sum_bytes);
+    _tile_stored(1, c + 16, sum_bytes);
+    _tile_stored(2, c + 16 * stride, sum_bytes);
+    _tile_stored(3, c + 16 * stride + 16, sum_bytes);
     asm volatile("" ::: "memory");
   }
 

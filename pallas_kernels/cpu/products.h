@@ -9,123 +9,131 @@
 #include <memory>
 #include <vector>
 
+#include "avx512.h"
 #include "elements.h"
 #include "multipliers.h"
 #include "packing.h"
 #include "parallel.h"
 
+#if defined(__x86_64__)
+
 namespace dlrm {
 
 // What a task goes through again and again, for its core's second-level cache: rows of a, and panels of b, kDepth of
-// each, and their sums.
+// each.
 constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16;
-// Samples whose gradients are packed before they are multiplied.
-constexpr int64_t kSamplesPacked = 1024;
+// How far rows of a group's sums are apart: an odd number of cache lines, so that they do not share few sets of a cache.
+constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
 // Rows that a task packs: of weights, and of gradients.
 constexpr int64_t kWeightsOfTask = 64, kGradientsOfTask = 128;
 
 inline int64_t num_pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
-// A thread's memory, kept for its next tasks.
-inline Bf16* memory_of_thread(int64_t count) {
+// A thread's memory for numbers of one kind, kept for its next tasks.
+template <typename T>
+T* memory_of_thread(int64_t count) {
   constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(Bf16* memory) const { ::operator delete(memory, kLine); }
+    void operator()(T* memory) const { ::operator delete(memory, kLine); }
   };
-  thread_local std::unique_ptr<Bf16, Free> memory;
+  thread_local std::unique_ptr<T, Free> memory;
   thread_local int64_t size = 0;
   if (size < count) {
-    memory.reset(static_cast<Bf16*>(::operator new(count * sizeof(Bf16), kLine)));
+    memory.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
     size = count;
   }
   return memory.get();
 }
 
-// Rows of a task: at most so many, but enough tasks for all threads; whole blocks of the multiplier.
+// Rows of a task: few enough for all threads to have tasks; whole blocks of the multiplier.
 template <typename M>
-int64_t rows_of_task(int64_t num_rows, int64_t most, int64_t num_tasks) {
-  const int64_t rows = std::min(most, num_pieces(num_rows, std::max<int64_t>(num_tasks, 1)));
-  return std::max(M::kRows, rows / M::kRows * M::kRows);
+int64_t rows_of_task(int64_t num_rows, int64_t num_tasks) {
+  return std::max(M::kRows, std::min(kRowsHeld, num_pieces(num_rows, num_tasks)) / M::kRows * M::kRows);
 }
 
-// Asks for the cache lines of out, [*, num_columns], that a block of sums will be written to.
-template <typename Out>
-void prefetch_block(const Out* out, int64_t rows, int64_t column, int64_t num_columns) {
-  const int64_t columns = std::min(kColumns, num_columns - column);
+// Asks for a cache line for the second-level cache: enough of them for a block of sums and what goes with it.
+template <typename T>
+void ask_for(const T* numbers) {
+  for (int64_t j = 0; j < kColumns; j += 64 / sizeof(T)) __builtin_prefetch(numbers + j, 0, 2);
+}
+
+// Hands sums of some rows, and of the columns from one on, to output.finish(sums, row, column, lanes).
+template <typename Output>
+DLRM_AVX512 void finish_rows(const float* sums, int64_t row, int64_t rows, int64_t column, int64_t num_columns,
+                             const Output& output) {
+  const int64_t end = std::min(num_columns, column + kPanelsHeld * kColumns);
   for (int64_t i = 0; i < rows; ++i) {
-    const Out* row = out + i * num_columns + column;
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(Out)) __builtin_prefetch(row + j, 1);
+    for (int64_t j = column; j < end; j += kColumns) {
+      output.finish(load_lanes(sums + i * kStrideOfSums + j - column, ~0u), row + i, j, first_lanes(end - j));
+    }
   }
 }
 
-
-// Multiplies rows of a by the panels of b, and hands each block of sums to write(row, panel, sums), whose cache lines
-// ask_for(row, panel) has asked for. pack(k, depth, to) packs `depth` columns of a from k on, at most kDepth.
+// Multiplies rows of a, from `row` of the result on, by the panels of b, and finishes the sums, see above. pack(k, depth,
+// to) packs `depth` columns of a from k on, at most kDepth.
 //
 // Part by part of the depth, a block's rows stay in the first-level cache while panels from the second-level cache pass
-// by, and all of these while rows do.
-template <typename M, typename Pack, typename Ask, typename Write>
-void multiply_rows(const Bf16* b, int64_t depth, int64_t rows, int64_t num_panels, const Pack& pack, const Ask& ask_for,
-                   const Write& write) {
-  constexpr int64_t kBlock = M::kRows * kColumns;
-  const int64_t blocks = num_pieces(rows, M::kRows), part_size = blocks * M::kRows * kDepth;
+// by, and all of these while rows do. What output.ask_for(row, column) asks for comes while tiles multiply: rows of a
+// block of the result are far apart, each in another page.
+template <typename M, typename Pack, typename Output>
+void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, int64_t num_columns, const Pack& pack,
+                   const Output& output) {
+  const int64_t num_panels = num_pieces(num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
   const bool one_part = depth <= kDepth, one_group = num_panels <= kPanelsHeld;
-  Bf16* a = memory_of_thread(one_group ? part_size : num_pieces(depth, kDepth) * part_size);
-  thread_local std::vector<float> memory;
-  // The sums of all blocks wait for the next part, if there is one.
-  memory.resize(std::max<int64_t>(memory.size(), kBlock * (one_part ? 1 : blocks * kPanelsHeld)));
+  Bf16* a = memory_of_thread<Bf16>((one_group ? 1 : num_pieces(depth, kDepth)) * padded_rows * kDepth);
+  // Those of all rows wait for the next part, if there is one.
+  float* sums = memory_of_thread<float>((one_part ? M::kRows : padded_rows) * kStrideOfSums);
   [[maybe_unused]] typename M::Session session;
   for (int64_t group = 0; group < num_panels; group += kPanelsHeld) {
     const int64_t end = std::min(num_panels, group + kPanelsHeld);
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t part_depth = std::min(kDepth, depth - k);
       const bool ends = k + kDepth >= depth;
-      Bf16* part = a + (one_group ? 0 : k / kDepth * part_size);
+      Bf16* part = a + (one_group ? 0 : k * padded_rows);
       if (group == 0) pack(k, part_depth, part);
       for (int64_t i = 0; i < rows; i += M::kRows) {
+        const int64_t rows_here = std::min(M::kRows, rows - i);
+        float* of_rows = sums + (one_part ? 0 : i * kStrideOfSums);
         for (int64_t panel = group; panel < end; ++panel) {
-          float* sums = memory.data() + (one_part ? 0 : (i / M::kRows * kPanelsHeld + panel - group) * kBlock);
-          if (ends) ask_for(i, panel);
-          M::multiply(part + i * kDepth, b + (panel * depth + k) * kColumns, part_depth, sums, k == 0);
-          if (ends) write(i, panel, sums);
+          for (int64_t r = 0; ends && r < rows_here; ++r) output.ask_for(row + i + r, panel * kColumns);
+          M::multiply(part + i * kDepth, b + (panel * depth + k) * kColumns, part_depth,
+                      of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
         }
+        if (ends) finish_rows(of_rows, row + i, rows_here, group * kColumns, num_columns, output);
       }
     }
   }
 }
 
-// Writes a block of sums and a bias, rectified if asked, to columns of out, [*, num_columns].
+// A bias, or zeros where it is null, for whole panels.
+inline std::vector<float> padded_bias(const float* bias, int64_t num_columns) {
+  std::vector<float> padded(round_up(num_columns, kColumns));
+  if (bias != nullptr) std::copy_n(bias, num_columns, padded.begin());
+  return padded;
+}
+
+// What becomes of the product of a layer: out = product + bias, [*, num_columns], rectified if asked.
 template <typename Out>
-DLRM_AVX512 void finish_block(const float* sums, int64_t rows, const float* bias, bool relu, int64_t column,
-                              int64_t num_columns, Out* out) {
-  const __mmask32 lanes = first_lanes(num_columns - column);
-  const Floats512 added = load_lanes(bias, ~0u);
-  for (int64_t i = 0; i < rows; ++i) {
-    const Floats512 x = load_lanes(sums + i * kColumns, ~0u) + added;
-    store_lanes(out + i * num_columns + column, lanes, relu ? rectified(x) : x);
-  }
-}
+struct LayerOutput {
+  const std::vector<float> bias;
+  bool relu;
+  int64_t num_columns;
+  Out* out;
 
-// Adds a block of sums to columns of out, [*, num_columns], or writes it there, if it is the first.
-DLRM_AVX512 inline void add_block(const float* sums, int64_t rows, bool first, int64_t column, int64_t num_columns,
-                                  float* out) {
-  const __mmask32 lanes = first_lanes(num_columns - column);
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = out + i * num_columns + column;
-    const Floats512 x = load_lanes(sums + i * kColumns, ~0u);
-    store_lanes(row, lanes, first ? x : load_lanes(row, lanes) + x);
+  void ask_for(int64_t row, int64_t column) const { dlrm::ask_for(out + row * num_columns + column); }
+  DLRM_AVX512 void finish(Floats512 sums, int64_t row, int64_t column, __mmask32 lanes) const {
+    const Floats512 x = sums + load_lanes(bias.data() + column, ~0u);
+    store_lanes(out + row * num_columns + column, lanes, relu ? rectified(x) : x);
   }
-}
+};
 
-// out[b, :] = from[b, :] w + bias, unless that is null, and rectified if asked; w is `weights`, or its transpose, and
-// `packed` has room for it with both sizes rounded up to 32.
-template <typename M, typename T, typename Out>
+// from w, [from.rows, *], where w is `weights`, or its transpose, and `packed` has room for it with both sizes rounded
+// up to 32. It is handed to `output`, see finish_blocks.
+template <typename M, typename T, typename Output>
 void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float>& weights, bool transposed,
-             const float* bias, bool relu, Bf16* packed, Out* out) {
+             Bf16* packed, const Output& output) {
   const int64_t num_columns = transposed ? weights.rows : weights.columns;
   const int64_t depth = round_up(from.columns, kDepthUnit), num_panels = num_pieces(num_columns, kColumns);
-  std::vector<float> padded_bias(num_panels * kColumns);
-  if (bias != nullptr) std::copy_n(bias, num_columns, padded_bias.begin());
   const auto pack = [&](int64_t task) {
     if (transposed) {
       pack_transposed_panel(weights, task * kColumns, depth, packed + task * depth * kColumns);
@@ -135,68 +143,60 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
     }
   };
   const int64_t num_packs = transposed ? num_panels : num_pieces(depth, kWeightsOfTask);
-  const int64_t rows_of = rows_of_task<M>(from.rows, kRowsHeld, 4 * threads.num_threads());
+  const int64_t rows_of = rows_of_task<M>(from.rows, 4 * threads.num_threads());
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, from.rows - begin);
     multiply_rows<M>(
-        packed, depth, rows, num_panels,
+        packed, depth, begin, rows, num_columns,
         [&](int64_t k, int64_t part, Bf16* to) { pack_rows(from, begin, k, round_up(rows, M::kRows), part, to); },
-        [&](int64_t i, int64_t panel) {
-          prefetch_block(out + (begin + i) * num_columns, std::min(M::kRows, rows - i), panel * kColumns, num_columns);
-        },
-        [&](int64_t i, int64_t panel, const float* sums) {
-          finish_block(sums, std::min(M::kRows, rows - i), padded_bias.data() + panel * kColumns, relu,
-                       panel * kColumns, num_columns, out + (begin + i) * num_columns);
-        });
+        output);
   };
   parallel_phases(threads, {num_packs, num_pieces(from.rows, rows_of)},
                   [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
 }
 
+// What becomes of the gradient of weights.
+struct WeightsOutput {
+  int64_t num_columns;
+  float* out;
+
+  void ask_for(int64_t row, int64_t column) const { dlrm::ask_for(out + row * num_columns + column); }
+  DLRM_AVX512 void finish(Floats512 sums, int64_t row, int64_t column, __mmask32 lanes) const {
+    store_lanes(out + row * num_columns + column, lanes, sums);
+  }
+};
+
 // Gradients of a layer's parameters: weights[i, j] = sum_b x[b, i] g[b, j] and bias[j] = sum_b g[b, j]. `packed` has
-// room for the outputs, rounded up to 32, of kSamplesPacked samples, or of all, rounded up to 32.
+// room for g with both sizes rounded up to 32.
 template <typename M, typename G>
 void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const Matrix<G>& g, Bf16* packed,
                          float* weights, float* bias) {
-  const int64_t n = x.columns, m = g.columns, num_panels = num_pieces(m, kColumns);
-  const auto depth_at = [&](int64_t sample) { return std::min(kSamplesPacked, round_up(x.rows - sample, kDepthUnit)); };
+  const int64_t n = x.columns, m = g.columns, depth = round_up(x.rows, kDepthUnit);
   // A sum for each task that packs, so that none depends on who does it.
-  const int64_t num_sums = num_pieces(x.rows, kGradientsOfTask), sums_size = num_panels * kColumns;
-  std::vector<float> sums(num_sums * sums_size);
-  const auto pack = [&](int64_t sample, int64_t task) {
-    const int64_t row = task * kGradientsOfTask, depth = depth_at(sample);
-    pack_panels(g, sample + row, std::min(kGradientsOfTask, depth - row), depth, packed + row * kColumns,
-                sums.data() + (sample + row) / kGradientsOfTask * sums_size);
+  const int64_t num_packs = num_pieces(depth, kGradientsOfTask), sums_size = round_up(m, kColumns);
+  std::vector<float> sums(num_packs * sums_size);
+  const auto pack = [&](int64_t task) {
+    const int64_t row = task * kGradientsOfTask;
+    pack_panels(g, row, std::min(kGradientsOfTask, depth - row), depth, packed + row * kColumns,
+                sums.data() + task * sums_size);
   };
-  const int64_t rows_of = rows_of_task<M>(n, kRowsHeld, 2 * threads.num_threads());
-  const auto multiply = [&](int64_t sample, int64_t task) {
-    const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin), depth = depth_at(sample);
-    float* to = weights + begin * m;
+  const int64_t rows_of = rows_of_task<M>(n, 2 * threads.num_threads());
+  const auto multiply = [&](int64_t task) {
+    const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin);
     multiply_rows<M>(
-        packed, depth, rows, num_panels,
-        [&](int64_t k, int64_t part, Bf16* a) {
-          pack_columns(x, sample + k, begin, part, round_up(rows, M::kRows), a);
-        },
-        [&](int64_t i, int64_t panel) {
-          prefetch_block(to + i * m, std::min(M::kRows, rows - i), panel * kColumns, m);
-        },
-        [&](int64_t i, int64_t panel, const float* block) {
-          add_block(block, std::min(M::kRows, rows - i), sample == 0, panel * kColumns, m, to + i * m);
-        });
+        packed, depth, begin, rows, m,
+        [&](int64_t k, int64_t part, Bf16* to) { pack_columns(x, k, begin, part, round_up(rows, M::kRows), to); },
+        WeightsOutput{m, weights});
   };
   if (x.rows == 0) std::fill_n(weights, n * m, 0.0f);
-  std::vector<int64_t> phases;
-  for (int64_t sample = 0; sample < x.rows; sample += kSamplesPacked) {
-    phases.insert(phases.end(), {num_pieces(depth_at(sample), kGradientsOfTask), num_pieces(n, rows_of)});
-  }
-  parallel_phases(threads, phases, [&](int64_t phase, int64_t task) {
-    const int64_t sample = phase / 2 * kSamplesPacked;
-    phase % 2 == 0 ? pack(sample, task) : multiply(sample, task);
-  });
+  parallel_phases(threads, {num_packs, x.rows == 0 ? 0 : num_pieces(n, rows_of)},
+                  [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
   for (int64_t j = 0; j < m; ++j) {
     bias[j] = 0.0f;
-    for (int64_t task = 0; task < num_sums; ++task) bias[j] += sums[task * sums_size + j];
+    for (int64_t task = 0; task < num_packs; ++task) bias[j] += sums[task * sums_size + j];
   }
 }
 
 }  // namespace dlrm
+
+#endif

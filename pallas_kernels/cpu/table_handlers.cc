@@ -1,30 +1,16 @@
-// What XLA calls: handlers that take buffers apart and pick a kernel by dtype, rule and storage.
+// What XLA calls for tables: handlers that take buffers apart and pick a kernel by dtype, rule and storage.
 #include <string_view>
 #include <type_traits>
 
 #include "bags.h"
+#include "handlers.h"
 #include "huge_pages.h"
-#include "interaction.h"
 #include "lookup.h"
-#include "products.h"
 #include "update.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dlrm {
 namespace {
-
-using F32s = ffi::Buffer<ffi::DataType::F32>;
-using S32s = ffi::Buffer<ffi::DataType::S32>;
-using U32s = ffi::Buffer<ffi::DataType::U32>;
-using BF16s = ffi::Buffer<ffi::DataType::BF16>;
-
-ffi::Error invalid(const char* message) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, message); }
-
-// An array that was left out is passed with no element.
-template <typename Array>
-auto* data_or_null(const Array& array) {
-  return array.element_count() == 0 ? nullptr : array.typed_data();
-}
 
 // The largest int32 is nobody's row.
 int64_t num_rows_of(const ffi::AnyBuffer& store, int64_t width) {
@@ -190,89 +176,6 @@ ffi::Error bags_handler(ffi::ThreadPool threads, S32s offsets, ffi::Result<S32s>
   return ffi::Error::Success();
 }
 
-// x is [B, D], or [B, 0] if there is none; embeddings are [k, B, D].
-template <typename T>
-Vectors<T> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings) {
-  const auto sizes = embeddings.dimensions();
-  const bool has_x = x.dimensions()[1] > 0;
-  return {has_x ? static_cast<T*>(x.untyped_data()) : nullptr, static_cast<T*>(embeddings.untyped_data()), sizes[1],
-          sizes[0] + (has_x ? 1 : 0), sizes[2]};
-}
-
-ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
-                               ffi::Result<ffi::AnyBuffer> out, bool self_interaction) {
-  const auto run = [&](auto* to) {
-    using T = std::remove_pointer_t<decltype(to)>;
-    dot_interaction(threads, vectors_of<const T>(x, embeddings), self_interaction, to);
-    return ffi::Error::Success();
-  };
-  if (x.element_type() == ffi::DataType::F32) return run(static_cast<float*>(out->untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<Bf16*>(out->untyped_data()));
-  return invalid("vectors that interact are float32 or bfloat16");
-}
-
-ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
-                                    ffi::AnyBuffer cotangents, ffi::Result<ffi::AnyBuffer> x_grad,
-                                    ffi::Result<ffi::AnyBuffer> embeddings_grad, bool self_interaction) {
-  const auto run = [&](const auto* given) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
-    dot_interaction_grad(threads, vectors_of<const T>(x, embeddings), given, self_interaction,
-                         vectors_of<T>(*x_grad, *embeddings_grad));
-    return ffi::Error::Success();
-  };
-  if (x.element_type() == ffi::DataType::F32) return run(static_cast<const float*>(cotangents.untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<const Bf16*>(cotangents.untyped_data()));
-  return invalid("vectors that interact are float32 or bfloat16");
-}
-
-template <typename T, typename Array>
-Matrix<T> matrix_of(const Array& array, const ffi::AnyBuffer* mask = nullptr) {
-  const bool masked = mask != nullptr && mask->element_count() > 0;
-  const auto sizes = array.dimensions();
-  return {static_cast<const T*>(array.untyped_data()), masked ? static_cast<const Bf16*>(mask->untyped_data()) : nullptr,
-          sizes[0], sizes[1]};
-}
-
-// Calls run(multiplier, given) with the best multiplier here, or that of a name, and `given` of an array's dtype.
-template <typename Visit>
-ffi::Error with_multiplier(std::string_view name, ffi::DataType type, const Visit& run) {
-#if defined(__x86_64__)
-  const auto of_type = [&](auto multiplier) {
-    return type == ffi::DataType::BF16 ? run(multiplier, Bf16{}) : run(multiplier, float{});
-  };
-  if (name != "avx512_bf16" && Amx::runs_here()) return of_type(Amx{});
-  if (name != "amx" && Avx512Bf16::runs_here()) return of_type(Avx512Bf16{});
-#endif
-  return invalid("this processor does not multiply bfloat16, or not so");
-}
-
-ffi::Error product_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer mask, F32s weights, F32s bias,
-                           ffi::Result<BF16s> packed, ffi::Result<ffi::AnyBuffer> out, bool transposed, bool relu,
-                           std::string_view multiplier) {
-  return with_multiplier(multiplier, x.element_type(), [&](auto unit, auto given) {
-    using M = decltype(unit);
-    const auto from = matrix_of<decltype(given)>(x, &mask);
-    const auto run = [&](auto* to) {
-      product<M>(threads, from, matrix_of<float>(weights), transposed, data_or_null(bias), relu,
-                 static_cast<Bf16*>(packed->untyped_data()), to);
-      return ffi::Error::Success();
-    };
-    if (out->element_type() == ffi::DataType::F32) return run(static_cast<float*>(out->untyped_data()));
-    return run(static_cast<Bf16*>(out->untyped_data()));
-  });
-}
-
-ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, BF16s x, ffi::AnyBuffer g, ffi::AnyBuffer mask,
-                                       ffi::Result<BF16s> packed, ffi::Result<F32s> weights, ffi::Result<F32s> bias,
-                                       std::string_view multiplier) {
-  return with_multiplier(multiplier, g.element_type(), [&](auto unit, auto given) {
-    parameter_gradients<decltype(unit)>(threads, matrix_of<Bf16>(x), matrix_of<decltype(given)>(g, &mask),
-                                        static_cast<Bf16*>(packed->untyped_data()), weights->typed_data(),
-                                        bias->typed_data());
-    return ffi::Error::Success();
-  });
-}
-
 // Zeros in pages of 2 MB, if there are enough of them: those of a store, which others then write in place.
 ffi::Error zeros_handler(ffi::ThreadPool threads, ffi::Result<ffi::AnyBuffer> out) {
   begin_in_huge_pages(out->untyped_data(), out->size_bytes());
@@ -289,12 +192,7 @@ ffi::Error zeros_handler(ffi::ThreadPool threads, ffi::Result<ffi::AnyBuffer> ou
 }  // namespace dlrm
 
 namespace ffi = xla::ffi;
-using F32s = ffi::Buffer<ffi::DataType::F32>;
-using S32s = ffi::Buffer<ffi::DataType::S32>;
-using U32s = ffi::Buffer<ffi::DataType::U32>;
-using BF16s = ffi::Buffer<ffi::DataType::BF16>;
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+using dlrm::F32s, dlrm::S32s, dlrm::U32s;
 
 // Whether this processor has the instructions that the library was compiled for; itself compiled for any.
 #if defined(__x86_64__)
@@ -305,16 +203,6 @@ EXPORT __attribute__((target("arch=x86-64"))) int dlrm_runs_here() {
 #else
 EXPORT int dlrm_runs_here() { return 1; }
 #endif
-
-// Whether this processor multiplies bfloat16.
-EXPORT int dlrm_multiplies_bf16() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return dlrm::Amx::runs_here() || dlrm::Avx512Bf16::runs_here();
-#else
-  return 0;
-#endif
-}
 
 // What the library was built from, see build.py.
 EXPORT const char* dlrm_sources() { return DLRM_SOURCES; }
@@ -371,48 +259,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_bags_of_ids, dlrm::bags_handler,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<S32s>()
                                   .Ret<S32s>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction, dlrm::interaction_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("self_interaction"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("self_interaction"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_product, dlrm::product_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<F32s>()
-                                  .Arg<F32s>()
-                                  .Ret<BF16s>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("transposed")
-                                  .Attr<bool>("relu")
-                                  .Attr<std::string_view>("multiplier"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_parameter_gradients, dlrm::parameter_gradients_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<BF16s>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<BF16s>()
-                                  .Ret<F32s>()
-                                  .Ret<F32s>()
-                                  .Attr<std::string_view>("multiplier"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_zeros, dlrm::zeros_handler,
                               ffi::Ffi::Bind()

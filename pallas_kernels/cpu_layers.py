@@ -1,0 +1,181 @@
+"""The `cpu` kernels of layers: interaction, dense layers, cross network.
+
+What multiplies bfloat16 is there only where `cpu.multiplies_bfloat16`; its `multiplier` is that of `cpu/multipliers.h`
+to use, `amx` or `avx512_bf16`, else the best that this processor has.
+
+Letters: B samples, d columns of x, k embeddings of a sample, D their dimension, P pairs; of a dense layer n inputs and
+m outputs; r rank of a cross layer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float
+
+from pallas_kernels.cpu import call, or_empty
+from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
+
+
+def dot_interaction(
+    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
+) -> Float[Array, "B d+P"]:
+    """See `pallas_kernels.interaction.dot_interaction`, for float32 and bfloat16. Sums run in the order of columns.
+
+    The handlers go through embeddings feature by feature, since so the kernels of tables write and read them: pooled
+    bags are not transposed on their way.
+    """
+    num_vectors = embeddings.shape[1] + (x.shape[1] > 0)
+    num_pairs = num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
+    result = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + num_pairs), x.dtype)
+    by_feature = jnp.swapaxes(embeddings, 0, 1)
+    return call("dot_interaction", result)(x, by_feature, self_interaction=self_interaction)
+
+
+def dot_interaction_grad(
+    x: Float[Array, "B d"],
+    embeddings: Float[Array, "B k D"],
+    cotangent: Float[Array, "B d+P"],
+    *,
+    self_interaction: bool,
+) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
+    """The gradients of x and of the embeddings from that of x and the dot products."""
+    by_feature = jnp.swapaxes(embeddings, 0, 1)
+    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, by_feature))
+    grads = call("dot_interaction_grad", results)
+    x_grad, by_feature_grad = grads(x, by_feature, cotangent, self_interaction=self_interaction)
+    return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
+
+
+def _packed(*sizes: int) -> jax.ShapeDtypeStruct:
+    """Memory for a packed operand of a product: rows and columns in blocks of 32."""
+    return jax.ShapeDtypeStruct((math.prod(-(-size // 32) * 32 for size in sizes),), jnp.bfloat16)
+
+
+def linear(
+    x: BFloat16[Array, "B n"],
+    kernel: Float[Array, "n m"],
+    bias: Float[Array, " m"] | None,
+    *,
+    relu: bool,
+    multiplier: str = "",
+) -> Float[Array, "B m"]:
+    """See `pallas_kernels.linear.linear`, for inputs in bfloat16.
+
+    Args:
+        x: Inputs.
+        kernel: Weights.
+        bias: None for none.
+        relu: Whether a ReLU follows.
+        multiplier: See above.
+    """
+    return _product(x, kernel, bias, relu=relu, dtype=x.dtype if relu else jnp.float32, multiplier=multiplier)
+
+
+def _product(
+    x: Float[Array, "B n"],
+    kernel: Float[Array, "n m"],
+    bias: Float[Array, " m"] | None,
+    *,
+    mask: BFloat16[Array, "B n"] | None = None,
+    transposed: bool = False,
+    relu: bool = False,
+    dtype: jnp.dtype,
+    multiplier: str = "",
+) -> Float[Array, "B m"]:
+    """`x @ kernel + bias`, or by the kernel's transpose, where x counts as zero that is not positive in the mask."""
+    num_columns = kernel.shape[0 if transposed else 1]
+    product = call(
+        "product",
+        (_packed(*kernel.shape), jax.ShapeDtypeStruct((x.shape[0], num_columns), dtype)),
+        vmap_method="sequential",
+    )
+    given = x, or_empty(mask, (0, 0)), kernel, or_empty(bias, (0,))
+    return product(*given, transposed=transposed, relu=relu, multiplier=multiplier)[1]
+
+
+def linear_grads(
+    x: BFloat16[Array, "B n"],
+    kernel: Float[Array, "n m"],
+    cotangent: Float[Array, "B m"],
+    y: BFloat16[Array, "B m"] | None,
+    *,
+    multiplier: str = "",
+) -> tuple[BFloat16[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
+    """The gradients of x, of the kernel and of the bias from that of the outputs.
+
+    Two calls: what needs no gradient of x has none computed.
+
+    Args:
+        x: Inputs.
+        kernel: Weights.
+        cotangent: Gradient of the outputs, in their dtype.
+        y: The outputs of a layer with a ReLU; None of one without.
+        multiplier: See above.
+    """
+    x_grad = _product(cotangent, kernel, None, mask=y, transposed=True, dtype=x.dtype, multiplier=multiplier)
+    return x_grad, *_parameter_grads(x, cotangent, y, multiplier=multiplier)
+
+
+def _parameter_grads(
+    x: BFloat16[Array, "B n"],
+    cotangent: Float[Array, "B m"],
+    mask: BFloat16[Array, "B m"] | None,
+    *,
+    multiplier: str = "",
+) -> tuple[Float[Array, "n m"], Float[Array, " m"]]:
+    num_samples, num_inputs = x.shape
+    num_outputs = cotangent.shape[1]
+    results = (
+        _packed(num_samples, num_outputs),
+        jax.ShapeDtypeStruct((num_inputs, num_outputs), jnp.float32),
+        jax.ShapeDtypeStruct((num_outputs,), jnp.float32),
+    )
+    gradients = call("parameter_gradients", results, vmap_method="sequential")
+    _, kernel_grad, bias_grad = gradients(x, cotangent, or_empty(mask, (0, 0)), multiplier=multiplier)
+    return kernel_grad, bias_grad
+
+
+def cross_layer(
+    first: BFloat16[Array, "B n"],
+    x: Float[Array, "B n"],
+    rounded: BFloat16[Array, "B n"],
+    layer: CrossLayer,
+    *,
+    is_last: bool,
+) -> tuple[Float[Array, "B n"], BFloat16[Array, "B n"], CrossResidual]:
+    """See `pallas_kernels.cross`. The last layer's output is there as rounded alone."""
+    hidden = _product(rounded, layer.down, None, dtype=first.dtype)
+    factor = _product(hidden, layer.up, layer.bias, dtype=first.dtype)
+    results = (
+        jax.ShapeDtypeStruct(first.shape, first.dtype),
+        jax.ShapeDtypeStruct((0, 0) if is_last else first.shape, jnp.float32),
+    )
+    in_place = {2: 1} if x.dtype == jnp.float32 and not is_last else {}
+    add = call("cross_sum", results, vmap_method="sequential", input_output_aliases=in_place)
+    next_rounded, y = add(first, factor, x)
+    return y, next_rounded, CrossResidual(rounded, hidden, factor)
+
+
+def cross_layer_grads(
+    first: BFloat16[Array, "B n"], residual: CrossResidual, layer: CrossLayer, above: CrossGrads
+) -> tuple[CrossGrads, CrossLayer]:
+    """See `pallas_kernels.cross`."""
+    is_top = above.x_grad is None
+    wide = jax.ShapeDtypeStruct(first.shape, jnp.float32)
+    results = (
+        jax.ShapeDtypeStruct((0, 0) if is_top else first.shape, jnp.float32),
+        jax.ShapeDtypeStruct(first.shape, first.dtype),
+        wide,
+    )
+    in_place = {0: 0} if above.cotangent.dtype == jnp.float32 else {}
+    in_place |= {} if above.first_grad is None else {4: 2}
+    multiply = call("cross_grads", results, vmap_method="sequential", input_output_aliases=in_place)
+    given = above.cotangent, or_empty(above.x_grad, (0, 0)), first, residual.factor, or_empty(above.first_grad, (0, 0))
+    cotangent, factor_grad, first_grad = multiply(*given)
+    hidden_grad = _product(factor_grad, layer.up, None, transposed=True, dtype=first.dtype)
+    up_grad, bias_grad = _parameter_grads(residual.hidden, factor_grad, None)
+    x_grad = _product(hidden_grad, layer.down, None, transposed=True, dtype=first.dtype)
+    down_grad, _ = _parameter_grads(residual.rounded, hidden_grad, None)
+    grads = CrossGrads(above.cotangent if is_top else cotangent, x_grad, first_grad)
+    return grads, CrossLayer(down_grad, up_grad, bias_grad)
