@@ -15,7 +15,6 @@ Letters: n ids, G bags, w width of a row, S slots.
 """
 
 import ctypes
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -218,9 +217,9 @@ def sparse_update(
 ) -> Stores:
     """See `pallas_kernels.sparse_update`."""
     num_ids = ids.rows.shape[0]
-    ids = dataclasses.replace(ids, rows=jnp.where(enabled, ids.rows, -1))
     logical_rows = jnp.zeros((0, 1), jnp.uint32) if ids.logical_rows is None else ids.logical_rows
-    arguments = (*_batch(ids, gradients, slots, step, seed), logical_rows, or_empty(statistics, (0, 0)))
+    given = logical_rows, or_empty(statistics, (0, 0)), enabled
+    arguments = (*_batch(ids, gradients, slots, step, seed), *given)
     arrays, tree = jax.tree.flatten(stores)
     _, *updated = call(
         "sparse_update",

@@ -118,11 +118,12 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 inline Floats all_lanes(float x) { return Floats{} + x; }
 
-// Asks for all cache lines of some bytes. Never faults, so the address need not exist.
+// Asks for all cache lines of some bytes, for the second-level cache: a core waits for more of them at a time than for
+// lines of the first-level cache. Never faults, so the address need not exist.
 inline void prefetch(const void* base, int64_t byte_offset, int64_t num_bytes) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(base) + byte_offset;
   for (uintptr_t line = first; line < first + num_bytes; line += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line));
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
   }
   // GCC takes a function that only prefetches for one without effect, and drops its calls.
   asm volatile("");

@@ -9,10 +9,10 @@ namespace dlrm {
 // Ids and bags that one task takes: large enough to hide what a task costs, small enough to balance.
 constexpr int64_t kWorkOfTask = 1024;
 
-// Of a row ahead only so many bytes are asked for, and so of more rows at a time: the processor itself fetches lines that
-// follow each other.
-constexpr int64_t kBeginning = 256;
-constexpr int64_t kLeastIdsAhead = 8;
+// Of a row ahead only so many bytes are asked for, the processor itself fetches lines that follow each other; and so many
+// rows ahead.
+constexpr int64_t kBeginning = 512;
+constexpr int64_t kLeastIdsAhead = 32;
 
 template <typename T>
 void pooled_lookup(ffi::ThreadPool& threads, const Rows<T>& rows, const int32_t* ids, int64_t num_ids,

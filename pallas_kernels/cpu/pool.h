@@ -21,8 +21,9 @@ constexpr int64_t kMostColumns = 64;
 // Rows that stay in the first-level cache while their blocks of columns are added.
 constexpr int64_t kRowsOfBlock = 16;
 
-// Bytes asked for ahead of use: enough to keep all of a core's outstanding loads busy.
-constexpr int64_t kBytesAhead = 2048;
+// Bytes asked for ahead of use: enough to keep all of a core's outstanding loads busy, also where most rows are frequent
+// ones that caches hold.
+constexpr int64_t kBytesAhead = 8192;
 
 inline int64_t rows_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(kBytesAhead / std::max<int64_t>(row_bytes, 64), 4, 32);

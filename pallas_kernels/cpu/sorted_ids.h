@@ -16,8 +16,8 @@ inline uint32_t id_of(Entry entry) { return static_cast<uint32_t>(entry); }
 
 // Entries of one bucket on average: they and their copy fit in the first-level cache.
 constexpr int kLogEntriesOfBucket = 10;
-// More buckets than this and the scatter writes to more cache lines than the first level holds.
-constexpr int kLogMostBuckets = 9;
+// With more buckets than this the scatter writes to more pages than the translation buffer of the first level holds.
+constexpr int kLogMostBuckets = 7;
 // Pieces of ids that threads count and scatter.
 constexpr int64_t kMostPieces = 64;
 constexpr int64_t kFewEntries = 24;

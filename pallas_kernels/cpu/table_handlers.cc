@@ -119,9 +119,10 @@ ffi::Error batch_of(ffi::ThreadPool& threads, Scratch& scratch, const S32s& rows
 
 ffi::Error update_handler(ffi::ThreadPool threads, S32s rows, S32s slots_of_ids,
                           S32s offsets, F32s gradients, F32s weights, S32s places, U32s keys, F32s hyper,
-                          U32s logical_rows, F32s statistics, ffi::RemainingArgs,
-                          ffi::Result<U32s> memory, ffi::RemainingRets rets,
+                          U32s logical_rows, F32s statistics, ffi::Buffer<ffi::DataType::PRED> enabled,
+                          ffi::RemainingArgs, ffi::Result<U32s> memory, ffi::RemainingRets rets,
                           std::string_view rule_name, std::string_view rounding) {
+  if (!*enabled.typed_data()) return ffi::Error::Success();
   // Results lie where the arguments of the same number lie.
   const auto get = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
   return with_rule(rule_name, [&](auto rule) {
@@ -231,6 +232,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_sparse_update, dlrm::update_handler,
                                   .Arg<F32s>()
                                   .Arg<U32s>()
                                   .Arg<F32s>()
+                                  .Arg<ffi::Buffer<ffi::DataType::PRED>>()
                                   .RemainingArgs()
                                   .Ret<U32s>()
                                   .RemainingRets()
