@@ -9,7 +9,7 @@ their operands in the same way. Products use JAX's default precision.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class LowRankCross(nnx.Module):
     def __call__(self, x: Float[Array, "B n"]) -> Float[Array, "B n"]:
         """Returns the last layer's output in the compute dtype."""
         layers = tuple(
-            CrossLayer(down.kernel[...], up.kernel[...], up.bias[...])
+            CrossLayer(down.kernel[...], up.kernel[...], cast(nnx.Param, up.bias)[...])
             for down, up in zip(self.down, self.up, strict=True)
         )
         return cross_network(x.astype(self.compute_dtype), layers)

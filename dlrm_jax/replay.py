@@ -26,9 +26,9 @@ from sharding.capacities import Capacities
 from sharding.mesh import REPLICATED, is_of_hosts, sharding_on
 
 # Steps that may be under way when the host looks at one. XLA's programs for hosts allocate the temporary arrays of a
-# step when it is started, not when it runs, and are no faster with a second step waiting.
+# step when it is started, not when it runs, and are hardly faster with a step waiting.
 _STEPS_AHEAD = 2
-_STEPS_AHEAD_ON_HOSTS = 1
+_STEPS_AHEAD_ON_HOSTS = 0
 
 
 class Window:

@@ -48,8 +48,8 @@ def dot_interaction_grad(
 
 
 def _packed(*sizes: int) -> jax.ShapeDtypeStruct:
-    """Memory for a packed operand of a product: rows and columns in blocks of 32."""
-    return jax.ShapeDtypeStruct((math.prod(-(-size // 32) * 32 for size in sizes),), jnp.bfloat16)
+    """Memory for a packed operand of a product: rows and columns in blocks of 32, at least one."""
+    return jax.ShapeDtypeStruct((math.prod(-(-max(size, 1) // 32) * 32 for size in sizes),), jnp.bfloat16)
 
 
 def linear(
@@ -69,7 +69,8 @@ def linear(
         relu: Whether a ReLU follows.
         multiplier: See above.
     """
-    return _product(x, kernel, bias, relu=relu, dtype=x.dtype if relu else jnp.float32, multiplier=multiplier)
+    dtype = x.dtype if relu else jnp.dtype(jnp.float32)
+    return _product(x, kernel, bias, relu=relu, dtype=dtype, multiplier=multiplier)
 
 
 def _product(

@@ -5,15 +5,14 @@ Letters: B samples, n columns, r rank.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import cpu, cpu_layers
+from pallas_kernels import cpu_layers
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
-from pallas_kernels.implementations import on_hosts
+from pallas_kernels.implementations import on_hosts_in_bfloat16
 from pallas_kernels.linear import parameter_grads, product
 
 Residuals = list[CrossResidual]
@@ -39,15 +38,7 @@ def cross_network(x: Float[Array, "B n"], layers: tuple[CrossLayer, ...]) -> Flo
     Returns:
         The last layer's output, in the dtype of x.
     """
-    return _by_platform(cpu_layers.cross_layer, _layer, _forward, x, layers)[0]
-
-
-def _by_platform(native: Callable, reference: Callable, whole: Callable, x: Array, *arguments: Any) -> Any:
-    """Goes through all layers with one of the two kinds of a layer."""
-    reference = functools.partial(whole, reference)
-    if x.dtype != jnp.bfloat16 or not cpu.multiplies_bfloat16():
-        return reference(x, *arguments)
-    return on_hosts(functools.partial(whole, native), reference, x, *arguments)
+    return _cross_network_forward(x, layers)[0]
 
 
 def _forward(
@@ -75,19 +66,26 @@ def _backward(
 
 
 def _cross_network_forward(x, layers):
-    y, residuals = _by_platform(cpu_layers.cross_layer, _layer, _forward, x, layers)
+    native, reference = functools.partial(_forward, cpu_layers.cross_layer), functools.partial(_forward, _layer)
+    y, residuals = on_hosts_in_bfloat16(native, reference, x, layers)
     return y, (x, layers, residuals)
 
 
 def _cross_network_backward(kept, cotangent):
-    return _by_platform(cpu_layers.cross_layer_grads, _layer_grads, _backward, *kept, cotangent)
+    native = functools.partial(_backward, cpu_layers.cross_layer_grads)
+    return on_hosts_in_bfloat16(native, functools.partial(_backward, _layer_grads), *kept, cotangent)
 
 
 cross_network.defvjp(_cross_network_forward, _cross_network_backward)
 
 
 def _layer(
-    first: Float[Array, "B n"], x: Float[Array, "B n"], rounded: Float[Array, "B n"], layer: CrossLayer, *, is_last: bool
+    first: Float[Array, "B n"],
+    x: Float[Array, "B n"],
+    rounded: Float[Array, "B n"],
+    layer: CrossLayer,
+    *,
+    is_last: bool,
 ) -> tuple[Float[Array, "B n"], Float[Array, "B n"], CrossResidual]:
     """The layer's output in float32, and rounded."""
     del is_last

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from pallas_kernels import cpu
 from pallas_kernels.rounding import Rounding
@@ -81,7 +80,7 @@ def implementation_of(
     raise AssertionError("xla serves every call")
 
 
-def on_hosts(native: Callable, reference: Callable, *arrays: Array | None) -> Any:
+def on_hosts(native: Callable, reference: Callable, *arrays: Any) -> Any:
     """Calls one of the `cpu` kernels in programs for hosts, where those were built, else its reference in `jax.numpy`.
 
     For what only `cpu` has a kernel of, since XLA's programs for other platforms are as good.
@@ -89,7 +88,7 @@ def on_hosts(native: Callable, reference: Callable, *arrays: Array | None) -> An
     Args:
         native: The kernel.
         reference: The same function for any platform.
-        *arrays: The arguments of both.
+        *arrays: The arguments of both, trees of arrays.
 
     Returns:
         What the one called returns.
@@ -97,3 +96,20 @@ def on_hosts(native: Callable, reference: Callable, *arrays: Array | None) -> An
     if not cpu.available():
         return reference(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=native, default=reference)
+
+
+def on_hosts_in_bfloat16(native: Callable, reference: Callable, x: Any, *others: Any) -> Any:
+    """As `on_hosts`, for what only processors that multiply bfloat16 have a kernel of, and only in that dtype.
+
+    Args:
+        native: The kernel.
+        reference: The same function for any platform and dtype.
+        x: The first argument of both, whose dtype counts.
+        *others: Their other arguments, trees of arrays.
+
+    Returns:
+        What the one called returns.
+    """
+    if x.dtype != jnp.bfloat16 or not cpu.multiplies_bfloat16():
+        return reference(x, *others)
+    return on_hosts(native, reference, x, *others)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import cpu, cpu_layers
-from pallas_kernels.implementations import on_hosts
+from pallas_kernels import cpu_layers
+from pallas_kernels.implementations import on_hosts_in_bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -40,11 +40,7 @@ def linear(
         The outputs: with a ReLU in the dtype of x, else in float32.
     """
     native, reference = functools.partial(cpu_layers.linear, relu=relu), functools.partial(_reference, relu=relu)
-    return on_hosts(native, reference, x, kernel, bias) if _multiplied_here(x) else reference(x, kernel, bias)
-
-
-def _multiplied_here(x: Array) -> bool:
-    return x.dtype == jnp.bfloat16 and cpu.multiplies_bfloat16()
+    return on_hosts_in_bfloat16(native, reference, x, kernel, bias)
 
 
 def _reference(x, kernel, bias, *, relu):
@@ -66,8 +62,7 @@ def _linear_forward(x, kernel, bias, relu):
 def _linear_backward(relu, residuals, cotangent):
     del relu
     x, kernel, bias, y = residuals
-    arrays = x, kernel, cotangent, y
-    grads = on_hosts(cpu_layers.linear_grads, _reference_grads, *arrays) if _multiplied_here(x) else _reference_grads(*arrays)
+    grads = on_hosts_in_bfloat16(cpu_layers.linear_grads, _reference_grads, x, kernel, cotangent, y)
     x_grad, kernel_grad, bias_grad = grads
     return x_grad, kernel_grad, None if bias is None else bias_grad
 

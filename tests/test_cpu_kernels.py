@@ -189,7 +189,9 @@ def test_dot_interaction_then_equals_float64s_values_and_gradient(
     np.testing.assert_allclose(np.asarray(given[:, x.shape[1] :], np.float64), pairs, **close)
 
     cotangent = jax.random.normal(keys[2], given.shape, dtype)
-    x_grad, embeddings_grad = cpu_layers.dot_interaction_grad(x, embeddings, cotangent, self_interaction=self_interaction)
+    x_grad, embeddings_grad = cpu_layers.dot_interaction_grad(
+        x, embeddings, cotangent, self_interaction=self_interaction
+    )
     assert x_grad.dtype == embeddings_grad.dtype == dtype
     of_x, of_pairs = np.split(np.asarray(cotangent, np.float64), [x.shape[1]], axis=1)
     symmetric = np.zeros((batch_size, vectors.shape[1], vectors.shape[1]))

@@ -45,10 +45,11 @@ def integers(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape), dtype)
 
 
-# Samples, inputs, outputs: no sample, one of each; sizes within a block and beyond it, beyond a part of the depth
-# (256), beyond the samples that are packed at a time (1024), and beyond the panels that caches hold (4 of so many).
+# Samples, inputs, outputs: none, one of each; sizes within a block and beyond it, beyond a part of the depth (256),
+# beyond the rows of a task (256), beyond a group of panels (512 columns), and beyond all of them in either direction.
 SIZES = [
     (0, 5, 3),
+    (4, 0, 3),
     (1, 1, 1),
     (5, 3, 2),
     (33, 17, 9),
@@ -56,6 +57,8 @@ SIZES = [
     (70, 300, 65),
     (31, 600, 40),
     (1030, 13, 40),
+    (9, 20, 530),
+    (300, 270, 600),
     (2100, 45, 200),
 ]
 

@@ -76,12 +76,9 @@ ffi::Error product_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBu
                            ffi::Result<BF16s> packed, ffi::Result<ffi::AnyBuffer> out, bool transposed, bool relu,
                            std::string_view multiplier) {
   return with_multiplier(multiplier, x.element_type(), [&](auto unit, auto given) {
-    const int64_t num_columns = out->dimensions()[1];
     const auto run = [&](auto* to) {
       product<decltype(unit)>(threads, matrix_of<decltype(given)>(x, &mask), matrix_of<float>(weights), transposed,
-                              data_of<Bf16>(*packed),
-                              LayerOutput<std::remove_pointer_t<decltype(to)>>{
-                                  padded_bias(data_or_null(bias), num_columns), relu, num_columns, to});
+                              data_of<Bf16>(*packed), output_of(data_or_null(bias), relu, out->dimensions()[1], to));
     };
     out->element_type() == ffi::DataType::F32 ? run(data_of<float>(*out)) : run(data_of<Bf16>(*out));
   });

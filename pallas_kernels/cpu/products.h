@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "avx512.h"
@@ -28,6 +29,9 @@ constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
 constexpr int64_t kWeightsOfTask = 64, kGradientsOfTask = 128;
 
 inline int64_t num_pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// Of so many columns or rows, at least one: zeros make up the rest.
+inline int64_t depth_of(int64_t size) { return round_up(std::max<int64_t>(size, 1), kDepthUnit); }
 
 // A thread's memory for numbers of one kind, kept for its next tasks.
 template <typename T>
@@ -51,34 +55,52 @@ int64_t rows_of_task(int64_t num_rows, int64_t num_tasks) {
   return std::max(M::kRows, std::min(kRowsHeld, num_pieces(num_rows, num_tasks)) / M::kRows * M::kRows);
 }
 
-// Asks for a cache line for the second-level cache: enough of them for a block of sums and what goes with it.
-template <typename T>
-void ask_for(const T* numbers) {
-  for (int64_t j = 0; j < kColumns; j += 64 / sizeof(T)) __builtin_prefetch(numbers + j, 0, 2);
-}
+// What becomes of a product: out = product + bias, [*, num_columns], rectified if asked; `bias` is of whole panels.
+template <typename Out>
+struct Output {
+  std::vector<float> bias;
+  bool relu;
+  int64_t num_columns;
+  Out* out;
 
-// Hands sums of some rows, and of the columns from one on, to output.finish(sums, row, column, lanes).
-template <typename Output>
-DLRM_AVX512 void finish_rows(const float* sums, int64_t row, int64_t rows, int64_t column, int64_t num_columns,
-                             const Output& output) {
-  const int64_t end = std::min(num_columns, column + kPanelsHeld * kColumns);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = column; j < end; j += kColumns) {
-      output.finish(load_lanes(sums + i * kStrideOfSums + j - column, ~0u), row + i, j, first_lanes(end - j));
+  // Asks for the memory of a block of sums.
+  void ask_for(int64_t row, int64_t rows, int64_t column) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Out* to = out + (row + i) * num_columns + column;
+      for (int64_t j = 0; j < kColumns; j += 64 / sizeof(Out)) __builtin_prefetch(to + j, 1, 2);
     }
   }
+
+  // Finishes some rows of a group's sums, which begins at a column.
+  DLRM_AVX512 void finish(const float* sums, int64_t row, int64_t rows, int64_t column) const {
+    const int64_t end = std::min(num_columns, column + kPanelsHeld * kColumns);
+    for (int64_t i = 0; i < rows; ++i) {
+      Out* to = out + (row + i) * num_columns;
+      for (int64_t j = column; j < end; j += kColumns) {
+        const Floats512 x = load_lanes(sums + i * kStrideOfSums + j - column, ~0u) + load_lanes(bias.data() + j, ~0u);
+        store_lanes(to + j, first_lanes(end - j), relu ? rectified(x) : x);
+      }
+    }
+  }
+};
+
+template <typename Out>
+Output<Out> output_of(const float* bias, bool relu, int64_t num_columns, Out* out) {
+  std::vector<float> padded(round_up(num_columns, kColumns));
+  if (bias != nullptr) std::copy_n(bias, num_columns, padded.begin());
+  return {std::move(padded), relu, num_columns, out};
 }
 
-// Multiplies rows of a, from `row` of the result on, by the panels of b, and finishes the sums, see above. pack(k, depth,
-// to) packs `depth` columns of a from k on, at most kDepth.
+// Multiplies rows of a by the panels of b, for `output` from a row on. pack(k, depth, to) packs `depth` columns of a from
+// k on, at most kDepth.
 //
 // Part by part of the depth, a block's rows stay in the first-level cache while panels from the second-level cache pass
-// by, and all of these while rows do. What output.ask_for(row, column) asks for comes while tiles multiply: rows of a
-// block of the result are far apart, each in another page.
-template <typename M, typename Pack, typename Output>
-void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, int64_t num_columns, const Pack& pack,
-                   const Output& output) {
-  const int64_t num_panels = num_pieces(num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
+// by, and all of these while rows do. Rows of the result are far apart, each in another page: its memory is asked for
+// while tiles multiply.
+template <typename M, typename Pack, typename Out>
+void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, const Pack& pack,
+                   const Output<Out>& output) {
+  const int64_t num_panels = num_pieces(output.num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
   const bool one_part = depth <= kDepth, one_group = num_panels <= kPanelsHeld;
   Bf16* a = memory_of_thread<Bf16>((one_group ? 1 : num_pieces(depth, kDepth)) * padded_rows * kDepth);
   // Those of all rows wait for the next part, if there is one.
@@ -95,45 +117,22 @@ void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, int6
         const int64_t rows_here = std::min(M::kRows, rows - i);
         float* of_rows = sums + (one_part ? 0 : i * kStrideOfSums);
         for (int64_t panel = group; panel < end; ++panel) {
-          for (int64_t r = 0; ends && r < rows_here; ++r) output.ask_for(row + i + r, panel * kColumns);
+          if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
           M::multiply(part + i * kDepth, b + (panel * depth + k) * kColumns, part_depth,
                       of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
         }
-        if (ends) finish_rows(of_rows, row + i, rows_here, group * kColumns, num_columns, output);
+        if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
       }
     }
   }
 }
 
-// A bias, or zeros where it is null, for whole panels.
-inline std::vector<float> padded_bias(const float* bias, int64_t num_columns) {
-  std::vector<float> padded(round_up(num_columns, kColumns));
-  if (bias != nullptr) std::copy_n(bias, num_columns, padded.begin());
-  return padded;
-}
-
-// What becomes of the product of a layer: out = product + bias, [*, num_columns], rectified if asked.
-template <typename Out>
-struct LayerOutput {
-  const std::vector<float> bias;
-  bool relu;
-  int64_t num_columns;
-  Out* out;
-
-  void ask_for(int64_t row, int64_t column) const { dlrm::ask_for(out + row * num_columns + column); }
-  DLRM_AVX512 void finish(Floats512 sums, int64_t row, int64_t column, __mmask32 lanes) const {
-    const Floats512 x = sums + load_lanes(bias.data() + column, ~0u);
-    store_lanes(out + row * num_columns + column, lanes, relu ? rectified(x) : x);
-  }
-};
-
-// from w, [from.rows, *], where w is `weights`, or its transpose, and `packed` has room for it with both sizes rounded
-// up to 32. It is handed to `output`, see finish_blocks.
-template <typename M, typename T, typename Output>
+// The product of `from` and `weights`, or their transpose, for which `packed` has room with both sizes, at least 1, rounded
+// up to 32.
+template <typename M, typename T, typename Out>
 void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float>& weights, bool transposed,
-             Bf16* packed, const Output& output) {
-  const int64_t num_columns = transposed ? weights.rows : weights.columns;
-  const int64_t depth = round_up(from.columns, kDepthUnit), num_panels = num_pieces(num_columns, kColumns);
+             Bf16* packed, const Output<Out>& output) {
+  const int64_t depth = depth_of(from.columns), num_panels = num_pieces(output.num_columns, kColumns);
   const auto pack = [&](int64_t task) {
     if (transposed) {
       pack_transposed_panel(weights, task * kColumns, depth, packed + task * depth * kColumns);
@@ -147,7 +146,7 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, from.rows - begin);
     multiply_rows<M>(
-        packed, depth, begin, rows, num_columns,
+        packed, depth, begin, rows,
         [&](int64_t k, int64_t part, Bf16* to) { pack_rows(from, begin, k, round_up(rows, M::kRows), part, to); },
         output);
   };
@@ -155,23 +154,12 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
                   [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
 }
 
-// What becomes of the gradient of weights.
-struct WeightsOutput {
-  int64_t num_columns;
-  float* out;
-
-  void ask_for(int64_t row, int64_t column) const { dlrm::ask_for(out + row * num_columns + column); }
-  DLRM_AVX512 void finish(Floats512 sums, int64_t row, int64_t column, __mmask32 lanes) const {
-    store_lanes(out + row * num_columns + column, lanes, sums);
-  }
-};
-
 // Gradients of a layer's parameters: weights[i, j] = sum_b x[b, i] g[b, j] and bias[j] = sum_b g[b, j]. `packed` has
-// room for g with both sizes rounded up to 32.
+// room for g with both sizes, at least 1, rounded up to 32.
 template <typename M, typename G>
 void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const Matrix<G>& g, Bf16* packed,
                          float* weights, float* bias) {
-  const int64_t n = x.columns, m = g.columns, depth = round_up(x.rows, kDepthUnit);
+  const int64_t n = x.columns, m = g.columns, depth = depth_of(x.rows);
   // A sum for each task that packs, so that none depends on who does it.
   const int64_t num_packs = num_pieces(depth, kGradientsOfTask), sums_size = round_up(m, kColumns);
   std::vector<float> sums(num_packs * sums_size);
@@ -180,16 +168,16 @@ void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const 
     pack_panels(g, row, std::min(kGradientsOfTask, depth - row), depth, packed + row * kColumns,
                 sums.data() + task * sums_size);
   };
+  const auto output = output_of(nullptr, false, m, weights);
   const int64_t rows_of = rows_of_task<M>(n, 2 * threads.num_threads());
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin);
     multiply_rows<M>(
-        packed, depth, begin, rows, m,
+        packed, depth, begin, rows,
         [&](int64_t k, int64_t part, Bf16* to) { pack_columns(x, k, begin, part, round_up(rows, M::kRows), to); },
-        WeightsOutput{m, weights});
+        output);
   };
-  if (x.rows == 0) std::fill_n(weights, n * m, 0.0f);
-  parallel_phases(threads, {num_packs, x.rows == 0 ? 0 : num_pieces(n, rows_of)},
+  parallel_phases(threads, {num_packs, num_pieces(n, rows_of)},
                   [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
   for (int64_t j = 0; j < m; ++j) {
     bias[j] = 0.0f;
