@@ -68,7 +68,7 @@ DLRM_AVX512 inline __mmask32 positive_lanes(__m512i x) {
   return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(x, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7f80));
 }
 
-// Numbers of the 32 elements of two vectors of 16, from one half of each, in turns; of words and of their halves.
+// Which elements of two vectors of kCount stand where a half of each is put in turns.
 template <typename Number, int kCount>
 struct InTurns {
   alignas(64) Number of_first[kCount], of_second[kCount];

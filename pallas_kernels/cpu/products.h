@@ -20,9 +20,9 @@
 
 namespace dlrm {
 
-// What a task goes through again and again, for its core's second-level cache: rows of a, and panels of b, kDepth of
-// each.
-constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16;
+// What a task goes through again and again, for its core's second-level cache: rows of a and panels of b, kDepth of
+// each, or such panels in all their depth.
+constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16, kDepthHeld = 768;
 // How far rows of a group's sums are apart: an odd number of cache lines, so that they do not share few sets of a cache.
 constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
 // Rows that a task packs: of weights, and of gradients.
@@ -49,10 +49,11 @@ T* memory_of_thread(int64_t count) {
   return memory.get();
 }
 
-// Rows of a task: few enough for all threads to have tasks; whole blocks of the multiplier.
+// Rows of a task: few enough for all threads to have so many tasks, nearly equal ones; whole blocks of the multiplier.
 template <typename M>
 int64_t rows_of_task(int64_t num_rows, int64_t num_tasks) {
-  return std::max(M::kRows, std::min(kRowsHeld, num_pieces(num_rows, num_tasks)) / M::kRows * M::kRows);
+  const int64_t rounds = std::max<int64_t>(1, num_pieces(num_rows, kRowsHeld * num_tasks));
+  return std::max(M::kRows, round_up(num_pieces(num_rows, rounds * num_tasks), M::kRows));
 }
 
 // What becomes of a product: out = product + bias, [*, num_columns], rectified if asked; `bias` is of whole panels.
@@ -91,37 +92,40 @@ Output<Out> output_of(const float* bias, bool relu, int64_t num_columns, Out* ou
   return {std::move(padded), relu, num_columns, out};
 }
 
-// Multiplies rows of a by the panels of b, for `output` from a row on. pack(k, depth, to) packs `depth` columns of a from
-// k on, at most kDepth.
+// Multiplies rows of a by the panels of b, for `output` from a row on. pack(i, rows, k, depth, to) packs some rows of a
+// from i on, and `depth` columns from k on, at most kDepth.
 //
-// Part by part of the depth, a block's rows stay in the first-level cache while panels from the second-level cache pass
-// by, and all of these while rows do. Rows of the result are far apart, each in another page: its memory is asked for
-// while tiles multiply.
+// A block's rows stay in the first-level cache, part by part of the depth, while panels from the second-level cache pass
+// by. Where that holds a group of panels in all their depth, blocks are finished one after the other; else all rows pass
+// by a part of the panels, and their sums wait. Rows of the result are far apart, each in another page: its memory is
+// asked for while tiles multiply.
 template <typename M, typename Pack, typename Out>
 void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, const Pack& pack,
                    const Output<Out>& output) {
   const int64_t num_panels = num_pieces(output.num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
-  const bool one_part = depth <= kDepth, one_group = num_panels <= kPanelsHeld;
-  Bf16* a = memory_of_thread<Bf16>((one_group ? 1 : num_pieces(depth, kDepth)) * padded_rows * kDepth);
-  // Those of all rows wait for the next part, if there is one.
-  float* sums = memory_of_thread<float>((one_part ? M::kRows : padded_rows) * kStrideOfSums);
+  const int64_t sweep = depth <= kDepthHeld ? M::kRows : padded_rows;
+  const bool one_group = num_panels <= kPanelsHeld;
+  Bf16* a = memory_of_thread<Bf16>(one_group ? sweep * kDepth : num_pieces(depth, kDepth) * padded_rows * kDepth);
+  float* sums = memory_of_thread<float>(sweep * kStrideOfSums);
   [[maybe_unused]] typename M::Session session;
   for (int64_t group = 0; group < num_panels; group += kPanelsHeld) {
     const int64_t end = std::min(num_panels, group + kPanelsHeld);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t part_depth = std::min(kDepth, depth - k);
-      const bool ends = k + kDepth >= depth;
-      Bf16* part = a + (one_group ? 0 : k * padded_rows);
-      if (group == 0) pack(k, part_depth, part);
-      for (int64_t i = 0; i < rows; i += M::kRows) {
-        const int64_t rows_here = std::min(M::kRows, rows - i);
-        float* of_rows = sums + (one_part ? 0 : i * kStrideOfSums);
-        for (int64_t panel = group; panel < end; ++panel) {
-          if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
-          M::multiply(part + i * kDepth, b + (panel * depth + k) * kColumns, part_depth,
-                      of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
+    for (int64_t first = 0; first < rows; first += sweep) {
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t part_depth = std::min(kDepth, depth - k);
+        const bool ends = k + kDepth >= depth;
+        Bf16* part = a + (one_group ? 0 : k * padded_rows + first * kDepth);
+        if (group == 0) pack(first, std::min(sweep, padded_rows - first), k, part_depth, part);
+        for (int64_t i = first; i < std::min(rows, first + sweep); i += M::kRows) {
+          const int64_t rows_here = std::min(M::kRows, rows - i);
+          float* of_rows = sums + (i - first) * kStrideOfSums;
+          for (int64_t panel = group; panel < end; ++panel) {
+            if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
+            M::multiply(part + (i - first) * kDepth, b + (panel * depth + k) * kColumns, part_depth,
+                        of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
+          }
+          if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
         }
-        if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
       }
     }
   }
@@ -147,7 +151,9 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
     const int64_t begin = task * rows_of, rows = std::min(rows_of, from.rows - begin);
     multiply_rows<M>(
         packed, depth, begin, rows,
-        [&](int64_t k, int64_t part, Bf16* to) { pack_rows(from, begin, k, round_up(rows, M::kRows), part, to); },
+        [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
+          pack_rows(from, begin + i, k, count, part, to);
+        },
         output);
   };
   parallel_phases(threads, {num_packs, num_pieces(from.rows, rows_of)},
@@ -169,12 +175,14 @@ void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const 
                 sums.data() + task * sums_size);
   };
   const auto output = output_of(nullptr, false, m, weights);
-  const int64_t rows_of = rows_of_task<M>(n, 2 * threads.num_threads());
+  const int64_t rows_of = rows_of_task<M>(n, threads.num_threads());
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin);
     multiply_rows<M>(
         packed, depth, begin, rows,
-        [&](int64_t k, int64_t part, Bf16* to) { pack_columns(x, k, begin, part, round_up(rows, M::kRows), to); },
+        [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
+          pack_columns(x, k, begin + i, part, count, to);
+        },
         output);
   };
   parallel_phases(threads, {num_packs, num_pieces(n, rows_of)},
