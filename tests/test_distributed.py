@@ -272,8 +272,13 @@ def test_processes_when_they_do_not_come_then_this_one_says_that_it_waits_and_en
         raise RuntimeError("late")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(InputError, match="the 2 processes of a:1 did not all come"):
-        join(Processes(coordinator="a:1", num_processes=2, process_id=1))
+    # A shell's background jobs ignore Ctrl-C.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(InputError, match="the 2 processes of a:1 did not all come"):
+            join(Processes(coordinator="a:1", num_processes=2, process_id=1))
+    finally:
+        afterwards = signal.signal(signal.SIGINT, inherited)
     assert capsys.readouterr().err.splitlines() == [
         "waiting for the 2 processes of a:1, 0.3 seconds at most",
         "error: the 2 processes of a:1 did not all come in 0.3 seconds: start them all, with the same --coordinator "
@@ -281,7 +286,7 @@ def test_processes_when_they_do_not_come_then_this_one_says_that_it_waits_and_en
     ]
     # Ctrl-C ends it meanwhile, and is Python's again afterwards.
     assert signals == [signal.SIG_DFL]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert afterwards is signal.default_int_handler
 
 
 @pytest.mark.slow
