@@ -32,16 +32,16 @@ DLRM_AVX512 inline __m512i load_lanes(const Bf16* from, __mmask32 lanes) {
   return _mm512_maskz_loadu_epi16(lanes, from);
 }
 
+DLRM_AVX512 inline __m512i rounded(Floats512 x) { return (__m512i)_mm512_cvtne2ps_pbh(x.right, x.left); }
+DLRM_AVX512 inline __m512i rounded(__m512i x) { return x; }
+
 DLRM_AVX512 inline void store_lanes(float* to, __mmask32 lanes, Floats512 x) {
   _mm512_mask_storeu_ps(to, lanes, x.left);
   _mm512_mask_storeu_ps(to + 16, lanes >> 16, x.right);
 }
 DLRM_AVX512 inline void store_lanes(Bf16* to, __mmask32 lanes, Floats512 x) {
-  _mm512_mask_storeu_epi16(to, lanes, (__m512i)_mm512_cvtne2ps_pbh(x.right, x.left));
+  _mm512_mask_storeu_epi16(to, lanes, rounded(x));
 }
-
-DLRM_AVX512 inline __m512i rounded(Floats512 x) { return (__m512i)_mm512_cvtne2ps_pbh(x.right, x.left); }
-DLRM_AVX512 inline __m512i rounded(__m512i x) { return x; }
 
 DLRM_AVX512 inline Floats512 floats_of(Floats512 x) { return x; }
 DLRM_AVX512 inline Floats512 floats_of(__m512i x) {
