@@ -7,6 +7,7 @@ and does those steps again, in order, with the batches that it has kept; what a 
 """
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -29,6 +30,9 @@ from sharding.mesh import REPLICATED, is_of_hosts, sharding_on
 # step when it is started, not when it runs, and are hardly faster with a step waiting.
 _STEPS_AHEAD = 2
 _STEPS_AHEAD_ON_HOSTS = 0
+# Of a step's time, how long the host then leaves XLA to free those arrays, which it does some 0.1 ms after the results
+# are there: else the next step takes more memory from the system beside them, and glibc breaks up what is freed.
+_PAUSE_ON_HOSTS = 0.002
 
 
 class Window:
@@ -86,6 +90,7 @@ class _Unchecked:
     batch: Batch
     window: Window
     report: StepReport
+    started: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,8 +173,10 @@ class ReplayedSteps:
         """
         self.step += 1
         window.steps += 1
+        started = time.perf_counter()
         report = self._run(batch, upcoming, window)
-        self._unchecked.append(_Unchecked(step=self.step, batch=batch, window=window, report=report))
+        step = _Unchecked(step=self.step, batch=batch, window=window, report=report, started=started)
+        self._unchecked.append(step)
 
     def checked(self, *, ahead: int) -> Iterator[Checked]:
         """Looks at steps in order, and does again those that ids had no room in.
@@ -183,6 +190,8 @@ class ReplayedSteps:
         while len(self._unchecked) > ahead:
             first = self._unchecked[0]
             report: StepReport = jax.device_get(first.report)
+            if self.steps_ahead == 0:
+                time.sleep(_PAUSE_ON_HOSTS * (time.perf_counter() - first.started))
             fault = int(report.fault)
             if fault == OVERFLOW:
                 self._replay()

@@ -38,8 +38,10 @@ _HANDLERS = (
     *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
     *("dot_interaction", "dot_interaction_grad", "zeros"),
 )
-# Where bfloat16 is multiplied.
+# Where matrices are multiplied.
 _PRODUCT_HANDLERS = ("product", "parameter_gradients", "cross_sum", "cross_grads")
+# How many numbers in bfloat16 have one of a dtype as their sum.
+PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}
 _STORE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -76,7 +78,7 @@ def _load() -> str | None:
         return f"their library is older than its sources: run {build.__file__}, or install the package again"
     if not library.dlrm_runs_here():
         return "this processor lacks AVX2, FMA or BMI2"
-    for name in (*_HANDLERS, *(_PRODUCT_HANDLERS if library.dlrm_multiplies_bf16() else ())):
+    for name in (*_HANDLERS, *(_PRODUCT_HANDLERS if library.dlrm_parts_of_products() else ())):
         handler = jax.ffi.pycapsule(getattr(library, f"dlrm_{name}"))
         jax.ffi.register_ffi_target(f"dlrm_{name}", handler, platform="cpu")
     return None
@@ -88,9 +90,15 @@ def available() -> bool:
 
 
 @functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies matrices of bfloat16, so that `linear` can serve."""
-    return available() and bool(ctypes.CDLL(str(_build_module().LIBRARY)).dlrm_multiplies_bf16())
+def multiplies(dtype: jnp.dtype) -> bool:
+    """Whether `cpu_layers` multiplies matrices of a dtype here: bfloat16 where the processor does, float32 with AMX.
+
+    A float32 is the sum of three numbers in bfloat16, and a product that of six of theirs, at the accuracy of float32.
+    AMX has time for six, AVX-512 has not: it takes half as long for one product of float32.
+    """
+    if dtype not in PARTS or not available():
+        return False
+    return PARTS[dtype] <= ctypes.CDLL(str(_build_module().LIBRARY)).dlrm_parts_of_products()
 
 
 def unable(

@@ -1,7 +1,7 @@
 """The `cpu` kernels of layers: interaction, dense layers, cross network.
 
-What multiplies bfloat16 is there only where `cpu.multiplies_bfloat16`; its `multiplier` is that of `cpu/multipliers.h`
-to use, `amx` or `avx512_bf16`, else the best that this processor has.
+What multiplies matrices is there only where `cpu.multiplies` their dtype; its `multiplier` is that of
+`cpu/multipliers.h` to use, `amx` or `avx512_bf16`, else the best that this processor has.
 
 Letters: B samples, d columns of x, k embeddings of a sample, D their dimension, P pairs; of a dense layer n inputs and
 m outputs; r rank of a cross layer.
@@ -11,9 +11,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, Float
 
-from pallas_kernels.cpu import call, or_empty
+from pallas_kernels.cpu import PARTS, call, or_empty
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
 
 
@@ -47,20 +47,24 @@ def dot_interaction_grad(
     return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
 
 
-def _packed(*sizes: int) -> jax.ShapeDtypeStruct:
-    """Memory for a packed operand of a product: rows and columns in blocks of 32, at least one."""
-    return jax.ShapeDtypeStruct((math.prod(-(-max(size, 1) // 32) * 32 for size in sizes),), jnp.bfloat16)
+def _packed(dtype: jnp.dtype, *sizes: int) -> jax.ShapeDtypeStruct:
+    """Memory for a packed operand of a product in a dtype: rows and columns in blocks of 32, at least one."""
+    padded = math.prod(-(-max(size, 1) // 32) * 32 for size in sizes)
+    return jax.ShapeDtypeStruct((PARTS[dtype] * padded,), jnp.bfloat16)
 
 
 def linear(
-    x: BFloat16[Array, "B n"],
+    x: Float[Array, "B n"],
     kernel: Float[Array, "n m"],
     bias: Float[Array, " m"] | None,
     *,
     relu: bool,
     multiplier: str = "",
 ) -> Float[Array, "B m"]:
-    """See `pallas_kernels.linear.linear`, for inputs in bfloat16.
+    """See `pallas_kernels.linear.linear`, for inputs in bfloat16 or float32.
+
+    Of float32 an infinity, or what bfloat16 rounds to one (from 3.39e38 on), makes NaN; below 2^-110 it has fewer bits,
+    since AMX takes subnormal parts for zero.
 
     Args:
         x: Inputs.
@@ -70,7 +74,7 @@ def linear(
         multiplier: See above.
     """
     dtype = x.dtype if relu else jnp.dtype(jnp.float32)
-    return _product(x, kernel, bias, relu=relu, dtype=dtype, multiplier=multiplier)
+    return _product(x, kernel, bias, relu=relu, computed_in=x.dtype, dtype=dtype, multiplier=multiplier)
 
 
 def _product(
@@ -78,31 +82,36 @@ def _product(
     kernel: Float[Array, "n m"],
     bias: Float[Array, " m"] | None,
     *,
-    mask: BFloat16[Array, "B n"] | None = None,
+    mask: Float[Array, "B n"] | None = None,
     transposed: bool = False,
     relu: bool = False,
+    computed_in: jnp.dtype,
     dtype: jnp.dtype,
     multiplier: str = "",
 ) -> Float[Array, "B m"]:
-    """`x @ kernel + bias`, or by the kernel's transpose, where x counts as zero that is not positive in the mask."""
+    """`x @ kernel + bias`, or by the kernel's transpose, where x counts as zero that is not positive in the mask.
+
+    Operands are rounded to the dtype that it is `computed_in`, the result to `dtype`.
+    """
     num_columns = kernel.shape[0 if transposed else 1]
     product = call(
         "product",
-        (_packed(*kernel.shape), jax.ShapeDtypeStruct((x.shape[0], num_columns), dtype)),
+        (_packed(computed_in, *kernel.shape), jax.ShapeDtypeStruct((x.shape[0], num_columns), dtype)),
         vmap_method="sequential",
     )
     given = x, or_empty(mask, (0, 0)), kernel, or_empty(bias, (0,))
-    return product(*given, transposed=transposed, relu=relu, multiplier=multiplier)[1]
+    settings = {"transposed": transposed, "relu": relu, "parts": PARTS[computed_in], "multiplier": multiplier}
+    return product(*given, **settings)[1]
 
 
 def linear_grads(
-    x: BFloat16[Array, "B n"],
+    x: Float[Array, "B n"],
     kernel: Float[Array, "n m"],
     cotangent: Float[Array, "B m"],
-    y: BFloat16[Array, "B m"] | None,
+    y: Float[Array, "B m"] | None,
     *,
     multiplier: str = "",
-) -> tuple[BFloat16[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
+) -> tuple[Float[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
     """The gradients of x, of the kernel and of the bias from that of the outputs.
 
     Two calls: what needs no gradient of x has none computed.
@@ -114,52 +123,57 @@ def linear_grads(
         y: The outputs of a layer with a ReLU; None of one without.
         multiplier: See above.
     """
-    x_grad = _product(cotangent, kernel, None, mask=y, transposed=True, dtype=x.dtype, multiplier=multiplier)
+    settings = {"computed_in": x.dtype, "dtype": x.dtype, "multiplier": multiplier}
+    x_grad = _product(cotangent, kernel, None, mask=y, transposed=True, **settings)
     return x_grad, *_parameter_grads(x, cotangent, y, multiplier=multiplier)
 
 
 def _parameter_grads(
-    x: BFloat16[Array, "B n"],
+    x: Float[Array, "B n"],
     cotangent: Float[Array, "B m"],
-    mask: BFloat16[Array, "B m"] | None,
+    mask: Float[Array, "B m"] | None,
     *,
     multiplier: str = "",
 ) -> tuple[Float[Array, "n m"], Float[Array, " m"]]:
     num_samples, num_inputs = x.shape
     num_outputs = cotangent.shape[1]
     results = (
-        _packed(num_samples, num_outputs),
+        _packed(x.dtype, num_samples, num_outputs),
         jax.ShapeDtypeStruct((num_inputs, num_outputs), jnp.float32),
         jax.ShapeDtypeStruct((num_outputs,), jnp.float32),
     )
     gradients = call("parameter_gradients", results, vmap_method="sequential")
-    _, kernel_grad, bias_grad = gradients(x, cotangent, or_empty(mask, (0, 0)), multiplier=multiplier)
+    given = x, cotangent, or_empty(mask, (0, 0))
+    _, kernel_grad, bias_grad = gradients(*given, parts=PARTS[x.dtype], multiplier=multiplier)
     return kernel_grad, bias_grad
 
 
 def cross_layer(
-    first: BFloat16[Array, "B n"],
+    first: Float[Array, "B n"],
     x: Float[Array, "B n"],
-    rounded: BFloat16[Array, "B n"],
+    rounded: Float[Array, "B n"],
     layer: CrossLayer,
     *,
     is_last: bool,
-) -> tuple[Float[Array, "B n"], BFloat16[Array, "B n"], CrossResidual]:
-    """See `pallas_kernels.cross`. The last layer's output is there as rounded alone."""
-    hidden = _product(rounded, layer.down, None, dtype=first.dtype)
-    factor = _product(hidden, layer.up, layer.bias, dtype=first.dtype)
+) -> tuple[Float[Array, "B n"], Float[Array, "B n"], CrossResidual]:
+    """See `pallas_kernels.cross`."""
+    dtype = first.dtype
+    # In float32 both outputs are one; that of the last layer is there as rounded alone.
+    is_one = is_last or dtype == jnp.float32
+    hidden = _product(rounded, layer.down, None, computed_in=dtype, dtype=dtype)
+    factor = _product(hidden, layer.up, layer.bias, computed_in=dtype, dtype=dtype)
     results = (
         jax.ShapeDtypeStruct(first.shape, first.dtype),
-        jax.ShapeDtypeStruct((0, 0) if is_last else first.shape, jnp.float32),
+        jax.ShapeDtypeStruct((0, 0) if is_one else first.shape, jnp.float32),
     )
-    in_place = {2: 1} if x.dtype == jnp.float32 and not is_last else {}
+    in_place = {2: 1} if x.dtype == jnp.float32 and not is_one else {}
     add = call("cross_sum", results, vmap_method="sequential", input_output_aliases=in_place)
     next_rounded, y = add(first, factor, x)
-    return y, next_rounded, CrossResidual(rounded, hidden, factor)
+    return next_rounded if is_one else y, next_rounded, CrossResidual(rounded, hidden, factor)
 
 
 def cross_layer_grads(
-    first: BFloat16[Array, "B n"], residual: CrossResidual, layer: CrossLayer, above: CrossGrads
+    first: Float[Array, "B n"], residual: CrossResidual, layer: CrossLayer, above: CrossGrads
 ) -> tuple[CrossGrads, CrossLayer]:
     """See `pallas_kernels.cross`."""
     is_top = above.x_grad is None
@@ -169,14 +183,12 @@ def cross_layer_grads(
         jax.ShapeDtypeStruct(first.shape, first.dtype),
         wide,
     )
-    in_place = {0: 0} if above.cotangent.dtype == jnp.float32 else {}
+    in_place = {} if is_top or above.cotangent.dtype != jnp.float32 else {0: 0}
     in_place |= {} if above.first_grad is None else {4: 2}
     multiply = call("cross_grads", results, vmap_method="sequential", input_output_aliases=in_place)
     given = above.cotangent, or_empty(above.x_grad, (0, 0)), first, residual.factor, or_empty(above.first_grad, (0, 0))
     cotangent, factor_grad, first_grad = multiply(*given)
-    hidden_grad = _product(factor_grad, layer.up, None, transposed=True, dtype=first.dtype)
-    up_grad, bias_grad = _parameter_grads(residual.hidden, factor_grad, None)
-    x_grad = _product(hidden_grad, layer.down, None, transposed=True, dtype=first.dtype)
-    down_grad, _ = _parameter_grads(residual.rounded, hidden_grad, None)
+    hidden_grad, up_grad, bias_grad = linear_grads(residual.hidden, layer.up, factor_grad, None)
+    x_grad, down_grad, _ = linear_grads(residual.rounded, layer.down, hidden_grad, None)
     grads = CrossGrads(above.cotangent if is_top else cotangent, x_grad, first_grad)
     return grads, CrossLayer(down_grad, up_grad, bias_grad)

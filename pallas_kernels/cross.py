@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import cpu_layers
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
-from pallas_kernels.implementations import on_hosts_in_bfloat16
-from pallas_kernels.linear import parameter_grads, product
+from pallas_kernels.implementations import on_hosts_that_multiply
+from pallas_kernels.linear import linear, linear_grads
 
 Residuals = list[CrossResidual]
 
@@ -29,7 +29,7 @@ def cross_network(x: Float[Array, "B n"], layers: tuple[CrossLayer, ...]) -> Flo
     `u_l = (x_l V_l) U_l + b_l`. With g_{l+1} the gradient of x_{l+1}, that of u_l is `g_{l+1} * x_0`, rounded; x_0
     gets `g_{l+1} * u_l` from each layer.
 
-    In bfloat16, both ways are `cpu`'s on hosts that multiply it. Else they are XLA's.
+    On hosts that multiply bfloat16, in float32 on those with AMX, both ways are `cpu`'s. Else they are XLA's.
 
     Args:
         x: x_0, in the dtype to compute in.
@@ -67,13 +67,13 @@ def _backward(
 
 def _cross_network_forward(x, layers):
     native, reference = functools.partial(_forward, cpu_layers.cross_layer), functools.partial(_forward, _layer)
-    y, residuals = on_hosts_in_bfloat16(native, reference, x, layers)
+    y, residuals = on_hosts_that_multiply(native, reference, x, layers)
     return y, (x, layers, residuals)
 
 
 def _cross_network_backward(kept, cotangent):
     native = functools.partial(_backward, cpu_layers.cross_layer_grads)
-    return on_hosts_in_bfloat16(native, functools.partial(_backward, _layer_grads), *kept, cotangent)
+    return on_hosts_that_multiply(native, functools.partial(_backward, _layer_grads), *kept, cotangent)
 
 
 cross_network.defvjp(_cross_network_forward, _cross_network_backward)
@@ -90,8 +90,8 @@ def _layer(
     """The layer's output in float32, and rounded."""
     del is_last
     dtype = first.dtype
-    hidden = product(rounded, layer.down.astype(dtype)).astype(dtype)
-    factor = (product(hidden, layer.up.astype(dtype)) + layer.bias[None, :]).astype(dtype)
+    hidden = linear(rounded, layer.down, None, False).astype(dtype)
+    factor = linear(hidden, layer.up, layer.bias, False).astype(dtype)
     y = first.astype(jnp.float32) * factor.astype(jnp.float32) + x.astype(jnp.float32)
     return y, y.astype(dtype), CrossResidual(rounded, hidden, factor)
 
@@ -102,10 +102,8 @@ def _layer_grads(
     dtype = first.dtype
     cotangent = _input_grad(above)
     factor_grad = (cotangent * first.astype(jnp.float32)).astype(dtype)
-    hidden_grad = product(factor_grad, layer.up.astype(dtype).T).astype(dtype)
-    up_grad, bias_grad = parameter_grads(residual.hidden, factor_grad)
-    down_grad, _ = parameter_grads(residual.rounded, hidden_grad)
-    x_grad = product(hidden_grad, layer.down.astype(dtype).T).astype(dtype)
+    hidden_grad, up_grad, bias_grad = linear_grads(residual.hidden, layer.up, factor_grad, None)
+    x_grad, down_grad, _ = linear_grads(residual.rounded, layer.down, hidden_grad, None)
     first_grad = _sum(above.first_grad, cotangent * residual.factor.astype(jnp.float32))
     return CrossGrads(cotangent, x_grad, first_grad), CrossLayer(down_grad, up_grad, bias_grad)
 

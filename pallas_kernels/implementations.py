@@ -98,8 +98,8 @@ def on_hosts(native: Callable, reference: Callable, *arrays: Any) -> Any:
     return jax.lax.platform_dependent(*arrays, cpu=native, default=reference)
 
 
-def on_hosts_in_bfloat16(native: Callable, reference: Callable, x: Any, *others: Any) -> Any:
-    """As `on_hosts`, for what only processors that multiply bfloat16 have a kernel of, and only in that dtype.
+def on_hosts_that_multiply(native: Callable, reference: Callable, x: Any, *others: Any) -> Any:
+    """As `on_hosts`, for what there is a kernel of only where `cpu.multiplies` the dtype.
 
     Args:
         native: The kernel.
@@ -110,6 +110,6 @@ def on_hosts_in_bfloat16(native: Callable, reference: Callable, x: Any, *others:
     Returns:
         What the one called returns.
     """
-    if x.dtype != jnp.bfloat16 or not cpu.multiplies_bfloat16():
+    if not cpu.multiplies(x.dtype):
         return reference(x, *others)
     return on_hosts(native, reference, x, *others)

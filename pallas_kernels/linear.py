@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import cpu_layers
-from pallas_kernels.implementations import on_hosts_in_bfloat16
+from pallas_kernels.implementations import on_hosts_that_multiply
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -27,8 +27,8 @@ def linear(
     terms of the output, which the next layer keeps anyway: `jax.nn.relu` keeps its input, too, of every layer a second
     array for the whole batch.
 
-    In bfloat16, both ways are `cpu`'s on hosts that multiply it, which adds, rectifies and rounds what it has
-    multiplied while that is in the cache. Else they are XLA's matrix products, on hosts mostly in float32.
+    On hosts that multiply bfloat16, in float32 on those with AMX, both ways are `cpu`'s, which adds, rectifies and
+    rounds what it has multiplied while that is in the cache. Else they are XLA's matrix products.
 
     Args:
         x: Inputs, in the dtype to compute in.
@@ -40,11 +40,11 @@ def linear(
         The outputs: with a ReLU in the dtype of x, else in float32.
     """
     native, reference = functools.partial(cpu_layers.linear, relu=relu), functools.partial(_reference, relu=relu)
-    return on_hosts_in_bfloat16(native, reference, x, kernel, bias)
+    return on_hosts_that_multiply(native, reference, x, kernel, bias)
 
 
 def _reference(x, kernel, bias, *, relu):
-    y = product(x, kernel.astype(x.dtype))
+    y = _product(x, kernel.astype(x.dtype))
     if bias is not None:
         y = y + bias[None, :]
     return jnp.maximum(y.astype(x.dtype), 0) if relu else y
@@ -62,30 +62,40 @@ def _linear_forward(x, kernel, bias, relu):
 def _linear_backward(relu, residuals, cotangent):
     del relu
     x, kernel, bias, y = residuals
-    grads = on_hosts_in_bfloat16(cpu_layers.linear_grads, _reference_grads, x, kernel, cotangent, y)
-    x_grad, kernel_grad, bias_grad = grads
+    x_grad, kernel_grad, bias_grad = linear_grads(x, kernel, cotangent, y)
     return x_grad, kernel_grad, None if bias is None else bias_grad
 
 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def linear_grads(
+    x: Float[Array, "B n"], kernel: Float[Array, "n m"], cotangent: Float[Array, "B m"], y: Float[Array, "B m"] | None
+) -> tuple[Float[Array, "B n"], Float[Array, "n m"], Float[Array, " m"]]:
+    """The gradients of x, of the kernel and of the bias of `linear` from that of its outputs.
+
+    Args:
+        x: Inputs.
+        kernel: Weights.
+        cotangent: Gradient of the outputs, in their dtype.
+        y: The outputs of a layer with a ReLU; None of one without.
+
+    Returns:
+        The gradients; that of x in its dtype, the others in float32.
+    """
+    return on_hosts_that_multiply(cpu_layers.linear_grads, _reference_grads, x, kernel, cotangent, y)
+
+
 def _reference_grads(x, kernel, cotangent, y):
     if y is not None:
         cotangent = jnp.where(y > 0, cotangent, 0)
-    x_grad = product(cotangent.astype(x.dtype), kernel.astype(x.dtype).T).astype(x.dtype)
-    return x_grad, *parameter_grads(x, cotangent)
-
-
-def parameter_grads(
-    x: Float[Array, "B n"], cotangent: Float[Array, "B m"]
-) -> tuple[Float[Array, "n m"], Float[Array, " m"]]:
-    """The gradients of a dense layer's kernel and bias by XLA, from its inputs and the gradient of its outputs."""
+    rounded = cotangent.astype(x.dtype)
+    x_grad = _product(rounded, kernel.astype(x.dtype).T).astype(x.dtype)
     # Not `x.T @ cotangent`: where a layer has one output, XLA's program for hosts would go through x column by column.
-    kernel_grad = product(cotangent.astype(x.dtype).T, x).T
-    return kernel_grad, jnp.sum(cotangent.astype(jnp.float32), axis=0)
+    kernel_grad = _product(rounded.T, x).T
+    return x_grad, kernel_grad, jnp.sum(cotangent.astype(jnp.float32), axis=0)
 
 
-def product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:
+def _product(a: Float[Array, "i j"], b: Float[Array, "j k"]) -> Float[Array, "i k"]:
     """XLA's matrix product of operands of one dtype, with sums in float32."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -115,13 +115,14 @@ def test_split_storage_then_the_bits_of_a_float32_store(rule: str) -> None:
 OF_THREADS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-import numpy as np
+import jax.numpy as jnp
 from test_cpu_kernels import updated
 from test_linear import layer_and_gradients
 from pallas_kernels import cpu
 arrays = updated(cpu, "lamb", 64) + updated(cpu, "rowwise_adagrad", 256)
-if cpu.multiplies_bfloat16():
-    arrays += layer_and_gradients()
+for dtype in ("bfloat16", "float32"):
+    if cpu.multiplies(jnp.dtype(dtype)):
+        arrays += layer_and_gradients(dtype)
 print(",".join(str(hash(array.tobytes())) for array in arrays))
 """
 

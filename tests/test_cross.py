@@ -12,7 +12,10 @@ from pallas_kernels.cross import _backward, _forward, _layer, _layer_grads, cros
 from pallas_kernels.cross_layer import CrossLayer
 
 # The kernels cannot run elsewhere; what any platform can do is tested everywhere.
-native = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+NATIVE = [dtype for dtype in ("bfloat16", "float32") if cpu.multiplies(jnp.dtype(dtype))]
+native = pytest.mark.parametrize(
+    "dtype", NATIVE or [pytest.param("", marks=pytest.mark.skip("this processor does not multiply bfloat16"))]
+)
 
 
 def sparse_integers(seed: int, *shape: int, share: float) -> np.ndarray:
@@ -21,8 +24,10 @@ def sparse_integers(seed: int, *shape: int, share: float) -> np.ndarray:
     return random.integers(-2, 3, shape) * (random.random(shape) < share)
 
 
-def network(samples: int, columns: int, rank: int, num_layers: int) -> tuple[jax.Array, tuple[CrossLayer, ...]]:
-    x = jnp.asarray(sparse_integers(0, samples, columns, share=0.5), jnp.bfloat16)
+def network(
+    samples: int, columns: int, rank: int, num_layers: int, dtype: str = "bfloat16"
+) -> tuple[jax.Array, tuple[CrossLayer, ...]]:
+    x = jnp.asarray(sparse_integers(0, samples, columns, share=0.5), dtype)
     layers = []
     for number in range(num_layers):
         seeds = (3 * number + part for part in (1, 2, 3))
@@ -36,11 +41,11 @@ def network(samples: int, columns: int, rank: int, num_layers: int) -> tuple[jax
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 1, 1), (37, 45, 8), (70, 32, 64), (2, 40_000, 3)])
 def test_native_when_sums_are_exact_then_every_result_equals_the_reference(
-    sizes: tuple[int, int, int], num_layers: int
+    sizes: tuple[int, int, int], num_layers: int, dtype: str
 ) -> None:
     # 40,000 columns are more numbers than a task of the elementwise arithmetic takes.
-    x, layers = network(*sizes, num_layers)
-    cotangent = jnp.asarray(sparse_integers(50, *x.shape, share=0.3), jnp.bfloat16)
+    x, layers = network(*sizes, num_layers, dtype)
+    cotangent = jnp.asarray(sparse_integers(50, *x.shape, share=0.3), dtype)
     found = {}
     for name, layer, grads in (
         ("native", cpu_layers.cross_layer, cpu_layers.cross_layer_grads),
@@ -48,7 +53,7 @@ def test_native_when_sums_are_exact_then_every_result_equals_the_reference(
     ):
         y, residuals = jax.jit(partial(_forward, layer))(x, layers)
         found[name] = y, residuals, jax.jit(partial(_backward, grads))(x, layers, residuals, cotangent)
-    assert found["native"][0].dtype == jnp.bfloat16
+    assert found["native"][0].dtype == dtype
     jax.tree.map(np.testing.assert_array_equal, found["native"], found["reference"])
 
 
@@ -100,8 +105,8 @@ def test_cross_network_without_layers_then_it_is_the_identity() -> None:
 
 
 @native
-def test_program_of_a_host_in_bfloat16_then_it_has_no_product_of_xla_s() -> None:
-    x, layers = network(40, 64, 8, 2)
+def test_program_of_a_host_then_it_has_no_product_of_xla_s(dtype: str) -> None:
+    x, layers = network(40, 64, 8, 2, dtype)
     program = jax.jit(jax.grad(lambda x, layers: cross_network(x, layers).astype(jnp.float32).sum(), (0, 1)))
     text = program.lower(x, layers).compile().as_text()
     assert text is not None

@@ -86,7 +86,7 @@ def test_dot_interaction_when_x_and_embeddings_differ_in_dtype_then_an_error_nam
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, CLOSE), (BF16, BF16_CLOSE)])
 def test_linear_when_run_then_values_and_gradients_match_float64(platform, relu, biased, dtype, tolerance, monkeypatch):
     if platform == "any":
-        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
     x, kernel, cotangent = random(6, 16), random(16, 3, seed=1), random(6, 3, seed=2)
     bias = random(3, seed=3) if biased else None
 
@@ -128,7 +128,7 @@ def product_dtypes(jaxpr):
 def test_products_when_computing_in_bfloat16_then_no_operand_is_float32_forward_or_backward(able, monkeypatch):
     if able and not cpu.available():
         pytest.skip("the library of the cpu kernels was not built here")
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: able)
     mlp = MLP(4, (8, 6), last_relu=True, compute_dtype=BF16, rngs=nnx.Rngs(0))
     graph, params = nnx.split(mlp)
 

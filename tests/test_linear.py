@@ -1,4 +1,4 @@
-"""Dense layers in bfloat16: the kernels of hosts that multiply it, and models of such layers."""
+"""Dense layers: the kernels of hosts that multiply bfloat16, or float32 by parts in bfloat16; models of such layers."""
 
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,27 @@ MODELS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
     "wide last layer": (DOT | {"top_mlp": (1,)}, [(5, 16)]),
 }
 
-# Multipliers, and what Linux calls them.
-MULTIPLIERS = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16"}
-# The kernels cannot run elsewhere; what any platform can do is tested everywhere.
-native = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+# Multipliers and the dtype that is computed in, and what Linux calls them.
+WAYS = {
+    ("amx", "bfloat16"): "amx_bf16",
+    ("avx512_bf16", "bfloat16"): "avx512_bf16",
+    ("amx", "float32"): "amx_bf16",
+}
 
 
-@pytest.fixture(params=MULTIPLIERS)
-def multiplier(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=WAYS, ids="-".join)
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Each way of multiplying; a test of one that this processor has not got is skipped, since it cannot run."""
-    if not cpu.multiplies_bfloat16() or MULTIPLIERS[request.param] not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"this processor has no {request.param}")
+    if not cpu.available() or WAYS[request.param] not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this processor has no {request.param[0]}")
     return request.param
+
+
+@pytest.fixture
+def in_float32() -> None:
+    """Of a test of numbers in three parts."""
+    if not cpu.multiplies(jnp.dtype(jnp.float32)):
+        pytest.skip("this processor has no AMX")
 
 
 def integers(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -63,10 +72,10 @@ SIZES = [
 ]
 
 
-def layer_and_gradients() -> list[np.ndarray]:
+def layer_and_gradients(dtype: str) -> list[np.ndarray]:
     """Of numbers whose sums are rounded; with more work than one task takes."""
     random = np.random.default_rng(0)
-    x, cotangent = (jnp.asarray(random.normal(size=(1500, size)), jnp.bfloat16) for size in (300, 170))
+    x, cotangent = (jnp.asarray(random.normal(size=(1500, size)), dtype) for size in (300, 170))
     kernel, bias = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((300, 170), (170,)))
     y = jax.jit(partial(cpu_layers.linear, relu=True))(x, kernel, bias)
     return [np.asarray(array) for array in (y, *jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, y))]
@@ -75,36 +84,43 @@ def layer_and_gradients() -> list[np.ndarray]:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_linear_then_equals_float64(multiplier: str, sizes: tuple[int, int, int], biased: bool, relu: bool) -> None:
-    samples, inputs, outputs = sizes
-    x, kernel = integers(0, samples, inputs), integers(1, inputs, outputs, dtype=jnp.float32)
+def test_linear_then_equals_float64(
+    way: tuple[str, str], sizes: tuple[int, int, int], biased: bool, relu: bool
+) -> None:
+    (samples, inputs, outputs), (multiplier, dtype) = sizes, way
+    x, kernel = integers(0, samples, inputs, dtype=dtype), integers(1, inputs, outputs, dtype=jnp.float32)
     bias = integers(2, outputs, dtype=jnp.float32) if biased else None
     y = jax.jit(partial(cpu_layers.linear, relu=relu, multiplier=multiplier))(x, kernel, bias)
     expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + (0 if bias is None else np.asarray(bias))
     if relu:
-        expected = np.maximum(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 0)
-    assert y.dtype == (jnp.bfloat16 if relu else jnp.float32)
+        expected = np.maximum(np.asarray(jnp.asarray(expected, dtype), np.float64), 0)
+    assert y.dtype == (dtype if relu else jnp.float32)
     np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_linear_grads_then_equal_float64(multiplier: str, sizes: tuple[int, int, int], relu: bool) -> None:
-    samples, inputs, outputs = sizes
-    x, kernel = integers(0, samples, inputs), integers(1, inputs, outputs, dtype=jnp.float32)
+def test_linear_grads_then_equal_float64(way: tuple[str, str], sizes: tuple[int, int, int], relu: bool) -> None:
+    (samples, inputs, outputs), (multiplier, dtype) = sizes, way
+    x, kernel = integers(0, samples, inputs, dtype=dtype), integers(1, inputs, outputs, dtype=jnp.float32)
     # Without a ReLU cotangents are float32.
-    cotangent = integers(2, samples, outputs, dtype=jnp.bfloat16 if relu else jnp.float32)
-    y = integers(3, samples, outputs) if relu else None
+    cotangent = integers(2, samples, outputs, dtype=dtype if relu else jnp.float32)
+    y = integers(3, samples, outputs, dtype=dtype) if relu else None
     call = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))
     x_grad, kernel_grad, bias_grad = call(x, kernel, cotangent, y)
     passed = np.asarray(cotangent, np.float64) * (1 if y is None else np.asarray(y, np.float64) > 0)
-    expected = jnp.asarray(passed @ np.asarray(kernel, np.float64).T, jnp.bfloat16)
+    expected = jnp.asarray(passed @ np.asarray(kernel, np.float64).T, dtype)
     np.testing.assert_array_equal(np.asarray(x_grad, np.float64), np.asarray(expected, np.float64))
     np.testing.assert_array_equal(kernel_grad, np.asarray(x, np.float64).T @ passed)
     np.testing.assert_array_equal(bias_grad, passed.sum(axis=0))
 
 
-def test_linear_grads_when_operands_are_float32_then_they_are_rounded_and_the_biases_are_not(multiplier: str) -> None:
+@pytest.mark.parametrize("multiplier", ["amx", "avx512_bf16"])
+def test_linear_grads_in_bfloat16_when_operands_are_float32_then_they_are_rounded_and_the_biases_are_not(
+    multiplier: str,
+) -> None:
+    if WAYS[multiplier, "bfloat16"] not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this processor has no {multiplier}")
     x, kernel = jnp.ones((3, 2), jnp.bfloat16), jnp.full((2, 4), 1 + 2**-10, jnp.float32)
     cotangent = jnp.full((3, 4), 1 + 2**-10, jnp.float32)
     x_grad, kernel_grad, bias_grad = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))(
@@ -115,20 +131,51 @@ def test_linear_grads_when_operands_are_float32_then_they_are_rounded_and_the_bi
     np.testing.assert_array_equal(bias_grad, np.full(4, 3 * (1 + 2**-10), np.float32))
 
 
-def test_linear_when_a_sum_is_nan_or_infinite_then_the_relu_lets_it_through(multiplier: str) -> None:
+def test_linear_when_a_sum_is_nan_or_infinite_then_the_relu_lets_it_through(way: tuple[str, str]) -> None:
+    multiplier, dtype = way
     # 32 outputs are finished as vectors, the one behind them alone.
-    x = jnp.asarray([[np.nan], [np.inf], [-np.inf]], jnp.bfloat16)
+    x = jnp.asarray([[np.nan], [np.inf], [-np.inf]], dtype)
     call = jax.jit(partial(cpu_layers.linear, relu=True, multiplier=multiplier))
     y = np.asarray(call(x, jnp.ones((1, 33), jnp.float32), None), np.float32)
-    np.testing.assert_array_equal(y, np.repeat([[np.nan], [np.inf], [0.0]], 33, axis=1))
+    # What an infinity's parts leave of it is NaN.
+    expected = [[np.nan], [np.inf], [0.0]] if dtype == "bfloat16" else [[np.nan]] * 3
+    np.testing.assert_array_equal(y, np.repeat(expected, 33, axis=1))
 
 
-@native
-def test_linear_grads_when_outputs_are_nan_or_infinite_then_only_positive_ones_let_gradients_through() -> None:
-    y = jnp.asarray([[np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-126, -(2.0**-126), 1.0]], jnp.bfloat16)
-    cotangent = jnp.ones(y.shape, jnp.bfloat16)
-    _, _, bias_grad = jax.jit(cpu_layers.linear_grads)(jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, 8)), cotangent, y)
+def test_linear_grads_when_outputs_are_nan_or_infinite_then_only_positive_ones_let_gradients_through(
+    way: tuple[str, str],
+) -> None:
+    multiplier, dtype = way
+    y = jnp.asarray([[np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-126, -(2.0**-126), 1.0]], dtype)
+    x, kernel, cotangent = jnp.ones((1, 1), dtype), jnp.ones((1, 8)), jnp.ones(y.shape, dtype)
+    _, _, bias_grad = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))(x, kernel, cotangent, y)
     np.testing.assert_array_equal(bias_grad, [0, 1, 0, 0, 0, 1, 0, 1])
+
+
+def test_linear_in_float32_when_the_other_operand_is_the_identity_then_no_bit_is_lost(in_float32: None) -> None:
+    random = np.random.default_rng(0)
+    # All 24 bits of each, and exponents that only the first part of a number can have.
+    numbers = (random.normal(size=(70, 90)) * 2.0 ** random.integers(-90, 90, (70, 90))).astype(np.float32)
+    x, identity = jnp.asarray(numbers), jnp.eye(90)
+    np.testing.assert_array_equal(jax.jit(partial(cpu_layers.linear, relu=False))(x, identity, None), numbers)
+    x_grad, _, _ = jax.jit(cpu_layers.linear_grads)(x, identity, x, None)
+    np.testing.assert_array_equal(x_grad, numbers)
+    _, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(jnp.eye(70), jnp.zeros((70, 90)), x, None)
+    np.testing.assert_array_equal(kernel_grad, numbers)
+
+
+@pytest.mark.parametrize("sizes", [(70, 300, 65), (2100, 45, 200)])
+def test_linear_in_float32_then_errors_are_those_of_float32(in_float32: None, sizes: tuple[int, int, int]) -> None:
+    samples, inputs, outputs = sizes
+    random = np.random.default_rng(0)
+    shapes = (samples, inputs), (inputs, outputs), (samples, outputs)
+    x, kernel, cotangent = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    y = jax.jit(partial(cpu_layers.linear, relu=False))(x, kernel, None)
+    x_grad, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, None)
+    for found, a, b in ((y, x, kernel), (x_grad, cotangent, kernel.T), (kernel_grad, x.T, cotangent)):
+        exact, size = a.astype(np.float64) @ b, np.abs(a) @ np.abs(b)
+        # One rounding is 2^-24 of a sum; a sum of 2,100 products in 12,600 steps has some of them.
+        assert np.max(np.abs(np.asarray(found, np.float64) - exact) / size) < 2.0**-21
 
 
 def test_linear_under_vmap_then_each_has_its_own_kernel() -> None:
@@ -171,10 +218,12 @@ def test_model_in_bfloat16_then_its_gradients_are_nearly_those_in_float32(name: 
         assert jnp.linalg.norm(given - wanted) < 0.12 * jnp.linalg.norm(wanted)
 
 
-@native
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", MODELS)
-def test_model_in_bfloat16_then_its_program_has_no_product_of_xla_s(name: str) -> None:
-    loss, arguments = loss_of(name, "bfloat16", samples=48)
+def test_model_then_its_program_has_no_product_of_xla_s(name: str, dtype: str) -> None:
+    if not cpu.multiplies(jnp.dtype(dtype)):
+        pytest.skip(f"this processor does not multiply {dtype}")
+    loss, arguments = loss_of(name, dtype, samples=48)
     options = compiler_options("cpu", "cpu")
     program = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options).lower(*arguments).compile().as_text()
     assert program is not None

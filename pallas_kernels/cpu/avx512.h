@@ -54,6 +54,9 @@ DLRM_AVX512 inline Floats512 floats_of(__m512i x) {
 DLRM_AVX512 inline Floats512 operator+(Floats512 a, Floats512 b) {
   return {_mm512_add_ps(a.left, b.left), _mm512_add_ps(a.right, b.right)};
 }
+DLRM_AVX512 inline Floats512 operator-(Floats512 a, Floats512 b) {
+  return {_mm512_sub_ps(a.left, b.left), _mm512_sub_ps(a.right, b.right)};
+}
 DLRM_AVX512 inline Floats512 operator*(Floats512 a, Floats512 b) {
   return {_mm512_mul_ps(a.left, b.left), _mm512_mul_ps(a.right, b.right)};
 }
@@ -66,6 +69,34 @@ DLRM_AVX512 inline Floats512 rectified(Floats512 x) {
 // Lanes whose elements are positive, and no NaN: as integers, from the least positive one to infinity.
 DLRM_AVX512 inline __mmask32 positive_lanes(__m512i x) {
   return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(x, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7f80));
+}
+
+DLRM_AVX512 inline __mmask32 positive_lanes(Floats512 x) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __mmask32 left = _mm512_cmp_ps_mask(x.left, zero, _CMP_GT_OQ);
+  return left | static_cast<__mmask32>(_mm512_cmp_ps_mask(x.right, zero, _CMP_GT_OQ)) << 16;
+}
+
+// Elements as sums of bfloat16.
+template <int64_t kParts>
+struct Parts512 {
+  __m512i of[kParts];
+};
+
+// One part is rounded. Three are exact, each what the ones before leave, but where a part is subnormal, and of numbers
+// that are not finite as bfloat16: the others become NaN.
+template <int64_t kParts, typename Elements>
+DLRM_AVX512 inline Parts512<kParts> parts_of(Elements x) {
+  if constexpr (kParts == 1) {
+    return {{rounded(x)}};
+  } else {
+    Parts512<kParts> parts;
+    for (int64_t p = 0; p < kParts; ++p) {
+      parts.of[p] = rounded(x);
+      x = x - floats_of(parts.of[p]);
+    }
+    return parts;
+  }
 }
 
 // Which elements of two vectors of kCount stand where a half of each is put in turns.

@@ -1,6 +1,7 @@
 // The elementwise arithmetic of the low-rank cross network's layers, forward and backward.
 //
-// A layer has y = first * u + x. Arrays have as many numbers each, and threads share them out.
+// A layer has y = first * u + x. Arrays have as many numbers each, and threads share them out. T is the dtype of the
+// network.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +24,12 @@ void for_each_part(ffi::ThreadPool& threads, int64_t count, const Work& work) {
 }
 
 // A layer's y, rounded, and in float32, unless that is null; it may lie where x does.
-template <typename X>
+template <typename T, typename X>
 struct CrossSum {
-  const Bf16* first;
-  const Bf16* u;
+  const T* first;
+  const T* u;
   const X* x;
-  Bf16* rounded;
+  T* rounded;
   float* y;
 
   DLRM_AVX512 void operator()(int64_t begin, int64_t end) const {
@@ -45,15 +46,15 @@ struct CrossSum {
 // With y's gradient g = above + x_above, of which x_above and then g may be null, as y is of the layer above the input:
 // the gradient of u, first * g, rounded; and first_grad = first_grad + g * u, which begins as zero unless `begun`. It may
 // be that g lies where `above` does.
-template <typename Above>
+template <typename T, typename Above>
 struct CrossGrads {
   const Above* above;
-  const Bf16* x_above;
-  const Bf16* first;
-  const Bf16* u;
+  const T* x_above;
+  const T* first;
+  const T* u;
   bool begun;
   float* g;
-  Bf16* u_grad;
+  T* u_grad;
   float* first_grad;
 
   DLRM_AVX512 void operator()(int64_t begin, int64_t end) const {

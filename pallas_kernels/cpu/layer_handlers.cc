@@ -57,69 +57,97 @@ template <typename T, typename Array>
 Matrix<T> matrix_of(const Array& array, const ffi::AnyBuffer* mask = nullptr) {
   const bool masked = mask != nullptr && mask->element_count() > 0;
   const auto sizes = array.dimensions();
-  return {data_of<const T>(array), masked ? data_of<const Bf16>(*mask) : nullptr, sizes[0], sizes[1]};
+  return {data_of<const T>(array), masked ? data_of<const T>(*mask) : nullptr, sizes[0], sizes[1]};
 }
 
-// Calls run(multiplier, given) with the best multiplier here, or that of a name, and `given` of an array's dtype.
-template <typename Visit>
-ffi::Error with_multiplier(std::string_view name, ffi::DataType type, const Visit& run) {
-  const auto of_type = [&](auto multiplier) {
-    type == ffi::DataType::BF16 ? run(multiplier, Bf16{}) : run(multiplier, float{});
+// Calls run(multiplier) with the best multiplier here, or that of a name, of numbers in one or three parts.
+template <typename Run>
+ffi::Error with_multiplier(std::string_view name, int64_t parts, const Run& run) {
+  const auto of = [&](auto multiplier) {
+    run(multiplier);
     return ffi::Error::Success();
   };
-  if (name != "avx512_bf16" && Amx::runs_here()) return of_type(Amx{});
-  if (name != "amx" && Avx512Bf16::runs_here()) return of_type(Avx512Bf16{});
+  const bool amx = name != "avx512_bf16" && Amx<1>::runs_here();
+  if (parts == 3 && amx) return of(Amx<3>{});
+  if (parts == 1 && amx) return of(Amx<1>{});
+  if (parts == 1 && name != "amx" && Avx512Bf16::runs_here()) return of(Avx512Bf16{});
   return invalid("this processor does not multiply bfloat16, or not so");
+}
+
+// Calls run(number) with a number of an array's dtype, float32 or bfloat16.
+template <typename Run>
+void with_dtype(ffi::DataType type, const Run& run) {
+  type == ffi::DataType::BF16 ? run(Bf16{}) : run(float{});
 }
 
 ffi::Error product_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer mask, F32s weights, F32s bias,
                            ffi::Result<BF16s> packed, ffi::Result<ffi::AnyBuffer> out, bool transposed, bool relu,
-                           std::string_view multiplier) {
-  return with_multiplier(multiplier, x.element_type(), [&](auto unit, auto given) {
-    const auto run = [&](auto* to) {
+                           int64_t parts, std::string_view multiplier) {
+  return with_multiplier(multiplier, parts, [&](auto unit) {
+    const auto run = [&](auto given, auto* to) {
       product<decltype(unit)>(threads, matrix_of<decltype(given)>(x, &mask), matrix_of<float>(weights), transposed,
                               data_of<Bf16>(*packed), output_of(data_or_null(bias), relu, out->dimensions()[1], to));
     };
-    out->element_type() == ffi::DataType::F32 ? run(data_of<float>(*out)) : run(data_of<Bf16>(*out));
+    if constexpr (decltype(unit)::kParts > 1) {
+      run(float{}, data_of<float>(*out));
+    } else {
+      with_dtype(x.element_type(), [&](auto given) {
+        with_dtype(out->element_type(), [&](auto result) { run(given, data_of<decltype(result)>(*out)); });
+      });
+    }
   });
 }
 
-ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, BF16s x, ffi::AnyBuffer g, ffi::AnyBuffer mask,
+ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mask,
                                        ffi::Result<BF16s> packed, ffi::Result<F32s> weights, ffi::Result<F32s> bias,
-                                       std::string_view multiplier) {
-  return with_multiplier(multiplier, g.element_type(), [&](auto unit, auto given) {
-    parameter_gradients<decltype(unit)>(threads, matrix_of<Bf16>(x), matrix_of<decltype(given)>(g, &mask),
-                                        data_of<Bf16>(*packed), weights->typed_data(), bias->typed_data());
+                                       int64_t parts, std::string_view multiplier) {
+  return with_multiplier(multiplier, parts, [&](auto unit) {
+    const auto run = [&](auto of_x, auto of_g) {
+      parameter_gradients<decltype(unit)>(threads, matrix_of<decltype(of_x)>(x), matrix_of<decltype(of_g)>(g, &mask),
+                                          data_of<Bf16>(*packed), weights->typed_data(), bias->typed_data());
+    };
+    if constexpr (decltype(unit)::kParts > 1) {
+      run(float{}, float{});
+    } else {
+      with_dtype(g.element_type(), [&](auto of_g) { run(Bf16{}, of_g); });
+    }
   });
 }
 
-// Calls run(numbers) with those of an array of float32 or bfloat16.
+// Calls run(number of the network, number of `array`): where the network has float32, so has the array.
 template <typename Run>
-ffi::Error with_numbers(const ffi::AnyBuffer& array, const Run& run) {
+ffi::Error with_dtypes(const ffi::AnyBuffer& network, const ffi::AnyBuffer& array, const Run& run) {
   if (!Avx512Bf16::runs_here()) return invalid("this processor does not round to bfloat16");
-  array.element_type() == ffi::DataType::BF16 ? run(data_of<const Bf16>(array)) : run(data_of<const float>(array));
+  if (network.element_type() == ffi::DataType::F32) {
+    run(float{}, float{});
+  } else {
+    with_dtype(array.element_type(), [&](auto given) { run(Bf16{}, given); });
+  }
   return ffi::Error::Success();
 }
 
-ffi::Error cross_sum_handler(ffi::ThreadPool threads, BF16s first, BF16s u, ffi::AnyBuffer x,
-                             ffi::Result<BF16s> rounded, ffi::Result<F32s> y) {
-  return with_numbers(x, [&](const auto* given) {
+ffi::Error cross_sum_handler(ffi::ThreadPool threads, ffi::AnyBuffer first, ffi::AnyBuffer u, ffi::AnyBuffer x,
+                             ffi::Result<ffi::AnyBuffer> rounded, ffi::Result<F32s> y) {
+  return with_dtypes(first, x, [&](auto number, auto given) {
+    using T = decltype(number);
     for_each_part(threads, first.element_count(),
-                  CrossSum<std::decay_t<decltype(*given)>>{data_of<const Bf16>(first), data_of<const Bf16>(u), given,
-                                                           data_of<Bf16>(*rounded), data_or_null(*y)});
+                  CrossSum<T, decltype(given)>{data_of<const T>(first), data_of<const T>(u),
+                                               data_of<const decltype(given)>(x), data_of<T>(*rounded),
+                                               data_or_null(*y)});
   });
 }
 
 // `sum` is what first_grad begins with, in its memory, or nothing.
-ffi::Error cross_grads_handler(ffi::ThreadPool threads, ffi::AnyBuffer above, ffi::AnyBuffer x_above, BF16s first,
-                               BF16s u, F32s sum, ffi::Result<F32s> g, ffi::Result<BF16s> u_grad,
-                               ffi::Result<F32s> first_grad) {
-  return with_numbers(above, [&](const auto* given) {
+ffi::Error cross_grads_handler(ffi::ThreadPool threads, ffi::AnyBuffer above, ffi::AnyBuffer x_above,
+                               ffi::AnyBuffer first, ffi::AnyBuffer u, F32s sum, ffi::Result<F32s> g,
+                               ffi::Result<ffi::AnyBuffer> u_grad, ffi::Result<F32s> first_grad) {
+  return with_dtypes(first, above, [&](auto number, auto given) {
+    using T = decltype(number);
     for_each_part(threads, first.element_count(),
-                  CrossGrads<std::decay_t<decltype(*given)>>{
-                      given, x_above.element_count() > 0 ? data_of<const Bf16>(x_above) : nullptr,
-                      data_of<const Bf16>(first), data_of<const Bf16>(u), sum.element_count() > 0, data_or_null(*g),
-                      data_of<Bf16>(*u_grad), first_grad->typed_data()});
+                  CrossGrads<T, decltype(given)>{data_of<const decltype(given)>(above),
+                                                 x_above.element_count() > 0 ? data_of<const T>(x_above) : nullptr,
+                                                 data_of<const T>(first), data_of<const T>(u), sum.element_count() > 0,
+                                                 data_or_null(*g), data_of<T>(*u_grad), first_grad->typed_data()});
   });
 }
 
@@ -131,11 +159,12 @@ ffi::Error cross_grads_handler(ffi::ThreadPool threads, ffi::AnyBuffer above, ff
 namespace ffi = xla::ffi;
 using dlrm::BF16s, dlrm::F32s;
 
-// Whether this processor multiplies bfloat16, and the library has handlers for it.
-EXPORT int dlrm_multiplies_bf16() {
+// In how many parts at most this processor multiplies numbers as bfloat16, and the library has handlers for it: three
+// hold a float32, one a bfloat16.
+EXPORT int dlrm_parts_of_products() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return dlrm::Amx::runs_here() || dlrm::Avx512Bf16::runs_here();
+  return dlrm::Amx<1>::runs_here() ? 3 : dlrm::Avx512Bf16::runs_here() ? 1 : 0;
 #else
   return 0;
 #endif
@@ -174,26 +203,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_product, dlrm::product_handler,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("relu")
+                                  .Attr<int64_t>("parts")
                                   .Attr<std::string_view>("multiplier"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_parameter_gradients, dlrm::parameter_gradients_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<BF16s>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<BF16s>()
                                   .Ret<F32s>()
                                   .Ret<F32s>()
+                                  .Attr<int64_t>("parts")
                                   .Attr<std::string_view>("multiplier"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_cross_sum, dlrm::cross_sum_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<BF16s>()
-                                  .Arg<BF16s>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<BF16s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<F32s>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_cross_grads, dlrm::cross_grads_handler,
@@ -201,11 +232,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_cross_grads, dlrm::cross_grads_handler,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<BF16s>()
-                                  .Arg<BF16s>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<F32s>()
                                   .Ret<F32s>()
-                                  .Ret<BF16s>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<F32s>());
 
 #endif

@@ -1,9 +1,11 @@
-// How processors multiply matrices of bfloat16: blocks of float32 sums, from rows of a and columns of b that lie packed.
+// How processors multiply matrices by products of bfloat16: blocks of float32 sums, from rows of a and columns of b that
+// lie packed.
 //
 // A multiplier adds a block of kRows x kColumns sums, each in the order of k, in pairs of k:
 //   c[i, j] = (0 or c[i, j]) + sum_k a[i, k] * b[k, j]
-// a is [kRows, kDepth], of which some columns count, a multiple of kDepthUnit; b is [depth / 2, kColumns, 2]; rows of c
-// are `stride` numbers apart.
+// A number is the sum of kParts in bfloat16: one, itself, or three, which hold the 24 bits of a float32. a is
+// [kRows, kParts, kDepth], of which some columns count, a multiple of kDepthUnit; b is
+// [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2]; rows of c are `stride` numbers apart.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +22,17 @@
 
 namespace dlrm {
 
-// So deep, blocks of a stay in the first-level cache.
-constexpr int64_t kColumns = 32, kDepthUnit = 32, kDepth = 256;
+constexpr int64_t kColumns = 32, kDepthUnit = 32;
+// Numbers of a part of kDepthUnit rows of b.
+constexpr int64_t kUnit = kDepthUnit * kColumns;
 
 #if defined(__x86_64__)
 
+#define DLRM_AMX __attribute__((target("amx-tile,amx-bf16")))
+
 // Pairs of bfloat16 with AVX-512.
 struct Avx512Bf16 {
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kRows = 8, kParts = 1, kDepth = 256;
   // State of a thread that multiplies.
   struct Session {};
 
@@ -56,9 +61,11 @@ struct Avx512Bf16 {
   }
 };
 
-// Tiles of 16 x 32 bfloat16.
+// Tiles of 16 x 32 bfloat16. Of three parts each, six products count: the other three are less than 2^-24 of the whole.
+template <int64_t kPartsOfNumber>
 struct Amx {
-  static constexpr int64_t kRows = 32;
+  // So deep, blocks of a stay in the first-level cache.
+  static constexpr int64_t kRows = 32, kParts = kPartsOfNumber, kDepth = kParts == 1 ? 256 : 64;
 
   // The system lends tiles to a process that asks for them.
   static bool runs_here() {
@@ -80,9 +87,7 @@ struct Amx {
     __attribute__((target("amx-tile"))) ~Session() { _tile_release(); }
   };
 
-  __attribute__((target("amx-tile,amx-bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
-                                                                    float* c, int64_t stride, bool fresh) {
-    constexpr int64_t kRowBytes = kDepth * sizeof(Bf16), kPairBytes = kColumns * 2 * sizeof(Bf16);
+  DLRM_AMX static void multiply(const Bf16* a, const Bf16* b, int64_t depth, float* c, int64_t stride, bool fresh) {
     const int64_t sum_bytes = stride * sizeof(float);
     // GCC's intrinsics do not say that they read and write memory.
     asm volatile("" ::: "memory");
@@ -99,19 +104,37 @@ struct Amx {
     }
     for (int64_t k = 0; k < depth; k += kDepthUnit) {
       // While tiles multiply, the next ones of b come from the second-level cache.
-      const Bf16* next = b + (k + kDepthUnit) * kColumns;
-      prefetch_lines(next, 0);
-      _tile_loadd(4, a + k, kRowBytes);
-      _tile_loadd(6, b + k * kColumns, kPairBytes);
-      prefetch_lines(next, 8);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + k * kColumns + 32, kPairBytes);
-      prefetch_lines(next, 16);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + 16 * kDepth + k, kRowBytes);
-      prefetch_lines(next, 24);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      const Bf16* unit = b + k * kColumns * kParts;
+      const Bf16* next = unit + kUnit * kParts;
+      if constexpr (kParts == 1) {
+        prefetch_lines(next, 0, 8);
+        load_a(a + k);
+        load_b(unit);
+        prefetch_lines(next, 8, 24);
+        multiply_tiles();
+      } else {
+        // Small products first, and in an order in which of two after each other one operand is the same.
+        constexpr int64_t kLines = 16;
+        load_a(a + 2 * kDepth + k);
+        load_b(unit);
+        prefetch_lines(next, 0, kLines);
+        multiply_tiles();
+        load_a(a + kDepth + k);
+        prefetch_lines(next, kLines, kLines);
+        multiply_tiles();
+        load_b(unit + kUnit);
+        prefetch_lines(next, 2 * kLines, kLines);
+        multiply_tiles();
+        load_a(a + k);
+        prefetch_lines(next, 3 * kLines, kLines);
+        multiply_tiles();
+        load_b(unit + 2 * kUnit);
+        prefetch_lines(next, 4 * kLines, kLines);
+        multiply_tiles();
+        load_b(unit);
+        prefetch_lines(next, 5 * kLines, kLines);
+        multiply_tiles();
+      }
     }
     _tile_stored(0, c, sum_bytes);
     _tile_stored(1, c + 16, sum_bytes);
@@ -121,9 +144,30 @@ struct Amx {
   }
 
  private:
-  // Asks for eight cache lines, from one on.
-  static void prefetch_lines(const Bf16* from, int64_t first) {
-    for (int64_t i = first; i < first + 8; ++i) __builtin_prefetch(from + 32 * i);
+  // A part of 32 rows of a, of 32 columns each.
+  DLRM_AMX static void load_a(const Bf16* from) {
+    constexpr int64_t kRowBytes = kParts * kDepth * sizeof(Bf16);
+    _tile_loadd(4, from, kRowBytes);
+    _tile_loadd(5, from + 16 * kParts * kDepth, kRowBytes);
+  }
+
+  // A part of 32 rows of b.
+  DLRM_AMX static void load_b(const Bf16* from) {
+    constexpr int64_t kPairBytes = kColumns * 2 * sizeof(Bf16);
+    _tile_loadd(6, from, kPairBytes);
+    _tile_loadd(7, from + 32, kPairBytes);
+  }
+
+  DLRM_AMX static void multiply_tiles() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // Asks for some cache lines, from one on.
+  static void prefetch_lines(const Bf16* from, int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i) __builtin_prefetch(from + 32 * i);
   }
 
   // Clang 14's __builtin_cpu_supports knows no AMX: bits 22 (AMX-BF16) and 24 (AMX-TILE) of leaf 7's EDX.

@@ -1,7 +1,6 @@
-// Matrix products of dense layers in bfloat16 and their gradients, with the bias, the ReLU and its gradient that go with
-// them.
+// Matrix products of dense layers and their gradients, with the bias, the ReLU and its gradient that go with them.
 //
-// Letters: B samples, n inputs, m outputs. Each sum runs in the same order for every number of threads.
+// Letters: B samples, n inputs, m outputs; M a multiplier. Each sum runs in the same order for every number of threads.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +19,9 @@
 
 namespace dlrm {
 
-// What a task goes through again and again, for its core's second-level cache: rows of a and panels of b, kDepth of
-// each, or such panels in all their depth.
-constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16, kDepthHeld = 768;
+// What a task goes through again and again, for its core's second-level cache: rows of a and panels of b, M::kDepth of
+// each, or such panels in all their depth, so many numbers' parts.
+constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16, kPartsHeld = 1536;
 // How far rows of a group's sums are apart: an odd number of cache lines, so that they do not share few sets of a cache.
 constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
 // Rows that a task packs: of weights, and of gradients.
@@ -93,7 +92,7 @@ Output<Out> output_of(const float* bias, bool relu, int64_t num_columns, Out* ou
 }
 
 // Multiplies rows of a by the panels of b, for `output` from a row on. pack(i, rows, k, depth, to) packs some rows of a
-// from i on, and `depth` columns from k on, at most kDepth.
+// from i on, and `depth` columns from k on, at most M::kDepth.
 //
 // A block's rows stay in the first-level cache, part by part of the depth, while panels from the second-level cache pass
 // by. Where that holds a group of panels in all their depth, blocks are finished one after the other; else all rows pass
@@ -103,25 +102,27 @@ template <typename M, typename Pack, typename Out>
 void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, const Pack& pack,
                    const Output<Out>& output) {
   const int64_t num_panels = num_pieces(output.num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
-  const int64_t sweep = depth <= kDepthHeld ? M::kRows : padded_rows;
+  const int64_t sweep = depth * M::kParts <= kPartsHeld ? M::kRows : padded_rows;
   const bool one_group = num_panels <= kPanelsHeld;
-  Bf16* a = memory_of_thread<Bf16>(one_group ? sweep * kDepth : num_pieces(depth, kDepth) * padded_rows * kDepth);
+  // Numbers' parts, a row of a part of the depth after the other.
+  constexpr int64_t kRow = M::kParts * M::kDepth;
+  Bf16* a = memory_of_thread<Bf16>(one_group ? sweep * kRow : num_pieces(depth, M::kDepth) * padded_rows * kRow);
   float* sums = memory_of_thread<float>(sweep * kStrideOfSums);
   [[maybe_unused]] typename M::Session session;
   for (int64_t group = 0; group < num_panels; group += kPanelsHeld) {
     const int64_t end = std::min(num_panels, group + kPanelsHeld);
     for (int64_t first = 0; first < rows; first += sweep) {
-      for (int64_t k = 0; k < depth; k += kDepth) {
-        const int64_t part_depth = std::min(kDepth, depth - k);
-        const bool ends = k + kDepth >= depth;
-        Bf16* part = a + (one_group ? 0 : k * padded_rows + first * kDepth);
+      for (int64_t k = 0; k < depth; k += M::kDepth) {
+        const int64_t part_depth = std::min(M::kDepth, depth - k);
+        const bool ends = k + M::kDepth >= depth;
+        Bf16* part = a + (one_group ? 0 : (k / M::kDepth * padded_rows + first) * kRow);
         if (group == 0) pack(first, std::min(sweep, padded_rows - first), k, part_depth, part);
         for (int64_t i = first; i < std::min(rows, first + sweep); i += M::kRows) {
           const int64_t rows_here = std::min(M::kRows, rows - i);
           float* of_rows = sums + (i - first) * kStrideOfSums;
           for (int64_t panel = group; panel < end; ++panel) {
             if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
-            M::multiply(part + (i - first) * kDepth, b + (panel * depth + k) * kColumns, part_depth,
+            M::multiply(part + (i - first) * kRow, b + (panel * depth + k) * kColumns * M::kParts, part_depth,
                         of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
           }
           if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
@@ -131,18 +132,19 @@ void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, cons
   }
 }
 
-// The product of `from` and `weights`, or their transpose, for which `packed` has room with both sizes, at least 1, rounded
-// up to 32.
+// The product of `from` and `weights`, or their transpose, for which `packed` has room: kParts, and both sizes, at least
+// 1, rounded up to 32.
 template <typename M, typename T, typename Out>
 void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float>& weights, bool transposed,
              Bf16* packed, const Output<Out>& output) {
   const int64_t depth = depth_of(from.columns), num_panels = num_pieces(output.num_columns, kColumns);
   const auto pack = [&](int64_t task) {
     if (transposed) {
-      pack_transposed_panel(weights, task * kColumns, depth, packed + task * depth * kColumns);
+      pack_transposed_panel<M>(weights, task * kColumns, depth, packed + task * depth * kColumns * M::kParts);
     } else {
       const int64_t row = task * kWeightsOfTask;
-      pack_panels(weights, row, std::min(kWeightsOfTask, depth - row), depth, packed + row * kColumns, nullptr);
+      pack_panels<M>(weights, row, std::min(kWeightsOfTask, depth - row), depth, row_of_panel<M>(packed, row, 0),
+                     nullptr);
     }
   };
   const int64_t num_packs = transposed ? num_panels : num_pieces(depth, kWeightsOfTask);
@@ -152,7 +154,7 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
     multiply_rows<M>(
         packed, depth, begin, rows,
         [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
-          pack_rows(from, begin + i, k, count, part, to);
+          pack_rows<M>(from, begin + i, k, count, part, to);
         },
         output);
   };
@@ -161,18 +163,18 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
 }
 
 // Gradients of a layer's parameters: weights[i, j] = sum_b x[b, i] g[b, j] and bias[j] = sum_b g[b, j]. `packed` has
-// room for g with both sizes, at least 1, rounded up to 32.
-template <typename M, typename G>
-void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const Matrix<G>& g, Bf16* packed,
-                         float* weights, float* bias) {
+// room for g: kParts, and both sizes, at least 1, rounded up to 32.
+template <typename M, typename X, typename G>
+void parameter_gradients(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, Bf16* packed, float* weights,
+                         float* bias) {
   const int64_t n = x.columns, m = g.columns, depth = depth_of(x.rows);
   // A sum for each task that packs, so that none depends on who does it.
   const int64_t num_packs = num_pieces(depth, kGradientsOfTask), sums_size = round_up(m, kColumns);
   std::vector<float> sums(num_packs * sums_size);
   const auto pack = [&](int64_t task) {
     const int64_t row = task * kGradientsOfTask;
-    pack_panels(g, row, std::min(kGradientsOfTask, depth - row), depth, packed + row * kColumns,
-                sums.data() + task * sums_size);
+    pack_panels<M>(g, row, std::min(kGradientsOfTask, depth - row), depth, row_of_panel<M>(packed, row, 0),
+                   sums.data() + task * sums_size);
   };
   const auto output = output_of(nullptr, false, m, weights);
   const int64_t rows_of = rows_of_task<M>(n, threads.num_threads());
@@ -181,7 +183,7 @@ void parameter_gradients(ffi::ThreadPool& threads, const Matrix<Bf16>& x, const 
     multiply_rows<M>(
         packed, depth, begin, rows,
         [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
-          pack_columns(x, k, begin + i, part, count, to);
+          pack_columns<M>(x, k, begin + i, part, count, to);
         },
         output);
   };
