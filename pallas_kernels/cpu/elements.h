@@ -98,12 +98,46 @@ inline void store(F16* to, Floats x) {
 #endif
 }
 
+#if defined(__clang__)
+#define DLRM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DLRM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+// to[j, i] = from[i, j] of 8 x 8 numbers, whose rows are some numbers apart.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Floats rows[8], pairs[8], fours[8];
+  for (int i = 0; i < 8; ++i) rows[i] = load(from + i * from_stride);
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = DLRM_SHUFFLE(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = DLRM_SHUFFLE(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = DLRM_SHUFFLE(pairs[i + half], pairs[i + half + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[i + 2 * half + 1] = DLRM_SHUFFLE(pairs[i + half], pairs[i + half + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    store(to + i * to_stride, DLRM_SHUFFLE(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store(to + (i + 4) * to_stride, DLRM_SHUFFLE(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+}
+
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 inline float to_float(float x) { return x; }
 inline float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline void assign(float& to, float x) { to = x; }
 inline void assign(Bf16& to, float x) { to = nearest_bf16(x); }
+
+// Some numbers in another dtype.
+template <typename From, typename To>
+void convert(const From* from, int64_t count, To* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) assign(to[i], to_float(from[i]));
+}
 
 // a * b + c with one rounding.
 inline Floats fused(Floats a, Floats b, Floats c) {

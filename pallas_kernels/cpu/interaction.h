@@ -47,18 +47,26 @@ inline void multiply(const float* left, int64_t left_stride, const float* right,
   }
 }
 
-// Arrays of one sample, padded with zeros, kept by a thread for its next tasks.
+// Arrays of one sample, padded with zeros, kept by a thread for its next tasks. `line` is what stands in out, as
+// float32, with room for as many numbers as are copied at a time.
 struct SampleBuffers {
-  std::vector<float> vectors, other, products;
+  std::vector<float> vectors, other, products, line;
 
-  static SampleBuffers& of_thread(int64_t vectors, int64_t other, int64_t products) {
+  static SampleBuffers& of_thread(int64_t vectors, int64_t other, int64_t products, int64_t width) {
     thread_local SampleBuffers buffers;
     buffers.vectors.assign(vectors, 0.0f);
     buffers.other.assign(other, 0.0f);
     buffers.products.assign(products, 0.0f);
+    buffers.line.assign(width + kLanes, 0.0f);
     return buffers;
   }
 };
+
+// Copies numbers eight at a time, so that up to seven more are copied; they come next.
+inline float* append(const float* from, int64_t count, float* to) {
+  for (int64_t j = 0; j < count; j += kLanes) store(to + j, load(from + j));
+  return to + count;
+}
 
 // The vectors of all samples: first x, [B, D], if there is any, then each of k features, [k, B, D], so that pooled bags
 // and their gradients stay as the tables' kernels write and read them. F = k + 1, or k without x.
@@ -82,27 +90,30 @@ inline int64_t num_pairs(int64_t F, bool with_self) { return F * (F + (with_self
 // out[b] = x[b], then the lower triangle of V[b] V[b]^T row by row, with its diagonal if `with_self`.
 template <typename T>
 void dot_interaction(ffi::ThreadPool& threads, const Vectors<const T>& vectors, bool with_self, T* out) {
-  const int64_t F = vectors.F, D = vectors.D, padded = round_up(F, kLanes), first = vectors.num_first();
+  const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
+  const int64_t padded = round_up(F, kLanes), length = round_up(D, kLanes);
   const int64_t width = first + num_pairs(F, with_self);
   parallel_for(threads, (vectors.B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
-    SampleBuffers& buffers = SampleBuffers::of_thread(padded * D, D * padded, padded * padded);
+    SampleBuffers& buffers = SampleBuffers::of_thread(padded * length, length * padded, kRowsOfTile * padded, width);
     float *rows = buffers.vectors.data(), *columns = buffers.other.data(), *products = buffers.products.data();
     const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
     for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
-      for (int64_t i = 0; i < F; ++i) {
-        const T* vector = vectors.of(b, i);
-        for (int64_t d = 0; d < D; ++d) columns[d * padded + i] = rows[i * D + d] = to_float(vector[d]);
-      }
-      T* to = out + b * width;
-      for (int64_t d = 0; d < first; ++d) *to++ = vectors.x[b * D + d];
-      for (int64_t i = 0; i < F; i += kRowsOfTile) {
-        const int64_t needed = std::min(padded, round_up(i + kRowsOfTile, kLanes));
-        multiply(rows + i * D, D, columns, padded, kRowsOfTile, needed, D, products, padded);
-        for (int64_t row = i; row < std::min(F, i + kRowsOfTile); ++row) {
-          const float* of_row = products + (row - i) * padded;
-          for (int64_t j = 0; j < row + (with_self ? 1 : 0); ++j) assign(*to++, of_row[j]);
+      for (int64_t i = 0; i < F; ++i) convert(vectors.of(b, i), D, rows + i * length);
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        for (int64_t d = 0; d < length; d += kLanes) {
+          transpose(rows + i * length + d, length, columns + d * padded + i, padded);
         }
       }
+      // x is the first vector.
+      float* to = append(rows, first, buffers.line.data());
+      for (int64_t i = 0; i < F; i += kRowsOfTile) {
+        const int64_t needed = std::min(padded, round_up(i + kRowsOfTile, kLanes));
+        multiply(rows + i * length, length, columns, padded, kRowsOfTile, needed, D, products, padded);
+        for (int64_t row = i; row < std::min(F, i + kRowsOfTile); ++row) {
+          to = append(products + (row - i) * padded, row + (with_self ? 1 : 0), to);
+        }
+      }
+      convert(buffers.line.data(), width, out + b * width);
     }
   });
 }
@@ -116,7 +127,7 @@ void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vect
   const int64_t rows = round_up(F, kRowsOfTile), columns = round_up(D, kLanes);
   const int64_t width = first + num_pairs(F, with_self);
   parallel_for(threads, (vectors.B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
-    SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F, rows * columns);
+    SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F, rows * columns, 0);
     float *held = buffers.vectors.data(), *symmetric = buffers.other.data(), *sums = buffers.products.data();
     const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
     for (int64_t b = task * kSamplesOfTask; b < end; ++b) {

@@ -5,7 +5,8 @@
 //   c[i, j] = (0 or c[i, j]) + sum_k a[i, k] * b[k, j]
 // A number is the sum of kParts in bfloat16: one, itself, or three, which hold the 24 bits of a float32. a is
 // [kRows, kParts, kDepth], of which some columns count, a multiple of kDepthUnit; b is
-// [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2]; rows of c are `stride` numbers apart.
+// [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2], and `next` is the b that comes next; rows of c are `stride`
+// numbers apart.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +39,10 @@ struct Avx512Bf16 {
 
   static bool runs_here() { return __builtin_cpu_supports("avx512bf16"); }
 
-  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, int64_t depth,
-                                                                     float* c, int64_t stride, bool fresh) {
+  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, const Bf16* next,
+                                                                     int64_t depth, float* c, int64_t stride,
+                                                                     bool fresh) {
+    static_cast<void>(next);
     __m512 sums[kRows][2];
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * stride + v * 16);
@@ -87,7 +90,8 @@ struct Amx {
     __attribute__((target("amx-tile"))) ~Session() { _tile_release(); }
   };
 
-  DLRM_AMX static void multiply(const Bf16* a, const Bf16* b, int64_t depth, float* c, int64_t stride, bool fresh) {
+  DLRM_AMX static void multiply(const Bf16* a, const Bf16* b, const Bf16* next, int64_t depth, float* c, int64_t stride,
+                                bool fresh) {
     const int64_t sum_bytes = stride * sizeof(float);
     // GCC's intrinsics do not say that they read and write memory.
     asm volatile("" ::: "memory");
@@ -105,34 +109,34 @@ struct Amx {
     for (int64_t k = 0; k < depth; k += kDepthUnit) {
       // While tiles multiply, the next ones of b come from the second-level cache.
       const Bf16* unit = b + k * kColumns * kParts;
-      const Bf16* next = unit + kUnit * kParts;
+      const Bf16* ahead = k + kDepthUnit < depth ? unit + kUnit * kParts : next;
       if constexpr (kParts == 1) {
-        prefetch_lines(next, 0, 8);
+        prefetch_lines(ahead, 0, 8);
         load_a(a + k);
         load_b(unit);
-        prefetch_lines(next, 8, 24);
+        prefetch_lines(ahead, 8, 24);
         multiply_tiles();
       } else {
         // Small products first, and in an order in which of two after each other one operand is the same.
         constexpr int64_t kLines = 16;
         load_a(a + 2 * kDepth + k);
         load_b(unit);
-        prefetch_lines(next, 0, kLines);
+        prefetch_lines(ahead, 0, kLines);
         multiply_tiles();
         load_a(a + kDepth + k);
-        prefetch_lines(next, kLines, kLines);
+        prefetch_lines(ahead, kLines, kLines);
         multiply_tiles();
         load_b(unit + kUnit);
-        prefetch_lines(next, 2 * kLines, kLines);
+        prefetch_lines(ahead, 2 * kLines, kLines);
         multiply_tiles();
         load_a(a + k);
-        prefetch_lines(next, 3 * kLines, kLines);
+        prefetch_lines(ahead, 3 * kLines, kLines);
         multiply_tiles();
         load_b(unit + 2 * kUnit);
-        prefetch_lines(next, 4 * kLines, kLines);
+        prefetch_lines(ahead, 4 * kLines, kLines);
         multiply_tiles();
         load_b(unit);
-        prefetch_lines(next, 5 * kLines, kLines);
+        prefetch_lines(ahead, 5 * kLines, kLines);
         multiply_tiles();
       }
     }

@@ -115,6 +115,7 @@ void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, cons
       for (int64_t k = 0; k < depth; k += M::kDepth) {
         const int64_t part_depth = std::min(M::kDepth, depth - k);
         const bool ends = k + M::kDepth >= depth;
+        const auto panel_at = [&](int64_t panel) { return b + (panel * depth + k) * kColumns * M::kParts; };
         Bf16* part = a + (one_group ? 0 : (k / M::kDepth * padded_rows + first) * kRow);
         if (group == 0) pack(first, std::min(sweep, padded_rows - first), k, part_depth, part);
         for (int64_t i = first; i < std::min(rows, first + sweep); i += M::kRows) {
@@ -122,7 +123,8 @@ void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, cons
           float* of_rows = sums + (i - first) * kStrideOfSums;
           for (int64_t panel = group; panel < end; ++panel) {
             if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
-            M::multiply(part + (i - first) * kRow, b + (panel * depth + k) * kColumns * M::kParts, part_depth,
+            const int64_t next = panel + 1 < end ? panel + 1 : group;
+            M::multiply(part + (i - first) * kRow, panel_at(panel), panel_at(next), part_depth,
                         of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
           }
           if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
