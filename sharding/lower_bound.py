@@ -11,12 +11,13 @@ the same on every device. The bound is the optimum of a mixed integer programme 
                 P_g * bins >= sum_tc x_tc vectors_tc                           (bins: W devices, or N nodes)
                 sum_tc x_tc bytes_tc <= W * bytes of a device
                 the cuts of `sharding.cuts`, where an optimum breaks them      (what whole slices on whole bins mean)
-                those of `sharding.dealing`, of few candidates                 (all quantities of a group together)
+                those of `sharding.dealing`, of few slices                     (all quantities of a group together)
 
 First x and P may be fractions (a table may be in two halves), and cuts are added until that hardly raises the optimum.
 Then P is whole, and of programmes that are not large, x. Both are searched by branch and bound, which stops after a
-number of nodes and gives the bound that it has proved by then. What limits the bound where there are many candidates:
-the cuts say little of how several large slices fit together.
+number of nodes and gives the bound that it has proved by then. Where candidates are many, it branches on levels of the
+maxima, too (`sharding.ladders`). What limits the bound there: the cuts say little of how several large slices fit
+together.
 
 Letters: W devices, C chips of a node.
 """
@@ -32,7 +33,8 @@ from jaxtyping import Float
 from sharding.candidates import SPREAD, Choices
 from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.dealing import MOST_PLACES, least_dealt
-from sharding.highs import make_solver
+from sharding.highs import Row, add_rows, make_solver
+from sharding.ladders import ladders
 from sharding.layout import FAMILIES, Family
 
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
@@ -48,7 +50,7 @@ _MEDIUM = 4000
 # Searches for whole tables: up to so many candidates, so many rounds, and the share of the cost that any search may
 # leave open. In between, solutions that are nearly the best make good starts, since they are unlike each other.
 _FEW, _SEVERAL = 400, 1300
-_TABLE_ROUNDS = ((_FEW, 6, 3e-4), (_SEVERAL, 2, 3e-3), (_MEDIUM, 2, 3e-4))
+_TABLE_ROUNDS = ((_FEW, 12, 3e-4), (_SEVERAL, 2, 3e-3), (_MEDIUM, 3, 3e-4))
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
 # found late, and only then does their bound rise.
 _VECTOR_NODES = 20
@@ -119,7 +121,7 @@ class _Programme:
         self.first_p = self.num_x + len(choices.groups) * len(SPREAD)
         self.first_y = self.first_p + len(choices.groups)
         self.num_columns = self.first_y + len(_PARTS)
-        self._rows: list[tuple[np.ndarray, np.ndarray, float, float]] = []
+        self._rows: list[Row] = []
         objective = np.zeros(self.num_columns)
         objective[: self.num_x] = [c.fixed / self.unit for c in candidates]
         objective[self.num_x : self.first_p] = 1.0
@@ -182,17 +184,7 @@ class _Programme:
     def _add_rows(self) -> bool:
         """Gives the solver the rows that are new; says whether there are any."""
         rows, self._rows = self._rows, []
-        if rows:
-            lengths = [len(columns) for columns, *_ in rows]
-            self._highs.addRows(
-                len(rows),
-                np.array([lower for *_, lower, _ in rows]),
-                np.array([upper for *_, upper in rows]),
-                sum(lengths),
-                np.cumsum([0, *lengths[:-1]], dtype=np.int32),
-                np.concatenate([columns for columns, *_ in rows]).astype(np.int32),
-                np.concatenate([values for _, values, *_ in rows]),
-            )
+        add_rows(self._highs, rows)
         return bool(rows)
 
     def add_cuts(self, columns: np.ndarray) -> bool:
@@ -237,11 +229,24 @@ class _Programme:
         cost = self._highs.getInfo().objective_function_value
         return _Solved(bound=cost, cost=cost, columns=np.array(self._highs.getSolution().col_value))
 
-    def search(self, whole: Whole, gap: float, start: np.ndarray | None) -> _Solved | None:
-        """Branch and bound with whole numbers, from whole x if there are any; None if it found no solution."""
+    def search(self, whole: Whole, gap: float, start: np.ndarray | None, near: np.ndarray) -> _Solved | None:
+        """Branch and bound with whole numbers; None if it found no solution.
+
+        Args:
+            whole: What is to be whole.
+            gap: The share of the cost that may stay open.
+            start: Columns whose x are whole, to begin from.
+            near: Columns of a solution, which says where levels of maxima matter.
+        """
         highs = make_solver()
         highs.passModel(self._highs.getLp())
-        integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns, dtype=np.int32)
+        num_levels = 0
+        if whole == "all" and self.num_x > _SEVERAL:
+            z = near[self.num_x : self.first_p].reshape(-1, len(SPREAD))
+            num_levels, rows = ladders(self.cuts, z, self.num_x, self.num_columns)
+            highs.addVars(num_levels, np.zeros(num_levels), np.ones(num_levels))
+            add_rows(highs, rows)
+        integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns + num_levels, dtype=np.int32)
         integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
         kind = np.full(len(integral), int(highspy.HighsVarType.kInteger), np.uint8)
         highs.changeColsIntegrality(len(integral), integral, kind)
@@ -262,12 +267,12 @@ class _Programme:
         info = highs.getInfo()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None
-        columns = np.array(highs.getSolution().col_value)
+        columns = np.array(highs.getSolution().col_value)[: self.num_columns]
         return _Solved(
             bound=info.mip_dual_bound,
             cost=info.objective_function_value,
             columns=columns,
-            others=tuple(found[-_SOLUTIONS:-1]),
+            others=tuple(each[: self.num_columns] for each in found[-_SOLUTIONS:-1]),
         )
 
     def keep_whole(self, columns: np.ndarray) -> None:
@@ -316,7 +321,7 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     starts: list[np.ndarray] = []
     for whole, rounds, gap in () if quick or large else _searches(programme.num_x):
         for _ in range(rounds):
-            searched = programme.search(whole, gap, starts[-1] if starts else None)
+            searched = programme.search(whole, gap, starts[-1] if starts else None, columns)
             if searched is None:
                 break
             before = max(one.bound for one in proved)
@@ -326,7 +331,7 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
             else:
                 columns = searched.columns
             added = programme.add_cuts(searched.columns)
-            if whole == "all" and programme.num_x <= _FEW:
+            if whole == "all":
                 added |= programme.add_dealing_cuts(searched.columns)
             if not added or (whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)):
                 break
@@ -361,4 +366,4 @@ def _best_bound(proved: Sequence[_Solved]) -> float:
 def _searches(num_candidates: int) -> tuple[tuple[Whole, int, float], ...]:
     """What is to be whole, the rounds of each, and the share that they may leave open."""
     _, rounds, gap = next(entry for entry in _TABLE_ROUNDS if num_candidates <= entry[0])
-    return ("vectors", _VECTOR_ROUNDS, gap), ("all", rounds, gap)
+    return ("vectors", _VECTOR_ROUNDS if num_candidates <= _SEVERAL else 1, gap), ("all", rounds, gap)
