@@ -1,7 +1,7 @@
 """Search: lowers the padded cost of an assignment step by step.
 
 Moves: slices that change places within a group (`sharding.swaps`); tables, levels and families that are put elsewhere,
-of whatever kind; ruins. A move is kept if the cost falls.
+of whatever kind; ruins; annealing (`sharding.annealing`). A move is kept if the cost falls.
 """
 
 from collections.abc import Set
@@ -9,6 +9,7 @@ from collections.abc import Set
 import numpy as np
 from jaxtyping import Int
 
+from sharding.annealing import anneal
 from sharding.assignment import NOISE, WORTH, Assignment, insert_best
 from sharding.candidates import SPREAD, Candidate
 from sharding.layout import FAMILIES
@@ -134,9 +135,9 @@ def drop_families(assignment: Assignment, movable: Set[int]) -> bool:
 def ruin_and_recreate(assignment: Assignment, movable: Set[int], cycles: int, enough: float = 0.0) -> None:
     """Takes some tables out and puts them back where they cost least, again and again; keeps what was cheapest.
 
-    Half are tables of a group whose maxima are far above its means, half are any (Schrimpf et al. 2000). A little worse
-    than the cheapest is good enough to go on from, ever less so during a cycle; the next begins from the cheapest. The
-    dice are the same in every run.
+    Half are tables of a group that has a maximum far above its mean, some of them on the device that it is on, half are
+    any (Schrimpf et al. 2000). A little worse than the cheapest is good enough to go on from, ever less so during a
+    cycle; the next begins from the cheapest. The dice are the same in every run.
 
     Args:
         assignment: The assignment; changed.
@@ -162,14 +163,11 @@ def _ruin_cycle(assignment: Assignment, tables: Int[np.ndarray, " tables"], dice
     cheapest = _snapshot(assignment)
     inserts = total = min(_INSERTS, _INSERTS_OF_TABLE * len(tables))
     while inserts > 0:
-        slack = (assignment.most - assignment.load.mean(axis=2)).clip(min=0.0).sum(axis=1)
+        slack = (assignment.most - assignment.load.mean(axis=2)).clip(min=0.0).ravel()
         if slack.sum() <= best * WORTH:
             break
-        group = int(dice.choice(len(slack), p=slack / slack.sum()))
-        of_group = [t for t in tables.tolist() if (held := assignment.candidate[t]) is not None and held.group == group]
-        count = int(dice.integers(2, max(3, min(_MOST_RUINED, len(tables) // 2) + 1)))
-        some = dice.choice(of_group, min(len(of_group), -(-count // 2)), replace=False).tolist() if of_group else []
-        chosen = sorted({*some, *dice.choice(tables, min(len(tables), count // 2 + 1), replace=False).tolist()})
+        maximum = divmod(int(dice.choice(len(slack), p=slack / slack.sum())), len(SPREAD))
+        chosen = _to_ruin(assignment, tables, maximum, dice)
         before = [assignment.remove(table) for table in chosen]
         noise = dice.uniform(0.5, 1.5, len(before))
         order = np.argsort([-entry[0].seconds * by for entry, by in zip(before, noise, strict=True)], kind="stable")
@@ -188,6 +186,31 @@ def _ruin_cycle(assignment: Assignment, tables: Int[np.ndarray, " tables"], dice
         if cost < best * (1.0 - NOISE):
             best, cheapest = cost, _snapshot(assignment)
     _restore(assignment, cheapest)
+
+
+def _to_ruin(
+    assignment: Assignment, tables: Int[np.ndarray, " tables"], maximum: tuple[int, int], dice: np.random.Generator
+) -> list[int]:
+    """Tables to take out so that a maximum, of a group and quantity, may fall."""
+    group, quantity = maximum
+    held = assignment.candidate
+    of_group = [t for t in tables.tolist() if (candidate := held[t]) is not None and candidate.group == group]
+    device = int(assignment.load[group, quantity].argmax())
+    fullest = [
+        t
+        for t in of_group
+        if (candidate := held[t]) is not None
+        and candidate.profile[quantity].max() > 0
+        and device // candidate.span in assignment.bins[t]
+    ]
+    count = int(dice.integers(2, max(3, min(_MOST_RUINED, len(tables) // 2) + 1)))
+    # As long as these stay, so does the maximum.
+    most = min(len(fullest), max(1, count // 2))
+    chosen = set(dice.choice(fullest, int(dice.integers(1, most + 1)), replace=False).tolist()) if fullest else set()
+    more = min(len(of_group), max(0, -(-count // 2) - len(chosen)))
+    chosen.update(dice.choice(of_group, more, replace=False).tolist() if more else ())
+    chosen.update(dice.choice(tables, min(len(tables), count // 2 + 1), replace=False).tolist())
+    return sorted(chosen)
 
 
 def _snapshot(assignment: Assignment) -> list[Placed]:
@@ -231,6 +254,7 @@ def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enoug
             break
     if rounds and len(movable) <= _FEW_TABLES:
         ruin_and_recreate(assignment, movable, cycles, enough)
+        anneal(assignment, movable, enough)
         for group in range(len(assignment.choices.groups)):
             swap_slices(assignment, group, bundled)
 
