@@ -44,7 +44,8 @@ _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
 # Where dealing out costs no more than this share above the optimum, that is as good as true.
 _CLOSE = 5e-3
-# Searches for whole vectors, likewise, up to as many candidates.
+# Searches for whole vectors, likewise, up to as many candidates; where ladders find as much, one that says where levels
+# matter.
 _VECTOR_ROUNDS = 3
 _MEDIUM = 4000
 # Searches for whole tables: up to so many candidates, so many rounds, and the share of the cost that any search may

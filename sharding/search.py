@@ -236,8 +236,8 @@ def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enoug
     Args:
         assignment: The assignment; changed.
         rounds: Most rounds; 0 for the swaps alone.
-        cycles: Most cycles of ruins, which follow where there are rounds.
-        enough: What costs no more than this is not ruined.
+        cycles: Most cycles of ruins, which follow where there are rounds; then comes annealing.
+        enough: What costs no more than this is neither ruined nor annealed.
     """
     bundled = {table for tables in assignment.choices.together for table in tables}
     movable = set(range(len(assignment.choices.tables))) - bundled
