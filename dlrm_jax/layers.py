@@ -4,7 +4,8 @@ Letters: B samples, n inputs, m outputs, k features.
 
 Every layer has float32 parameters and computes in `compute_dtype`. In bfloat16 the operands of a matrix product are
 rounded, its sums and its result are float32, and so are the gradients of the parameters; the backward products round
-their operands in the same way. Products use JAX's default precision.
+their operands in the same way. Products use JAX's default precision, on hosts with AMX that of
+`pallas_kernels.cpu_layers.linear`.
 """
 
 import math
