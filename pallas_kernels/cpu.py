@@ -94,7 +94,7 @@ def multiplies(dtype: jnp.dtype) -> bool:
     """Whether `cpu_layers` multiplies matrices of a dtype here: bfloat16 where the processor does, float32 with AMX.
 
     A float32 is the sum of three numbers in bfloat16, and a product that of six of theirs, at the accuracy of float32.
-    AMX has time for six, AVX-512 has not: it takes half as long for one product of float32.
+    By AVX-512 those six would take three times as long as one in float32.
     """
     if dtype not in PARTS or not available():
         return False

@@ -39,10 +39,9 @@ struct Avx512Bf16 {
 
   static bool runs_here() { return __builtin_cpu_supports("avx512bf16"); }
 
-  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, const Bf16* next,
+  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, const Bf16* /*next*/,
                                                                      int64_t depth, float* c, int64_t stride,
                                                                      bool fresh) {
-    static_cast<void>(next);
     __m512 sums[kRows][2];
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * stride + v * 16);
