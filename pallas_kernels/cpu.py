@@ -32,6 +32,7 @@ from pallas_kernels.ids import Ids
 from pallas_kernels.row_optimizers import ROW_OPTIMIZERS, STATISTICS_BLOCK, RowOptimizer
 from pallas_kernels.slots import Slots
 from pallas_kernels.stores import Stores
+from pallas_kernels.varying import vary_alike
 from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
@@ -136,7 +137,8 @@ def call(name: str, results, **settings: Any) -> Callable[..., Any]:
     """`jax.ffi.ffi_call` of one of our handlers, which XLA must know by then."""
     if (missing := _missing()) is not None:
         raise RuntimeError(f"no cpu kernels: {missing}")
-    return jax.ffi.ffi_call(f"dlrm_{name}", results, **settings)
+    handler = jax.ffi.ffi_call(f"dlrm_{name}", results, **settings)
+    return lambda *arrays, **attributes: vary_alike(handler(*arrays, **attributes), arrays)
 
 
 def or_empty(array: Array | None, shape: tuple[int, ...]) -> Array:

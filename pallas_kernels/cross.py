@@ -14,11 +14,11 @@ from pallas_kernels import cpu_layers
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
 from pallas_kernels.implementations import on_hosts_that_multiply
 from pallas_kernels.linear import linear, linear_grads
+from pallas_kernels.varying import vary_alike
 
 Residuals = list[CrossResidual]
 
 
-@jax.custom_vjp
 def cross_network(x: Float[Array, "B n"], layers: tuple[CrossLayer, ...]) -> Float[Array, "B n"]:
     """Computes `x_{l+1} = x_0 * ((x_l V_l) U_l + b_l) + x_l`, layer after layer.
 
@@ -38,6 +38,11 @@ def cross_network(x: Float[Array, "B n"], layers: tuple[CrossLayer, ...]) -> Flo
     Returns:
         The last layer's output, in the dtype of x.
     """
+    return _cross_network(*vary_alike((x, layers)))
+
+
+@jax.custom_vjp
+def _cross_network(x, layers):
     return _cross_network_forward(x, layers)[0]
 
 
@@ -76,7 +81,7 @@ def _cross_network_backward(kept, cotangent):
     return on_hosts_that_multiply(native, functools.partial(_backward, _layer_grads), *kept, cotangent)
 
 
-cross_network.defvjp(_cross_network_forward, _cross_network_backward)
+_cross_network.defvjp(_cross_network_forward, _cross_network_backward)
 
 
 def _layer(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cpu_layers
 from pallas_kernels.implementations import on_hosts
+from pallas_kernels.varying import vary_alike
 
 
 def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
@@ -30,7 +31,6 @@ def num_pairs(num_vectors: int, *, self_interaction: bool) -> int:
     return num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot_interaction(
     x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], self_interaction: bool
 ) -> Float[Array, "B d+P"]:
@@ -56,6 +56,11 @@ def dot_interaction(
     """
     if x.dtype != embeddings.dtype:
         raise ValueError(f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give both in one dtype")
+    return _dot_interaction(*vary_alike((x, embeddings)), self_interaction)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot_interaction(x, embeddings, self_interaction):
     return _by_platform(cpu_layers.dot_interaction, _products, self_interaction, x, embeddings)
 
 
@@ -87,14 +92,14 @@ def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " 
 
 
 def _dot_interaction_forward(x, embeddings, self_interaction):
-    return dot_interaction(x, embeddings, self_interaction), (x, embeddings)
+    return _dot_interaction(x, embeddings, self_interaction), (x, embeddings)
 
 
 def _dot_interaction_backward(self_interaction, vectors, cotangent):
     return _by_platform(cpu_layers.dot_interaction_grad, _products_grad, self_interaction, *vectors, cotangent)
 
 
-dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
+_dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
 
 
 def _products_grad(

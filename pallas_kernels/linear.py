@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import cpu_layers
 from pallas_kernels.implementations import on_hosts_that_multiply
+from pallas_kernels.varying import vary_alike
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(
     x: Float[Array, "B n"], kernel: Float[Array, "n m"], bias: Float[Array, " m"] | None, relu: bool
 ) -> Float[Array, "B m"]:
@@ -39,6 +39,11 @@ def linear(
     Returns:
         The outputs: with a ReLU in the dtype of x, else in float32.
     """
+    return _linear(*vary_alike((x, kernel, bias)), relu)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x, kernel, bias, relu):
     native, reference = functools.partial(cpu_layers.linear, relu=relu), functools.partial(_reference, relu=relu)
     return on_hosts_that_multiply(native, reference, x, kernel, bias)
 
@@ -51,7 +56,7 @@ def _reference(x, kernel, bias, *, relu):
 
 
 def _linear_forward(x, kernel, bias, relu):
-    y = linear(x, kernel, bias, relu)
+    y = _linear(x, kernel, bias, relu)
     if not relu:
         return y, (x, kernel, bias, None)
     # Else XLA may keep the sums for the backward pass beside what is rectified.
@@ -66,7 +71,7 @@ def _linear_backward(relu, residuals, cotangent):
     return x_grad, kernel_grad, None if bias is None else bias_grad
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def linear_grads(

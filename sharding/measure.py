@@ -183,9 +183,7 @@ def _seconds(work: Callable[[Array], Array], mesh: Mesh, shape: tuple[int, ...],
         # In one program, which does not wait for the host or ask it for fresh memory each time.
         return lax.fori_loop(0, _ROUNDS, lambda _, y: work(y), x)
 
-    # Calls of kernels do not say over which axes their results vary.
-    per_device = jax.shard_map(several_local, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE, check_vma=False)
-    program = jax.jit(per_device)
+    program = jax.jit(jax.shard_map(several_local, mesh=mesh, in_specs=BY_DEVICE, out_specs=BY_DEVICE))
     times = []
     for _ in range(1 + _REPEATS):
         begin = time.perf_counter()
