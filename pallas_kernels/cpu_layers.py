@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.cpu import PARTS, call, or_empty
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
 
+# Gradients of so many weights are sums of so many samples each: what a chunk needs stays in a core's second-level cache.
+_FEW_WEIGHTS, _FEW_OUTPUTS, _SAMPLES_OF_CHUNK = 2**18, 512, 4096
+
 
 def dot_interaction(
     x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
@@ -137,14 +140,18 @@ def _parameter_grads(
 ) -> tuple[Float[Array, "n m"], Float[Array, " m"]]:
     num_samples, num_inputs = x.shape
     num_outputs = cotangent.shape[1]
+    # By columns of x, for which the cotangent is packed, or by chunks of samples, whose sums are added up then.
+    is_small = num_inputs * num_outputs <= _FEW_WEIGHTS and num_outputs <= _FEW_OUTPUTS
+    chunks = max(1, num_samples // _SAMPLES_OF_CHUNK) if is_small else 1
+    sums = jax.ShapeDtypeStruct((chunks, num_inputs, num_outputs), jnp.float32)
     results = (
-        _packed(x.dtype, num_samples, num_outputs),
+        sums if chunks > 1 else _packed(x.dtype, num_samples, num_outputs),
         jax.ShapeDtypeStruct((num_inputs, num_outputs), jnp.float32),
         jax.ShapeDtypeStruct((num_outputs,), jnp.float32),
     )
     gradients = call("parameter_gradients", results, vmap_method="sequential")
     given = x, cotangent, or_empty(mask, (0, 0))
-    _, kernel_grad, bias_grad = gradients(*given, parts=PARTS[x.dtype], multiplier=multiplier)
+    _, kernel_grad, bias_grad = gradients(*given, chunks=chunks, parts=PARTS[x.dtype], multiplier=multiplier)
     return kernel_grad, bias_grad
 
 

@@ -122,7 +122,8 @@ from pallas_kernels import cpu
 arrays = updated(cpu, "lamb", 64) + updated(cpu, "rowwise_adagrad", 256)
 for dtype in ("bfloat16", "float32"):
     if cpu.multiplies(jnp.dtype(dtype)):
-        arrays += layer_and_gradients(dtype)
+        # Gradients of parameters by columns, and by samples.
+        arrays += layer_and_gradients(dtype, 1500) + layer_and_gradients(dtype, 9000)
 print(",".join(str(hash(array.tobytes())) for array in arrays))
 """
 

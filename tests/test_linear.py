@@ -69,13 +69,15 @@ SIZES = [
     (9, 20, 530),
     (300, 270, 600),
     (2100, 45, 200),
+    (8300, 13, 40),
+    (8200, 300, 70),
 ]
 
 
-def layer_and_gradients(dtype: str) -> list[np.ndarray]:
+def layer_and_gradients(dtype: str, num_samples: int) -> list[np.ndarray]:
     """Of numbers whose sums are rounded; with more work than one task takes."""
     random = np.random.default_rng(0)
-    x, cotangent = (jnp.asarray(random.normal(size=(1500, size)), dtype) for size in (300, 170))
+    x, cotangent = (jnp.asarray(random.normal(size=(num_samples, size)), dtype) for size in (300, 170))
     kernel, bias = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((300, 170), (170,)))
     y = jax.jit(partial(cpu_layers.linear, relu=True))(x, kernel, bias)
     return [np.asarray(array) for array in (y, *jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, y))]

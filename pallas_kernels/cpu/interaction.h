@@ -129,8 +129,10 @@ void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vect
   parallel_for(threads, (vectors.B + kSamplesOfTask - 1) / kSamplesOfTask, [&](int64_t task) {
     SampleBuffers& buffers = SampleBuffers::of_thread(F * columns, rows * F, rows * columns, 0);
     float *held = buffers.vectors.data(), *symmetric = buffers.other.data(), *sums = buffers.products.data();
-    const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
-    for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
+    const int64_t begin = task * kSamplesOfTask, end = std::min(vectors.B, begin + kSamplesOfTask);
+    // A sample's vectors are far apart: each would be waited for.
+    for (int64_t i = 0; i < F; ++i) prefetch(vectors.of(begin, i), 0, (end - begin) * D * sizeof(T));
+    for (int64_t b = begin; b < end; ++b) {
       for (int64_t i = 0; i < F; ++i) {
         const T* vector = vectors.of(b, i);
         for (int64_t d = 0; d < D; ++d) held[i * columns + d] = to_float(vector[d]);

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cross.h"
+#include "gradients.h"
 #include "handlers.h"
 #include "interaction.h"
 #include "products.h"
@@ -99,12 +100,20 @@ ffi::Error product_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBu
 }
 
 ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mask,
-                                       ffi::Result<BF16s> packed, ffi::Result<F32s> weights, ffi::Result<F32s> bias,
-                                       int64_t parts, std::string_view multiplier) {
+                                       ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<F32s> weights,
+                                       ffi::Result<F32s> bias, int64_t chunks, int64_t parts,
+                                       std::string_view multiplier) {
   return with_multiplier(multiplier, parts, [&](auto unit) {
     const auto run = [&](auto of_x, auto of_g) {
-      parameter_gradients<decltype(unit)>(threads, matrix_of<decltype(of_x)>(x), matrix_of<decltype(of_g)>(g, &mask),
-                                          data_of<Bf16>(*packed), weights->typed_data(), bias->typed_data());
+      using M = decltype(unit);
+      const auto from = matrix_of<decltype(of_x)>(x);
+      const auto gradients = matrix_of<decltype(of_g)>(g, &mask);
+      float *to = weights->typed_data(), *to_bias = bias->typed_data();
+      if (chunks > 1) {
+        gradients_by_samples<M>(threads, from, gradients, chunks, data_of<float>(*scratch), to, to_bias);
+      } else {
+        gradients_by_columns<M>(threads, from, gradients, data_of<Bf16>(*scratch), to, to_bias);
+      }
     };
     if constexpr (decltype(unit)::kParts > 1) {
       run(float{}, float{});
@@ -212,9 +221,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_parameter_gradients, dlrm::parameter_gradient
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<BF16s>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<F32s>()
                                   .Ret<F32s>()
+                                  .Attr<int64_t>("chunks")
                                   .Attr<int64_t>("parts")
                                   .Attr<std::string_view>("multiplier"));
 

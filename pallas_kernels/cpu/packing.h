@@ -37,10 +37,22 @@ DLRM_AVX512 inline Parts512<M::kParts> load_parts(const Matrix<T>& from, int64_t
   return parts_of<M::kParts>(load_masked(from, row, column));
 }
 
+// Asks for the memory of a block of rows and columns, before it is packed: lines of many rows are far apart, and while
+// few of them are packed at a time, as few would be waited for.
+template <typename T>
+void ask_for(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+  const int64_t bytes = std::min(columns, from.columns - column) * sizeof(T);
+  for (int64_t i = row; i < std::min(row + rows, from.rows); ++i) {
+    prefetch(from.data + i * from.columns + column, 0, bytes);
+    if (from.mask != nullptr) prefetch(from.mask + i * from.columns + column, 0, bytes);
+  }
+}
+
 // Rows of a, from[row + i, column + k], for some rows and a multiple of 32 columns.
 template <typename M, typename T>
 DLRM_AVX512 void pack_rows(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, int64_t columns,
                            Bf16* to) {
+  ask_for(from, row, column, rows, columns);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t k = 0; k < columns; k += kLanes512) {
       const auto parts = load_parts<M>(from, row + i, column + k);
@@ -55,6 +67,7 @@ DLRM_AVX512 void pack_rows(const Matrix<T>& from, int64_t row, int64_t column, i
 template <typename M, typename T>
 DLRM_AVX512 void pack_columns(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, int64_t columns,
                               Bf16* to) {
+  ask_for(from, row, column, rows, columns);
   for (int64_t i = 0; i < columns; i += kLanes512) {
     for (int64_t k = 0; k < rows; k += kLanes512) {
       // Of each part, columns of pairs, of the first 16 columns and of the others.

@@ -1,4 +1,4 @@
-// Matrix products of dense layers and their gradients, with the bias, the ReLU and its gradient that go with them.
+// Matrix products of dense layers, with the bias, the ReLU and its gradient that go with them.
 //
 // Letters: B samples, n inputs, m outputs; M a multiplier. Each sum runs in the same order for every number of threads.
 #pragma once
@@ -24,8 +24,8 @@ namespace dlrm {
 constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16, kPartsHeld = 1536;
 // How far rows of a group's sums are apart: an odd number of cache lines, so that they do not share few sets of a cache.
 constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
-// Rows that a task packs: of weights, and of gradients.
-constexpr int64_t kWeightsOfTask = 64, kGradientsOfTask = 128;
+// Rows of weights that a task packs.
+constexpr int64_t kWeightsOfTask = 64;
 
 inline int64_t num_pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
@@ -162,39 +162,6 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
   };
   parallel_phases(threads, {num_packs, num_pieces(from.rows, rows_of)},
                   [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
-}
-
-// Gradients of a layer's parameters: weights[i, j] = sum_b x[b, i] g[b, j] and bias[j] = sum_b g[b, j]. `packed` has
-// room for g: kParts, and both sizes, at least 1, rounded up to 32.
-template <typename M, typename X, typename G>
-void parameter_gradients(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, Bf16* packed, float* weights,
-                         float* bias) {
-  const int64_t n = x.columns, m = g.columns, depth = depth_of(x.rows);
-  // A sum for each task that packs, so that none depends on who does it.
-  const int64_t num_packs = num_pieces(depth, kGradientsOfTask), sums_size = round_up(m, kColumns);
-  std::vector<float> sums(num_packs * sums_size);
-  const auto pack = [&](int64_t task) {
-    const int64_t row = task * kGradientsOfTask;
-    pack_panels<M>(g, row, std::min(kGradientsOfTask, depth - row), depth, row_of_panel<M>(packed, row, 0),
-                   sums.data() + task * sums_size);
-  };
-  const auto output = output_of(nullptr, false, m, weights);
-  const int64_t rows_of = rows_of_task<M>(n, threads.num_threads());
-  const auto multiply = [&](int64_t task) {
-    const int64_t begin = task * rows_of, rows = std::min(rows_of, n - begin);
-    multiply_rows<M>(
-        packed, depth, begin, rows,
-        [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
-          pack_columns<M>(x, k, begin + i, part, count, to);
-        },
-        output);
-  };
-  parallel_phases(threads, {num_packs, num_pieces(n, rows_of)},
-                  [&](int64_t phase, int64_t task) { phase == 0 ? pack(task) : multiply(task); });
-  for (int64_t j = 0; j < m; ++j) {
-    bias[j] = 0.0f;
-    for (int64_t task = 0; task < num_packs; ++task) bias[j] += sums[task * sums_size + j];
-  }
 }
 
 }  // namespace dlrm
