@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.cpu import PARTS, call, or_empty
 from pallas_kernels.cross_layer import CrossGrads, CrossLayer, CrossResidual
 
-# Gradients of so many weights are sums of so many samples each: what a chunk needs stays in a core's second-level cache.
+# Gradients of so few weights are added up by chunks of samples: what a chunk needs stays in a second-level cache.
 _FEW_WEIGHTS, _FEW_OUTPUTS, _SAMPLES_OF_CHUNK = 2**18, 512, 4096
 
 
