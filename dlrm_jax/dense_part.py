@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dlrm_jax.data.batch import Batch
 from dlrm_jax.losses import weighted_bce
 from dlrm_jax.recommender import Recommender
+from pallas_kernels.norm import norm
 from sharding import Embeddings
 from sharding.address import Addressed
 from sharding.all_reduce import AllReduce, all_reduce_local
@@ -173,7 +173,7 @@ def _of_chunk_local(
         )
         # On hosts they come feature by feature, and a norm in another order would cost a copy.
         by_feature = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), d_embeddings)
-        loss += jnp.where(jnp.isfinite(optax.tree.norm(by_feature)), 0.0, jnp.nan)
+        loss += jnp.where(jnp.isfinite(norm(by_feature)), 0.0, jnp.nan)
     # An axis for the devices.
     own = jax.tree.map(lambda x: x[None], d_dense)
     return _OfChunk(loss=loss[None], logits=logits, dense=own), d_embeddings
@@ -184,7 +184,7 @@ def _add_up_local(found: tuple[_OfChunk, ...], *, num_devices: int) -> tuple[Arr
     own = jax.tree.map(lambda *parts: reduce(jnp.add, parts), *(part.dense for part in found))
     # The update of the tables waits for this, so it must not wait for the all-reduce: no number of that sum is larger
     # than the largest norm, as often as there are devices.
-    good = jnp.isfinite(optax.tree.norm(own) * num_devices)
+    good = jnp.isfinite(norm(own) * num_devices)
     loss = sum(part.loss[0] for part in found) + jnp.where(good, 0.0, jnp.nan)
     finite = jnp.isfinite(_total_local(loss[None]))
     return jnp.concatenate([part.logits for part in found]), finite, own

@@ -37,7 +37,7 @@ from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
     *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
-    *("dot_interaction", "dot_interaction_grad", "zeros"),
+    *("dot_interaction", "dot_interaction_grad", "norm", "zeros"),
 )
 # Where matrices are multiplied.
 _PRODUCT_HANDLERS = ("product", "parameter_gradients", "cross_sum", "cross_grads")

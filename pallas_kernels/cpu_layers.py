@@ -1,4 +1,4 @@
-"""The `cpu` kernels of layers: interaction, dense layers, cross network.
+"""The `cpu` kernels of layers: interaction, dense layers, cross network; and the norm of their gradients.
 
 What multiplies matrices is there only where `cpu.multiplies` their dtype; its `multiplier` is that of
 `cpu/multipliers.h` to use, `amx` or `avx512_bf16`, else the best that this processor has.
@@ -8,6 +8,7 @@ m outputs; r rank of a cross layer.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,11 @@ def dot_interaction_grad(
     grads = call("dot_interaction_grad", results)
     x_grad, by_feature_grad = grads(x, by_feature, cotangent, self_interaction=self_interaction)
     return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
+
+
+def norm(leaves: Sequence[Array]) -> Float[Array, ""]:
+    """See `pallas_kernels.norm`."""
+    return call("norm", jax.ShapeDtypeStruct((), jnp.float32))(*leaves)
 
 
 def _packed(dtype: jnp.dtype, *sizes: int) -> jax.ShapeDtypeStruct:

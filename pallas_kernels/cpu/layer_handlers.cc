@@ -1,11 +1,13 @@
 // What XLA calls for layers: handlers that take buffers apart and pick a kernel by dtype and processor.
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "cross.h"
 #include "gradients.h"
 #include "handlers.h"
 #include "interaction.h"
+#include "norm.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -45,6 +47,18 @@ ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, f
   if (x.element_type() == ffi::DataType::F32) return run(static_cast<const float*>(cotangents.untyped_data()));
   if (x.element_type() == ffi::DataType::BF16) return run(static_cast<const Bf16*>(cotangents.untyped_data()));
   return invalid("vectors that interact are float32 or bfloat16");
+}
+
+ffi::Error norm_handler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Result<F32s> result) {
+  std::vector<Numbers> arrays;
+  for (size_t i = 0; i < args.size(); ++i) {
+    const auto array = *args.get<ffi::AnyBuffer>(i);
+    const bool is_bf16 = array.element_type() == ffi::DataType::BF16;
+    if (!is_bf16 && array.element_type() != ffi::DataType::F32) return invalid("numbers are float32 or bfloat16");
+    arrays.push_back({array.untyped_data(), static_cast<int64_t>(array.element_count()), is_bf16});
+  }
+  *result->typed_data() = norm(threads, arrays);
+  return ffi::Error::Success();
 }
 
 #if defined(__x86_64__)
@@ -198,6 +212,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_norm, dlrm::norm_handler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<F32s>());
 
 #if defined(__x86_64__)
 
