@@ -50,7 +50,7 @@ void gradients_by_columns(ffi::ThreadPool& threads, const Matrix<X>& x, const Ma
     multiply_rows<M>(
         packed, depth, begin, rows,
         [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
-          pack_columns<M>(x, k, begin + i, part, count, to);
+          return PackedColumns<M, X>{x, k, begin + i, part, count, to};
         },
         output);
   };
@@ -59,15 +59,16 @@ void gradients_by_columns(ffi::ThreadPool& threads, const Matrix<X>& x, const Ma
   add_rows(sums, sums_size, m, bias);
 }
 
-// A task takes a chunk of the samples and, where threads are more than chunks, some columns of x. Nothing that is packed
-// leaves its core's second-level cache, nor do the sums, if the weights are so small; m is at most that of a group of
-// panels. `parts` has room for [chunks, n, m].
+// A task takes a chunk of the samples and, where threads are more than chunks, some columns of x. Nothing that is
+// packed leaves its core's second-level cache, nor do the sums, if the weights are so small; m is at most that of a
+// group of panels. `parts` has room for [chunks, n, m].
 template <typename M, typename X, typename G>
 void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, int64_t chunks,
                           float* parts, float* weights, float* bias) {
   const int64_t n = x.columns, m = g.columns, num_panels = num_pieces(m, kColumns), sums_size = num_panels * kColumns;
   const int64_t chunk = round_up(num_pieces(x.rows, chunks), M::kDepth);
-  const int64_t rows_of = std::max(M::kRows, round_up(num_pieces(n, num_pieces(threads.num_threads(), chunks)), M::kRows));
+  const int64_t most_ranges = num_pieces(threads.num_threads(), chunks);
+  const int64_t rows_of = std::max(M::kRows, round_up(num_pieces(n, most_ranges), M::kRows));
   const int64_t ranges = num_pieces(n, rows_of);
   std::vector<float> sums(chunks * sums_size);
   const auto multiply = [&](int64_t task) {
@@ -81,17 +82,18 @@ void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Ma
     Bf16* b = a + kRow * kRowsHeld;
     float* block = memory_of_thread<float>(round_up(rows, M::kRows) * kStrideOfSums);
     [[maybe_unused]] typename M::Session session;
+    const auto nothing = [] {};
     for (int64_t k = begin; k < end; k += M::kDepth) {
       const int64_t depth = std::min(M::kDepth, depth_of(end - k));
       const auto panel_at = [&](int64_t panel) { return b + panel % num_panels * depth * kColumns * M::kParts; };
       pack_panels<M>(g, k, depth, depth, b, first == 0 ? of_chunk : nullptr);
       for (int64_t group = 0; group < rows; group += kRowsHeld) {
         const int64_t group_rows = std::min(kRowsHeld, round_up(rows - group, M::kRows));
-        pack_columns<M>(x, k, first + group, depth, group_rows, a);
+        PackedColumns<M, X>{x, k, first + group, depth, group_rows, a}.pack_all();
         for (int64_t i = 0; i < group_rows; i += M::kRows) {
           for (int64_t panel = 0; panel < num_panels; ++panel) {
             M::multiply(a + i * kRow, panel_at(panel), panel_at(panel + 1), depth,
-                        block + (group + i) * kStrideOfSums + panel * kColumns, kStrideOfSums, k == begin);
+                        block + (group + i) * kStrideOfSums + panel * kColumns, kStrideOfSums, k == begin, nothing);
           }
         }
       }

@@ -6,7 +6,7 @@
 // A number is the sum of kParts in bfloat16: one, itself, or three, which hold the 24 bits of a float32. a is
 // [kRows, kParts, kDepth], of which some columns count, a multiple of kDepthUnit; b is
 // [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2], and `next` is the b that comes next; rows of c are `stride`
-// numbers apart.
+// numbers apart. meanwhile() is called for each kDepthUnit: what it does takes little time while tiles multiply.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +39,11 @@ struct Avx512Bf16 {
 
   static bool runs_here() { return __builtin_cpu_supports("avx512bf16"); }
 
+  template <typename Meanwhile>
   __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, const Bf16* /*next*/,
                                                                      int64_t depth, float* c, int64_t stride,
-                                                                     bool fresh) {
+                                                                     bool fresh, Meanwhile& meanwhile) {
+    for (int64_t k = 0; k < depth; k += kDepthUnit) meanwhile();
     __m512 sums[kRows][2];
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * stride + v * 16);
@@ -89,8 +91,9 @@ struct Amx {
     __attribute__((target("amx-tile"))) ~Session() { _tile_release(); }
   };
 
+  template <typename Meanwhile>
   DLRM_AMX static void multiply(const Bf16* a, const Bf16* b, const Bf16* next, int64_t depth, float* c, int64_t stride,
-                                bool fresh) {
+                                bool fresh, Meanwhile& meanwhile) {
     const int64_t sum_bytes = stride * sizeof(float);
     // GCC's intrinsics do not say that they read and write memory.
     asm volatile("" ::: "memory");
@@ -115,6 +118,7 @@ struct Amx {
         load_b(unit);
         prefetch_lines(ahead, 8, 24);
         multiply_tiles();
+        meanwhile();
       } else {
         // Small products first, and in an order in which of two after each other one operand is the same.
         constexpr int64_t kLines = 16;
@@ -131,6 +135,7 @@ struct Amx {
         load_a(a + k);
         prefetch_lines(ahead, 3 * kLines, kLines);
         multiply_tiles();
+        meanwhile();
         load_b(unit + 2 * kUnit);
         prefetch_lines(ahead, 4 * kLines, kLines);
         multiply_tiles();

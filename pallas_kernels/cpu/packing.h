@@ -48,51 +48,83 @@ void ask_for(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, i
   }
 }
 
-// Rows of a, from[row + i, column + k], for some rows and a multiple of 32 columns.
+// Some rows of a, from[row + i, column + k], and a multiple of 32 columns. In steps they are M::kRows rows.
 template <typename M, typename T>
-DLRM_AVX512 void pack_rows(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                           Bf16* to) {
-  ask_for(from, row, column, rows, columns);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < columns; k += kLanes512) {
-      const auto parts = load_parts<M>(from, row + i, column + k);
-      for (int64_t p = 0; p < M::kParts; ++p) {
-        _mm512_storeu_si512(to + (i * M::kParts + p) * M::kDepth + k, parts.of[p]);
-      }
+struct PackedRows {
+  // Packed in steps while other rows multiply: in three parts, that waits for arithmetic alone, and not for memory.
+  static constexpr bool kInSteps = M::kParts > 1;
+
+  const Matrix<T>& from;
+  int64_t row, column, rows, columns;
+  Bf16* to;
+
+  int64_t num_steps() const { return kInSteps ? M::kRows * (columns / kLanes512) : 0; }
+
+  void ask(int64_t step) const {
+    ask_for(from, row + step % M::kRows, column + step / M::kRows * kLanes512, 1, kLanes512);
+  }
+
+  DLRM_AVX512 void pack(int64_t step) const {
+    pack_lanes(step % M::kRows, step / M::kRows * kLanes512);
+  }
+
+  DLRM_AVX512 void pack_all() const {
+    ask_for(from, row, column, rows, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < columns; k += kLanes512) pack_lanes(i, k);
     }
   }
-}
+
+ private:
+  DLRM_AVX512 void pack_lanes(int64_t i, int64_t k) const {
+    const auto parts = load_parts<M>(from, row + i, column + k);
+    for (int64_t p = 0; p < M::kParts; ++p) {
+      _mm512_storeu_si512(to + (i * M::kParts + p) * M::kDepth + k, parts.of[p]);
+    }
+  }
+};
 
 // Rows of a that are columns of a matrix, from[row + k, column + i], for a multiple of 32 rows and some columns.
 template <typename M, typename T>
-DLRM_AVX512 void pack_columns(const Matrix<T>& from, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                              Bf16* to) {
-  ask_for(from, row, column, rows, columns);
-  for (int64_t i = 0; i < columns; i += kLanes512) {
-    for (int64_t k = 0; k < rows; k += kLanes512) {
-      // Of each part, columns of pairs, of the first 16 columns and of the others.
-      __m512i pairs[M::kParts][2][16];
-      for (int r = 0; r < 16; ++r) {
-        const auto first = load_parts<M>(from, row + k + 2 * r, column + i);
-        const auto second = load_parts<M>(from, row + k + 2 * r + 1, column + i);
-        for (int64_t p = 0; p < M::kParts; ++p) {
-          __m512i both[2];
-          interleave(first.of[p], second.of[p], both);
-          pairs[p][0][r] = both[0];
-          pairs[p][1][r] = both[1];
+struct PackedColumns {
+  static constexpr bool kInSteps = false;
+  const Matrix<T>& from;
+  int64_t row, column, rows, columns;
+  Bf16* to;
+
+  // None.
+  int64_t num_steps() const { return 0; }
+  void ask(int64_t /*step*/) const {}
+  void pack(int64_t /*step*/) const {}
+
+  DLRM_AVX512 void pack_all() const {
+    ask_for(from, row, column, rows, columns);
+    for (int64_t i = 0; i < columns; i += kLanes512) {
+      for (int64_t k = 0; k < rows; k += kLanes512) {
+        // Of each part, columns of pairs, of the first 16 columns and of the others.
+        __m512i pairs[M::kParts][2][16];
+        for (int r = 0; r < 16; ++r) {
+          const auto first = load_parts<M>(from, row + k + 2 * r, column + i);
+          const auto second = load_parts<M>(from, row + k + 2 * r + 1, column + i);
+          for (int64_t p = 0; p < M::kParts; ++p) {
+            __m512i both[2];
+            interleave(first.of[p], second.of[p], both);
+            pairs[p][0][r] = both[0];
+            pairs[p][1][r] = both[1];
+          }
         }
-      }
-      for (int64_t p = 0; p < M::kParts; ++p) {
-        for (int64_t half = 0; half < 2; ++half) {
-          transpose_words(pairs[p][half]);
-          for (int64_t c = 0; c < std::min<int64_t>(16, columns - i - 16 * half); ++c) {
-            _mm512_storeu_si512(to + ((i + 16 * half + c) * M::kParts + p) * M::kDepth + k, pairs[p][half][c]);
+        for (int64_t p = 0; p < M::kParts; ++p) {
+          for (int64_t half = 0; half < 2; ++half) {
+            transpose_words(pairs[p][half]);
+            for (int64_t c = 0; c < std::min<int64_t>(16, columns - i - 16 * half); ++c) {
+              _mm512_storeu_si512(to + ((i + 16 * half + c) * M::kParts + p) * M::kDepth + k, pairs[p][half][c]);
+            }
           }
         }
       }
     }
   }
-}
+};
 
 // Where row k of a panel's part begins.
 template <typename M>

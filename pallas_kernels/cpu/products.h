@@ -91,44 +91,80 @@ Output<Out> output_of(const float* bias, bool relu, int64_t num_columns, Out* ou
   return {std::move(padded), relu, num_columns, out};
 }
 
-// Multiplies rows of a by the panels of b, for `output` from a row on. pack(i, rows, k, depth, to) packs some rows of a
-// from i on, and `depth` columns from k on, at most M::kDepth.
+// What is done while a block multiplies: some steps, evenly among so many calls.
+template <typename Step>
+class Spread {
+ public:
+  Spread(int64_t num_steps, int64_t num_calls, const Step& step)
+      : step_(step), num_steps_(num_steps), num_calls_(num_calls) {}
+
+  void operator()() {
+    for (due_ += num_steps_; due_ >= num_calls_ && done_ < num_steps_; due_ -= num_calls_) step_(done_++);
+  }
+
+ private:
+  const Step step_;
+  const int64_t num_steps_, num_calls_;
+  int64_t due_ = 0, done_ = 0;
+};
+
+// Multiplies rows of a by the panels of b, for `output` from a row on. packing_at(i, rows, k, depth, to) packs some rows
+// of a from i on, and `depth` columns from k on, at most M::kDepth.
 //
 // A block's rows stay in the first-level cache, part by part of the depth, while panels from the second-level cache pass
 // by. Where that holds a group of panels in all their depth, blocks are finished one after the other; else all rows pass
 // by a part of the panels, and their sums wait. Rows of the result are far apart, each in another page: its memory is
 // asked for while tiles multiply.
-template <typename M, typename Pack, typename Out>
-void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, const Pack& pack,
+template <typename M, typename PackingAt, typename Out>
+void multiply_rows(const Bf16* b, int64_t depth, int64_t row, int64_t rows, const PackingAt& packing_at,
                    const Output<Out>& output) {
+  using Packing = decltype(packing_at(0, 0, 0, 0, nullptr));
   const int64_t num_panels = num_pieces(output.num_columns, kColumns), padded_rows = round_up(rows, M::kRows);
   const int64_t sweep = depth * M::kParts <= kPartsHeld ? M::kRows : padded_rows;
   const bool one_group = num_panels <= kPanelsHeld;
+  // Turns: some rows and a part of the depth. What a turn multiplies is packed then, or in steps in the turn before and
+  // asked for in the one before that.
+  const int64_t rows_of_turn = Packing::kInSteps ? M::kRows : sweep, turns_of_sweep = sweep / rows_of_turn;
+  const int64_t num_parts = num_pieces(depth, M::kDepth), num_turns = padded_rows / rows_of_turn * num_parts;
+  const auto first_of = [&](int64_t turn) {
+    return turn / (turns_of_sweep * num_parts) * sweep + turn % turns_of_sweep * rows_of_turn;
+  };
+  const auto k_of = [&](int64_t turn) { return turn / turns_of_sweep % num_parts * M::kDepth; };
   // Numbers' parts, a row of a part of the depth after the other.
   constexpr int64_t kRow = M::kParts * M::kDepth;
-  Bf16* a = memory_of_thread<Bf16>(one_group ? sweep * kRow : num_pieces(depth, M::kDepth) * padded_rows * kRow);
+  const int64_t num_kept = one_group ? (Packing::kInSteps ? 2 : 1) : num_turns;
+  Bf16* a = memory_of_thread<Bf16>(num_kept * rows_of_turn * kRow);
+  const auto packing_of = [&](int64_t turn) {
+    const int64_t k = k_of(turn);
+    return packing_at(first_of(turn), rows_of_turn, k, std::min(M::kDepth, depth - k),
+                      a + turn % num_kept * rows_of_turn * kRow);
+  };
   float* sums = memory_of_thread<float>(sweep * kStrideOfSums);
   [[maybe_unused]] typename M::Session session;
   for (int64_t group = 0; group < num_panels; group += kPanelsHeld) {
     const int64_t end = std::min(num_panels, group + kPanelsHeld);
-    for (int64_t first = 0; first < rows; first += sweep) {
-      for (int64_t k = 0; k < depth; k += M::kDepth) {
-        const int64_t part_depth = std::min(M::kDepth, depth - k);
-        const bool ends = k + M::kDepth >= depth;
-        const auto panel_at = [&](int64_t panel) { return b + (panel * depth + k) * kColumns * M::kParts; };
-        Bf16* part = a + (one_group ? 0 : (k / M::kDepth * padded_rows + first) * kRow);
-        if (group == 0) pack(first, std::min(sweep, padded_rows - first), k, part_depth, part);
-        for (int64_t i = first; i < std::min(rows, first + sweep); i += M::kRows) {
-          const int64_t rows_here = std::min(M::kRows, rows - i);
-          float* of_rows = sums + (i - first) * kStrideOfSums;
-          for (int64_t panel = group; panel < end; ++panel) {
-            if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
-            const int64_t next = panel + 1 < end ? panel + 1 : group;
-            M::multiply(part + (i - first) * kRow, panel_at(panel), panel_at(next), part_depth,
-                        of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0);
-          }
-          if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
+    for (int64_t turn = 0; turn < num_turns; ++turn) {
+      const Packing now = packing_of(turn), next = packing_of(turn + 1), after = packing_of(turn + 2);
+      if (group == 0 && (turn == 0 || !Packing::kInSteps)) now.pack_all();
+      const int64_t first = first_of(turn), last = std::min(rows, first + rows_of_turn), k = k_of(turn);
+      const int64_t part_depth = std::min(M::kDepth, depth - k);
+      const bool ends = k + M::kDepth >= depth;
+      const auto panel_at = [&](int64_t panel) { return b + (panel * depth + k) * kColumns * M::kParts; };
+      const int64_t num_steps = group == 0 && turn + 1 < num_turns ? next.num_steps() : 0;
+      const int64_t num_calls = num_pieces(last - first, M::kRows) * (end - group) * part_depth / kDepthUnit;
+      Spread meanwhile(num_steps, num_calls, [&](int64_t step) {
+        if (step < after.num_steps()) after.ask(step);
+        next.pack(step);
+      });
+      for (int64_t i = first; i < last; i += M::kRows) {
+        const int64_t rows_here = std::min(M::kRows, rows - i);
+        float* of_rows = sums + i % sweep * kStrideOfSums;
+        for (int64_t panel = group; panel < end; ++panel) {
+          if (ends) output.ask_for(row + i, rows_here, panel * kColumns);
+          M::multiply(now.to + (i - first) * kRow, panel_at(panel), panel_at(panel + 1 < end ? panel + 1 : group),
+                      part_depth, of_rows + (panel - group) * kColumns, kStrideOfSums, k == 0, meanwhile);
         }
+        if (ends) output.finish(of_rows, row + i, rows_here, group * kColumns);
       }
     }
   }
@@ -156,7 +192,7 @@ void product(ffi::ThreadPool& threads, const Matrix<T>& from, const Matrix<float
     multiply_rows<M>(
         packed, depth, begin, rows,
         [&](int64_t i, int64_t count, int64_t k, int64_t part, Bf16* to) {
-          pack_rows<M>(from, begin + i, k, count, part, to);
+          return PackedRows<M, T>{from, begin + i, k, count, part, to};
         },
         output);
   };
