@@ -24,10 +24,11 @@ def num_operations(program: str) -> int:
 
 @pytest.mark.slow
 def test_the_step_when_tables_are_ten_times_as_many_then_the_program_is_as_large() -> None:
-    few, many = (lowered_step(count) for count in (20, 200))
+    # Below 100 tables, arrays of a slot for each bag grow by levels of a scan, which XLA writes out on hosts.
+    few, many = (lowered_step(count) for count in (100, 1000))
     # Where vectors happen to lie side by side, a slice takes the place of a gather.
     assert num_operations(many.as_text()) <= 1.05 * num_operations(few.as_text())
     with jax.numpy_dtype_promotion("standard"):
         compiled = [step.compile().as_text() or "" for step in (few, many)]
     instructions = [text.count(" = ") for text in compiled]
-    assert instructions[1] <= 1.1 * instructions[0]
+    assert instructions[1] <= 1.05 * instructions[0]
