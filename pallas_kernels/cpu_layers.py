@@ -53,7 +53,7 @@ def dot_interaction_grad(
 
 def norm(leaves: Sequence[Array]) -> Float[Array, ""]:
     """See `pallas_kernels.norm`."""
-    return call("norm", jax.ShapeDtypeStruct((), jnp.float32))(*leaves)
+    return call("norm", jax.ShapeDtypeStruct((), jnp.float32), vmap_method="sequential")(*leaves)
 
 
 def _packed(dtype: jnp.dtype, *sizes: int) -> jax.ShapeDtypeStruct:

@@ -23,8 +23,14 @@ def norm(tree: Any) -> Float[Array, ""]:
 
     Returns:
         The norm; NaN if a number is.
+
+    Raises:
+        ValueError: An array has another dtype.
     """
     leaves = jax.tree.leaves(tree)
+    others = {str(leaf.dtype) for leaf in leaves} - {"float32", "bfloat16"}
+    if others:
+        raise ValueError(f"norm was given {', '.join(sorted(others))}; give arrays in float32 or bfloat16")
     if not leaves:
         return jnp.float32(0)
     return on_hosts(cpu_layers.norm, _reference, leaves)

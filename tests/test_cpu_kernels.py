@@ -116,14 +116,17 @@ OF_THREADS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import jax.numpy as jnp
+import numpy as np
 from test_cpu_kernels import updated
 from test_linear import layer_and_gradients
 from pallas_kernels import cpu
+from pallas_kernels.norm import norm
 arrays = updated(cpu, "lamb", 64) + updated(cpu, "rowwise_adagrad", 256)
 for dtype in ("bfloat16", "float32"):
     if cpu.multiplies(jnp.dtype(dtype)):
         # Gradients of parameters by columns, and by samples.
         arrays += layer_and_gradients(dtype, 1500) + layer_and_gradients(dtype, 9000)
+arrays += [np.asarray(norm([array for array in arrays if array.dtype == np.float32]))]
 print(",".join(str(hash(array.tobytes())) for array in arrays))
 """
 

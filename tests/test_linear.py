@@ -34,11 +34,17 @@ WAYS = {
 }
 
 
+def skip_without(multiplier: str, dtype: str) -> None:
+    """Skips what this processor cannot run."""
+    is_here = cpu.multiplies(jnp.dtype(dtype)) and WAYS[multiplier, dtype] in Path("/proc/cpuinfo").read_text().split()
+    if not is_here:
+        pytest.skip(f"this processor has no {multiplier}")
+
+
 @pytest.fixture(params=WAYS, ids="-".join)
 def way(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """Each way of multiplying; a test of one that this processor has not got is skipped, since it cannot run."""
-    if not cpu.available() or WAYS[request.param] not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"this processor has no {request.param[0]}")
+    """Each way of multiplying."""
+    skip_without(*request.param)
     return request.param
 
 
@@ -71,6 +77,7 @@ SIZES = [
     (2100, 45, 200),
     (8300, 13, 40),
     (8200, 300, 70),
+    (8200, 0, 3),
 ]
 
 
@@ -121,8 +128,7 @@ def test_linear_grads_then_equal_float64(way: tuple[str, str], sizes: tuple[int,
 def test_linear_grads_in_bfloat16_when_operands_are_float32_then_they_are_rounded_and_the_biases_are_not(
     multiplier: str,
 ) -> None:
-    if WAYS[multiplier, "bfloat16"] not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"this processor has no {multiplier}")
+    skip_without(multiplier, "bfloat16")
     x, kernel = jnp.ones((3, 2), jnp.bfloat16), jnp.full((2, 4), 1 + 2**-10, jnp.float32)
     cotangent = jnp.full((3, 4), 1 + 2**-10, jnp.float32)
     x_grad, kernel_grad, bias_grad = jax.jit(partial(cpu_layers.linear_grads, multiplier=multiplier))(
@@ -154,29 +160,37 @@ def test_linear_grads_when_outputs_are_nan_or_infinite_then_only_positive_ones_l
     np.testing.assert_array_equal(bias_grad, [0, 1, 0, 0, 0, 1, 0, 1])
 
 
-def test_linear_in_float32_when_the_other_operand_is_the_identity_then_no_bit_is_lost(in_float32: None) -> None:
+@pytest.mark.parametrize("width", [90, 600])
+def test_linear_in_float32_when_the_other_operand_is_the_identity_then_no_bit_is_lost(
+    in_float32: None, width: int
+) -> None:
     random = np.random.default_rng(0)
     # All 24 bits of each, and exponents that only the first part of a number can have.
-    numbers = (random.normal(size=(70, 90)) * 2.0 ** random.integers(-90, 90, (70, 90))).astype(np.float32)
-    x, identity = jnp.asarray(numbers), jnp.eye(90)
+    numbers = (random.normal(size=(70, width)) * 2.0 ** random.integers(-90, 90, (70, width))).astype(np.float32)
+    x, identity = jnp.asarray(numbers), jnp.eye(width)
     np.testing.assert_array_equal(jax.jit(partial(cpu_layers.linear, relu=False))(x, identity, None), numbers)
     x_grad, _, _ = jax.jit(cpu_layers.linear_grads)(x, identity, x, None)
     np.testing.assert_array_equal(x_grad, numbers)
-    _, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(jnp.eye(70), jnp.zeros((70, 90)), x, None)
-    np.testing.assert_array_equal(kernel_grad, numbers)
+    # Samples among which there are chunks, of a narrow layer, and whose gradients are numbers here and there.
+    for samples, step in ((70, 1), (8200, 117)):
+        chosen = jnp.arange(70) * step
+        ones, sparse = jnp.zeros((samples, 70)).at[chosen, jnp.arange(70)].set(1), jnp.zeros((samples, width))
+        _, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(ones, jnp.zeros((70, width)), sparse.at[chosen].set(x), None)
+        np.testing.assert_array_equal(kernel_grad, numbers)
 
 
-@pytest.mark.parametrize("sizes", [(70, 300, 65), (2100, 45, 200)])
+@pytest.mark.parametrize("sizes", [(70, 300, 65), (2100, 45, 200), (300, 600, 600), (8300, 300, 70)])
 def test_linear_in_float32_then_errors_are_those_of_float32(in_float32: None, sizes: tuple[int, int, int]) -> None:
     samples, inputs, outputs = sizes
     random = np.random.default_rng(0)
     shapes = (samples, inputs), (inputs, outputs), (samples, outputs)
     x, kernel, cotangent = (random.normal(size=shape).astype(np.float32) for shape in shapes)
     y = jax.jit(partial(cpu_layers.linear, relu=False))(x, kernel, None)
-    x_grad, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, None)
-    for found, a, b in ((y, x, kernel), (x_grad, cotangent, kernel.T), (kernel_grad, x.T, cotangent)):
+    x_grad, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(x, kernel, cotangent, y)
+    passed = np.where(np.asarray(y) > 0, cotangent, 0)
+    for found, a, b in ((y, x, kernel), (x_grad, passed, kernel.T), (kernel_grad, x.T, passed)):
         exact, size = a.astype(np.float64) @ b, np.abs(a) @ np.abs(b)
-        # One rounding is 2^-24 of a sum; a sum of 2,100 products in 12,600 steps has some of them.
+        # One rounding is 2^-24 of a sum; a sum of some thousand products, each in six steps, has some of them.
         assert np.max(np.abs(np.asarray(found, np.float64) - exact) / size) < 2.0**-21
 
 

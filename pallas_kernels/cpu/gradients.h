@@ -61,26 +61,28 @@ void gradients_by_columns(ffi::ThreadPool& threads, const Matrix<X>& x, const Ma
 
 // A task takes a chunk of the samples and, where threads are more than chunks, some columns of x. Nothing that is
 // packed leaves its core's second-level cache, nor do the sums, if the weights are so small; m is at most that of a
-// group of panels. `parts` has room for [chunks, n, m].
+// group of panels. `parts` has room for [most_chunks, n, m].
 template <typename M, typename X, typename G>
-void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, int64_t chunks,
+void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, int64_t most_chunks,
                           float* parts, float* weights, float* bias) {
   const int64_t n = x.columns, m = g.columns, num_panels = num_pieces(m, kColumns), sums_size = num_panels * kColumns;
-  const int64_t chunk = round_up(num_pieces(x.rows, chunks), M::kDepth);
+  // Rows of sums lie in different sets of the cache.
+  const int64_t stride = sums_size + 16;
+  const int64_t chunk = round_up(num_pieces(x.rows, most_chunks), M::kDepth), chunks = num_pieces(x.rows, chunk);
   const int64_t most_ranges = num_pieces(threads.num_threads(), chunks);
   const int64_t rows_of = std::max(M::kRows, round_up(num_pieces(n, most_ranges), M::kRows));
-  const int64_t ranges = num_pieces(n, rows_of);
+  // One without columns has biases.
+  const int64_t ranges = std::max<int64_t>(1, num_pieces(n, rows_of));
   std::vector<float> sums(chunks * sums_size);
   const auto multiply = [&](int64_t task) {
     const int64_t begin = task / ranges * chunk, end = std::min(x.rows, begin + chunk);
     const int64_t first = task % ranges * rows_of, rows = std::min(rows_of, n - first);
     float* of_chunk = sums.data() + task / ranges * sums_size;
     float* to = parts + (task / ranges * n + first) * m;
-    if (begin >= end) return static_cast<void>(std::fill_n(to, rows * m, 0.0f));
     constexpr int64_t kRow = M::kParts * M::kDepth;
     Bf16* a = memory_of_thread<Bf16>(kRow * (kRowsHeld + sums_size));
     Bf16* b = a + kRow * kRowsHeld;
-    float* block = memory_of_thread<float>(round_up(rows, M::kRows) * kStrideOfSums);
+    float* block = memory_of_thread<float>(round_up(rows, M::kRows) * stride);
     [[maybe_unused]] typename M::Session session;
     const auto nothing = [] {};
     for (int64_t k = begin; k < end; k += M::kDepth) {
@@ -93,12 +95,12 @@ void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Ma
         for (int64_t i = 0; i < group_rows; i += M::kRows) {
           for (int64_t panel = 0; panel < num_panels; ++panel) {
             M::multiply(a + i * kRow, panel_at(panel), panel_at(panel + 1), depth,
-                        block + (group + i) * kStrideOfSums + panel * kColumns, kStrideOfSums, k == begin, nothing);
+                        block + (group + i) * stride + panel * kColumns, stride, k == begin, nothing);
           }
         }
       }
     }
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * kStrideOfSums, m, to + i * m);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * stride, m, to + i * m);
   };
   const auto add = [&](int64_t task) {
     const int64_t first = task * kRowsAdded * m, end = std::min(n, (task + 1) * kRowsAdded) * m;

@@ -6,7 +6,8 @@
 // A number is the sum of kParts in bfloat16: one, itself, or three, which hold the 24 bits of a float32. a is
 // [kRows, kParts, kDepth], of which some columns count, a multiple of kDepthUnit; b is
 // [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2], and `next` is the b that comes next; rows of c are `stride`
-// numbers apart. meanwhile() is called for each kDepthUnit: what it does takes little time while tiles multiply.
+// numbers apart. Where a number has three parts, meanwhile() is called for each kDepthUnit: what it does takes little time
+// while tiles multiply.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +43,7 @@ struct Avx512Bf16 {
   template <typename Meanwhile>
   __attribute__((target("avx512f,avx512bf16"))) static void multiply(const Bf16* a, const Bf16* b, const Bf16* /*next*/,
                                                                      int64_t depth, float* c, int64_t stride,
-                                                                     bool fresh, Meanwhile& meanwhile) {
-    for (int64_t k = 0; k < depth; k += kDepthUnit) meanwhile();
+                                                                     bool fresh, Meanwhile& /*meanwhile*/) {
     __m512 sums[kRows][2];
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * stride + v * 16);
@@ -74,7 +74,9 @@ struct Amx {
   // The system lends tiles to a process that asks for them.
   static bool runs_here() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    static const bool lent = has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    // Packing is written for AVX-512.
+    static const bool lent =
+        Avx512Bf16::runs_here() && has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return lent;
   }
 
@@ -118,7 +120,6 @@ struct Amx {
         load_b(unit);
         prefetch_lines(ahead, 8, 24);
         multiply_tiles();
-        meanwhile();
       } else {
         // Small products first, and in an order in which of two after each other one operand is the same.
         constexpr int64_t kLines = 16;
