@@ -43,7 +43,8 @@ from sharding.mesh import make_mesh
 _UNTIMED = 2
 
 
-def _workloads(batch_size: int) -> dict[str, Config]:
+def stated_workloads(batch_size: int) -> dict[str, Config]:
+    """Configs by name, of tables that need no data."""
     kaggle = dataclasses.replace(
         CONFIGS["criteo_kaggle"](),
         stated=criteo_card("kaggle", [min(rows, 200_000) for rows in KAGGLE_ROWS], splits={"train": 2**20}),
@@ -149,7 +150,7 @@ def main(
     """
     configure_jax(MeshConfig(nodes=nodes, chips=chips))
     results = []
-    for name, config in _workloads(batch_size).items():
+    for name, config in stated_workloads(batch_size).items():
         if workloads and name not in workloads:
             continue
         recommender = Recommender(config, card_of(config), mesh=make_mesh(nodes, chips))

@@ -1,4 +1,4 @@
-"""The model of time of docs/overlap.md beside measurements: the computing of one device.
+"""The model of time of docs/overlap.md beside measurements: the computing of one device, also of a whole step.
 
     JAX_PLATFORMS=cpu .venv/bin/python benchmarks/timeline.py
 
@@ -21,6 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
+from benchmarks.step import stated_workloads
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.sources import card_of, open_split
+from dlrm_jax.train_state import init_train_state, make_dense_optimizer
+from dlrm_jax.train_step import StepReport, make_no_metrics, make_train_step
+from pallas_kernels.linear import linear
 from pallas_kernels.lookup import pooled_lookup
 from sharding.cost_settings import CostSettings
 from sharding.measure import measure
@@ -35,8 +41,8 @@ _ROWS, _DIM, _IDS, _BAG = 2**20, 128, 2**18, 16
 _BATCH, _WIDTH = 2048, 1024
 
 
-def _programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Programs by what they are, with their arguments."""
+def _programs() -> dict[str, tuple[jax.stages.Compiled, Callable[[], Any]]]:
+    """Programs by what they are, and what runs each."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (_BATCH, _WIDTH))
     weights = jax.random.normal(keys[1], (4, _WIDTH, _WIDTH)) / _WIDTH**0.5
@@ -47,7 +53,7 @@ def _programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
     def layers(x: jax.Array, weights: jax.Array) -> jax.Array:
         for number in range(len(weights)):
-            x = jax.nn.relu(x @ weights[number])
+            x = linear(x, weights[number], None, True)
         return x
 
     def gradients(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +66,7 @@ def _programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def gathered(table: jax.Array, ids: jax.Array) -> jax.Array:
         return table[ids].reshape(-1, _BAG, _DIM).sum(axis=1)
 
-    return {
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "matrix products": (layers, (x, weights)),
         "matrix products and their gradients": (gradients, (x, weights)),
         "one pass over memory": (row_sums, (table,)),
@@ -68,11 +74,33 @@ def _programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "pooled lookup in XLA's operations": (gathered, (table, ids)),
         "sort of ids": (lambda ids: lax.sort((ids, ids), num_keys=1), (ids,)),
     }
+    programs = {}
+    for name, (run, given) in calls.items():
+        compiled = jax.jit(run).lower(*given).compile()
+        programs[name] = compiled, partial(compiled, *given)
+    return programs | {"training step": _training_step()}
 
 
-def _seconds(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+def _training_step() -> tuple[jax.stages.Compiled, Callable[[], Any]]:
+    config = stated_workloads(_BATCH)["criteo_kaggle"]
+    recommender = Recommender(config, card_of(config), mesh=make_mesh(1, 1))
+    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+    source = open_split(recommender, "train", training=True)
+    capacities = recommender.first_capacities(_BATCH, source.capacity)
+    batch = recommender.to_devices(next(source.batches(0)), capacities)
+    held: list[Any] = [init_train_state(recommender, optimizer), make_no_metrics(recommender.tables.mesh)()]
+    compiled = make_train_step(recommender, optimizer).lower(*held, batch, capacities=capacities).compile()
+
+    def run() -> StepReport:
+        *held[:], report = compiled(*held, batch)
+        return report
+
+    return compiled, run
+
+
+def _seconds(run: Callable[[], Any]) -> float:
     begin = time.perf_counter()
-    jax.block_until_ready(run(*arguments))
+    jax.block_until_ready(run())
     return time.perf_counter() - begin
 
 
@@ -82,13 +110,12 @@ def compare() -> dict[str, dict[str, float]]:
     In each round the machine is measured first, then the programs, so that both see the same load.
     """
     programs = _programs()
-    compiled = {name: jax.jit(run).lower(*given).compile() for name, (run, given) in programs.items()}
-    parsed = {name: parse_program(program.as_text() or "") for name, program in compiled.items()}
+    parsed = {name: parse_program(compiled.as_text() or "") for name, (compiled, _) in programs.items()}
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for _ in range(_ROUNDS):
         machine = measure(make_mesh(1, 1))
-        for name, (_, given) in programs.items():
-            measured = min(_seconds(compiled[name], given) for _ in range(_REPEATS))
+        for name, (_, run) in programs.items():
+            measured = min(_seconds(run) for _ in range(_REPEATS))
             rounds[name].append((estimate_timeline(parsed[name], machine, _REACHED).seconds, measured))
     return {
         name: {

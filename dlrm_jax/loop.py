@@ -392,5 +392,5 @@ def _devices_text(recommender: Recommender) -> str:
     kind = mesh.devices.flat[0].device_kind
     return (
         f"mesh {nodes} x {chips} ({kind}): {num_processes()} processes, {recommender.num_local_devices} local and "
-        f"{nodes * chips} global devices"
+        f"{nodes * chips} global devices" + (f"; {recommender.chunks} chunks a batch" if recommender.chunks > 1 else "")
     )

@@ -50,8 +50,11 @@ class StepTrace:
             number: Its number.
         """
         if self._begin <= number <= self._last and not self._running:
+            options = jax.profiler.ProfileOptions()
+            # Not every call of Python: they would be nearly all of the trace.
+            options.python_tracer_level = 0
             # Files of this process alone: no server, and no port.
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield

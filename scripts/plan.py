@@ -38,6 +38,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.data.write_errors import naming_folder
+from dlrm_jax.plan_choice import choose_chunks
 from dlrm_jax.planning import PlanningInput, planning_input
 from dlrm_jax.sources import card_of
 from dlrm_jax.target_report import bytes_table
@@ -139,7 +140,9 @@ def main(arguments: Sequence[str]) -> None:
         timeline = step_timeline(compiled, topology, described.settings)
         console.print(bytes_table(result.cost.storage, device_bytes(compiled)))
         console.print(timeline_report(timeline, config.data.batch_size))
-        console.print(f"compiled in {seconds:.1f} s", highlight=False)
+        chunks = choose_chunks(config, card, result.plan, mesh)
+        way = "the cost model's choice" if config.train.chunks is None else "--train.chunks"
+        console.print(f"chunks of a batch: {chunks} ({way}); compiled in {seconds:.1f} s", highlight=False)
         if given.timeline is not None:
             with naming_folder(given.timeline, instead="another --timeline"):
                 draw_timeline(timeline, given.timeline)

@@ -105,6 +105,19 @@ def options_to_run_once(platform: str) -> CompilerOptions:
     return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
 
 
+def options_of_order(profile: str) -> CompilerOptions:
+    """Options by which GPUs' compiler orders a program by a profile of it (`sharding.scheduling`).
+
+    Args:
+        profile: The profile's file, which has to be there when they are used.
+    """
+    return {
+        "xla_gpu_pgle_profile_file_or_directory_path": profile,
+        # Some instructions are made after scheduling, and have no place in it.
+        "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
+    }
+
+
 def options_to_look_at(platform: str) -> CompilerOptions:
     """Options for programs that are looked at, never run: memory and schedule are those that running them would have.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from sharding.collective import collective_of
-from sharding.compiler_options import CompilerOptions
+from sharding.compiler_options import CompilerOptions, options_of_order
 from sharding.cost_settings import CostSettings
 from sharding.program import RUNS, Computation, Instruction, Program, parse_program
 from sharding.timeline import exchange_seconds, work_seconds
@@ -44,11 +44,7 @@ def scheduling_options(
         settings: Efficiencies.
     """
     profile = profile_of(parse_program(compiled.as_text() or ""), topology, settings or CostSettings())
-    return {
-        "xla_gpu_pgle_profile_file_or_directory_path": str(_kept(profile)),
-        # Some instructions are made after scheduling, and have no place in it.
-        "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
-    }
+    return options_of_order(str(_kept(profile)))
 
 
 def profile_of(program: Program, topology: Topology, settings: CostSettings) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 import kill9
 import tiny
 
+from dlrm_jax.config import make_specs
+from sharding.plan import Placement, ShardingPlan, row_wise, table_row_wise, table_wise
+
 # A job ends so soon after one of its processes has died.
 LOST_WITHIN_SECONDS = 60
 
@@ -28,6 +31,18 @@ def flags(data: Path, workdir: Path, *more: object) -> list[str]:
 def mesh(nodes: int, chips: int) -> list[str]:
     """The flags of a mesh."""
     return ["--mesh.nodes", str(nodes), "--mesh.chips", str(chips)]
+
+
+def write_plan(data: Path, path: Path) -> Path:
+    """Writes a plan of three placements on a mesh of 2 x 2; returns where it is."""
+    user, item, tags = make_specs(tiny.config(data, path.parent).embedding, tiny.card())[0]
+    placements: tuple[Placement, ...] = (
+        row_wise(user, returns="rows"),
+        table_row_wise(item, 1, returns="partial_sums"),
+        table_wise(tags, 3),
+    )
+    ShardingPlan(nodes=2, chips=2, placements=placements).save(path)
+    return path
 
 
 def start(*commands: list[str]) -> list[subprocess.Popen[str]]:

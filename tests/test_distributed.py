@@ -16,13 +16,11 @@ import pytest
 import tiny
 
 from dlrm_jax import distributed
-from dlrm_jax.config import make_specs
 from dlrm_jax.distributed import AgreedError, Processes, check_same, check_shared, join, together
 from dlrm_jax.report import read_log
 from dlrm_jax.workdir import Workdir
 from scripts.command_line import parse_config, take_processes
 from sharding import InputError
-from sharding.plan import Placement, ShardingPlan, row_wise, table_row_wise, table_wise
 
 # Dense gradients are added in another order, which moves losses of order 1 by about 1e-7 a step.
 TOLERANCE = 1e-4
@@ -46,17 +44,7 @@ def assert_same_curve(workdir: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plan_file(data, tmp_path_factory) -> Path:
-    """A plan of three placements on a mesh of 2 x 2."""
-    config = tiny.config(data, tmp_path_factory.mktemp("plan"))
-    user, item, tags = make_specs(config.embedding, tiny.card())[0]
-    placements: tuple[Placement, ...] = (
-        row_wise(user, returns="rows"),
-        table_row_wise(item, 1, returns="partial_sums"),
-        table_wise(tags, 3),
-    )
-    path = tmp_path_factory.mktemp("plans") / "plan.json"
-    ShardingPlan(nodes=2, chips=2, placements=placements).save(path)
-    return path
+    return processes.write_plan(data, tmp_path_factory.mktemp("plans") / "plan.json")
 
 
 @pytest.fixture(scope="module")

@@ -174,8 +174,9 @@ def test_linear_in_float32_when_the_other_operand_is_the_identity_then_no_bit_is
     # Samples among which there are chunks, of a narrow layer, and whose gradients are numbers here and there.
     for samples, step in ((70, 1), (8200, 117)):
         chosen = jnp.arange(70) * step
-        ones, sparse = jnp.zeros((samples, 70)).at[chosen, jnp.arange(70)].set(1), jnp.zeros((samples, width))
-        _, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(ones, jnp.zeros((70, width)), sparse.at[chosen].set(x), None)
+        ones = jnp.zeros((samples, 70)).at[chosen, jnp.arange(70)].set(1)
+        cotangent = jnp.zeros((samples, width)).at[chosen].set(x)
+        _, kernel_grad, _ = jax.jit(cpu_layers.linear_grads)(ones, jnp.zeros((70, width)), cotangent, None)
         np.testing.assert_array_equal(kernel_grad, numbers)
 
 

@@ -24,8 +24,8 @@ from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import ReplayedSteps
 from dlrm_jax.report import read_log
 from dlrm_jax.stop_signal import StopSignal
-from dlrm_jax.train_state import init_train_state, make_dense_optimizer
-from dlrm_jax.train_step import learn
+from dlrm_jax.train_state import TrainState, init_train_state, make_dense_optimizer
+from dlrm_jax.train_step import learn, make_no_metrics
 from dlrm_jax.workdir import Workdir
 from scripts.command_line import parse_config
 from sharding import InputError, KeyedJagged, TableSpec
@@ -44,7 +44,7 @@ from sharding.plan import (
 )
 
 NODES, CHIPS = 2, 4
-ROWS = {"user": 40, "item": 30, "tags": 20, "shop": 9, "city": 24, "hour": 16}
+ROWS = {"user": 40, "item": 30, "tags": 20, "shop": 9, "city": 24, "hour": 16, "zone": 24, "lang": 12, "page": 48}
 LONGEST_BAG = 3
 
 
@@ -67,7 +67,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def mixed_recommender(pipeline: str, chunks: int = 1, all_reduce: AllReduce = "float32") -> Recommender:
-    """Six tables on eight devices, each placed in another way."""
+    """Tables on eight devices, each placed in another way."""
     embedding = EmbeddingConfig(
         default=TableConfig(dim=32, learning_rate=0.05),
         tables={"tags": TableConfig(dim=32, optimizer="adagrad", dtype="bfloat16", rounding="stochastic")},
@@ -100,6 +100,9 @@ def mixed_recommender(pipeline: str, chunks: int = 1, all_reduce: AllReduce = "f
         data_parallel(table("shop")),
         grid(table("city"), [1, 0], returns="partial_sums"),
         table_wise(table("hour"), 3),
+        row_wise(table("zone"), returns="partial_sums"),
+        table_row_wise(table("lang"), 0, returns="rows"),
+        grid(table("page"), [0, 1], returns="rows"),
     )
     plan = ShardingPlan(nodes=NODES, chips=CHIPS, placements=placements)
     return Recommender(config, tiny.card(sparse=sparse), mesh=make_mesh(NODES, CHIPS), plan=plan)
@@ -184,16 +187,46 @@ def test_steps_on_eight_devices_when_batches_are_cut_then_those_of_whole_ones_bu
     recommender = mixed_recommender(pipeline, chunks, all_reduce)
     steps, _, _ = train(recommender, batches_of(recommender))
     expected = dataclasses.replace(plain_steps[0].state, residual=steps.state.residual)
-    for (name, one), (_, other) in zip(tiny.leaves(steps.state), tiny.leaves(expected), strict=True):
+    assert_close(recommender, steps.state, expected, tolerance)
+
+
+def assert_close(recommender: Recommender, found: TrainState, expected: TrainState, tolerance: float) -> None:
+    """States of `mixed_recommender` are equal up to a tolerance."""
+    for (name, one), (_, other) in zip(tiny.leaves(found), tiny.leaves(expected), strict=True):
         if "tables" not in name:
             np.testing.assert_allclose(one, other, atol=tolerance, err_msg=name)
     for table, rows in ROWS.items():
         if table == "tags":  # bfloat16, whose rounding is drawn anew where the last bit differs
             continue
-        one, other = (
-            recommender.tables.read_rows(state.tables, table, range(rows)) for state in (steps.state, expected)
-        )
+        one, other = (recommender.tables.read_rows(state.tables, table, range(rows)) for state in (found, expected))
         np.testing.assert_allclose(one, other, atol=tolerance, err_msg=table)
+
+
+def looked_up_before_each_update(plain: Recommender, batches: list[Batch]) -> TrainState:
+    """The state after what stale steps should do, by a loop; a batch comes after the last one."""
+    tables, config = plain.tables, plain.config
+    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
+    # The same bits come of the same matrix products.
+    options = compiler_options("cpu", jax.devices()[0].device_kind)
+    update = jax.jit(partial(learn, recommender=plain, optimizer=optimizer), compiler_options=options)
+    state, metrics = init_train_state(plain, optimizer), make_no_metrics(tables.mesh)()
+    on_devices = [plain.to_devices(batch) for batch in batches]
+    routed = tables.route(on_devices[0].ids)
+    embeddings = tables.lookup(state.tables, routed)
+    for batch, following in itertools.pairwise(on_devices):
+        following_routed = tables.route(following.ids)
+        before_the_update = tables.lookup(state.tables, following_routed)
+        state, metrics, *_ = update(state, metrics, batch, routed, embeddings)
+        routed, embeddings = following_routed, before_the_update
+    return dataclasses.replace(state, stale=embeddings)
+
+
+@pytest.mark.slow
+def test_stale_steps_in_chunks_on_eight_devices_then_those_of_a_loop_but_for_the_order_of_sums():
+    plain, stale = mixed_recommender("none"), mixed_recommender("stale", chunks=2)
+    batches = batches_of(plain)
+    steps, _, _ = train(stale, batches)
+    assert_close(stale, steps.state, looked_up_before_each_update(plain, [*batches, batches[0]]), 1e-4)
 
 
 @pytest.mark.slow
@@ -206,22 +239,7 @@ def test_stale_steps_then_those_of_a_loop_that_looks_up_before_each_update(data,
     stale = Recommender(tiny.with_train(config, pipeline="stale"), tiny.card())
     batches = [random_batch(plain, seed) for seed in range(4)]
     steps, _, _ = train(stale, batches)
-
-    tables = plain.tables
-    optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
-    # The same bits come of the same matrix products.
-    options = compiler_options("cpu", jax.devices()[0].device_kind)
-    update = jax.jit(partial(learn, recommender=plain, optimizer=optimizer), compiler_options=options)
-    state, metrics = init_train_state(plain, optimizer), BinnedMetrics.zeros()
-    on_devices = [plain.to_devices(batch) for batch in [*batches, batches[0]]]
-    routed = tables.route(on_devices[0].ids)
-    embeddings = tables.lookup(state.tables, routed)
-    for batch, following in itertools.pairwise(on_devices):
-        following_routed = tables.route(following.ids)
-        before_the_update = tables.lookup(state.tables, following_routed)
-        state, metrics, *_ = update(state, metrics, batch, routed, embeddings)
-        routed, embeddings = following_routed, before_the_update
-    tiny.assert_identical(steps.state, dataclasses.replace(state, stale=embeddings))
+    tiny.assert_identical(steps.state, looked_up_before_each_update(plain, [*batches, batches[0]]))
 
     for count, same in ((1, True), (2, False)):
         one, _, _ = train(stale, batches[:count])
@@ -310,26 +328,35 @@ def test_profile_when_steps_are_asked_for_then_a_trace_that_names_stages_and_ste
     config = tiny.config(data, tmp_path / "run", max_steps=7, eval_split=None, profile=2)
     tiny.train_quietly(config)
     folder = tmp_path / "run" / "profile"
-    assert list(folder.rglob("*.xplane.pb"))  # TensorBoard's
+    (of_tensorboard,) = folder.rglob("*.xplane.pb")
+    program = of_tensorboard.read_bytes()
+    assert all(b"/%s/" % stage in program for stage in (b"route_ahead", b"lookup", b"dense", b"update"))
     (path,) = folder.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train" and "args" in event}
     assert steps == {"4", "5"}
+    # Python's own calls would be nearly all of it.
+    assert not [event for event in events if ".py:" in event.get("name", "")]
+
+
+@pytest.fixture
+def plan_file(data, tmp_path) -> Path:
+    return processes.write_plan(data, tmp_path / "plan.json")
 
 
 @pytest.mark.slow
 def test_two_processes_when_batches_are_routed_ahead_then_the_bits_of_plain_steps_but_for_sums_over_chunks(
-    data, tmp_path
+    data, tmp_path, plan_file
 ):
-    mesh = processes.mesh(2, 1)
+    mesh = [*processes.mesh(2, 2), "--plan", plan_file]
     states = []
     for pipeline, chunks in (("none", 1), ("route", 1), ("route", 4)):
         workdir = tmp_path / f"{pipeline}_{chunks}"
         settings = ("--train.pipeline", pipeline, "--train.chunks", chunks, "--train.max_steps", 22)
         command = processes.flags(data, workdir, *settings, *mesh)
         processes.train(command, command)
-        config = parse_config(processes.flags(data, workdir, *mesh), "")
-        states.append(tiny.restore(config))
+        recommender, state = tiny.restored(parse_config(processes.flags(data, workdir, *mesh), ""))
+        states.append(state)
     plain, routed_ahead, in_chunks = states
     assert int(plain.step) == 22
     tiny.assert_identical(routed_ahead, plain)
@@ -337,3 +364,7 @@ def test_two_processes_when_batches_are_routed_ahead_then_the_bits_of_plain_step
         tiny.leaves(in_chunks.dense_params), tiny.leaves(plain.dense_params), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-3, err_msg=name)
+    for table in recommender.tables.tables:
+        rows = range(table.num_rows)
+        one, other = (recommender.tables.read_rows(state.tables, table.name, rows) for state in (in_chunks, plain))
+        np.testing.assert_allclose(one, other, atol=1e-3, err_msg=table.name)

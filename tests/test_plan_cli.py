@@ -163,6 +163,7 @@ def test_a_step_when_compiled_then_its_collectives_and_estimated_time_are_printe
     assert code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert re.search(r"all-to-all +│ dense/return_0 +│ chip", printed)
+    assert "chunks of a batch: 1 (the cost model's choice); compiled in" in printed
     milliseconds, samples = re.findall(r"estimated step: ([\d,.]+) ms, ([\d,]+) samples a second", printed)[0]
     assert float(milliseconds.replace(",", "")) * float(samples.replace(",", "")) == pytest.approx(2048e3, rel=0.01)
 

@@ -136,11 +136,16 @@ def train_quietly(config: Config) -> Result:
 
 def restore(config: Config, step: int | None = None) -> TrainState:
     """The state of a checkpoint of a run; the latest unless a step is given."""
+    return restored(config, step)[1]
+
+
+def restored(config: Config, step: int | None = None) -> tuple[Recommender, TrainState]:
+    """The model of a run, and the state of a checkpoint; of the latest unless a step is given."""
     recommender = Recommender(config, card_of(config))
     optimizer = make_dense_optimizer(config.dense_optimizer, config.schedule)
     with Checkpointer(Path(config.workdir), recommender.tables, read_only=True) as checkpointer:
         wanted = checkpointer.steps()[-1] if step is None else step
-        return checkpointer.restore(wanted, abstract_train_state(recommender, optimizer))
+        return recommender, checkpointer.restore(wanted, abstract_train_state(recommender, optimizer))
 
 
 def leaves(state: Any) -> Iterator[tuple[str, np.ndarray]]:
