@@ -30,7 +30,7 @@ IDS = 5 * SAMPLES
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The same model, with each way of doing something ahead."""
+    """The same model, with each way of doing something ahead, and in chunks."""
     config = tiny.config(None, tmp_path_factory.mktemp("tiny"))
     # Tables of one rule, for the sake of the compiler.
     embedding = EmbeddingConfig(default=config.embedding.default, pooling=config.embedding.pooling)
@@ -44,14 +44,16 @@ def models(tmp_path_factory):
     )
     plan = ShardingPlan(nodes=NODES, chips=CHIPS, placements=placements)
 
-    def model_of(pipeline: str):
-        way = tiny.with_train(config, pipeline=pipeline)
+    def model_of(pipeline: str, chunks: int = 1):
+        way = tiny.with_train(config, pipeline=pipeline, chunks=chunks)
         recommender = Recommender(way, tiny.card(), mesh=make_mesh(NODES, CHIPS), plan=plan)
         optimizer = make_dense_optimizer(way.dense_optimizer, way.schedule)
         return recommender, optimizer, Pipeline(recommender, optimizer)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam
-        yield {pipeline: model_of(pipeline) for pipeline in ("none", "route", "stale")}
+        yield {pipeline: model_of(pipeline) for pipeline in ("none", "route", "stale")} | {
+            "route, in chunks": model_of("route", chunks=2)
+        }
 
 
 def make_batch(recommender: Recommender, seed: int, **bags: Sequence[Sequence[int]]) -> Batch:
@@ -114,14 +116,18 @@ def train(model, batches: list[Batch], capacities: Capacities) -> tuple[Replayed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", ["none", "route", "stale"])
-def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_those_of_unlimited_room(models, pipeline):
-    recommender = models[pipeline][0]
+# What is routed ahead changes nothing, with or without room.
+@pytest.mark.parametrize(
+    ("way", "expected_way"),
+    [("none", "none"), ("route", "none"), ("stale", "stale"), ("route, in chunks", "route, in chunks")],
+)
+def test_training_when_ids_need_more_room_again_and_again_then_its_bits_are_those_of_unlimited_room(
+    models, way, expected_way
+):
+    recommender = models[way][0]
     batches = skewed(recommender)
-    # What is routed ahead changes nothing, with or without room.
-    expected_way = "stale" if pipeline == "stale" else "none"
     expected, expected_metrics, _ = train(models[expected_way], batches, sufficient(recommender))
-    steps, metrics, checked = train(models[pipeline], batches, tight(recommender))
+    steps, metrics, checked = train(models[way], batches, tight(recommender))
     assert [entry.step for entry in checked] == list(range(1, len(batches) + 1))
     assert {entry.fault for entry in checked} == {0}
     tiny.assert_identical(steps.state, expected.state)
