@@ -125,6 +125,9 @@ def main(arguments: Sequence[str]) -> None:
         )
     if given.compile:
         assert mesh is not None
+        chunks = choose_chunks(config, card, result.plan, mesh)
+        way = "the cost model's choice" if config.train.chunks is None else "--train.chunks"
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, chunks=chunks))
         started = time.perf_counter()
         with _progress(f"compiling the training step for {topology.name}"):
             lowered = lower_train_step(config, card, result.plan, mesh)
@@ -140,8 +143,6 @@ def main(arguments: Sequence[str]) -> None:
         timeline = step_timeline(compiled, topology, described.settings)
         console.print(bytes_table(result.cost.storage, device_bytes(compiled)))
         console.print(timeline_report(timeline, config.data.batch_size))
-        chunks = choose_chunks(config, card, result.plan, mesh)
-        way = "the cost model's choice" if config.train.chunks is None else "--train.chunks"
         console.print(f"chunks of a batch: {chunks} ({way}); compiled in {seconds:.1f} s", highlight=False)
         if given.timeline is not None:
             with naming_folder(given.timeline, instead="another --timeline"):

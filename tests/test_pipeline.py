@@ -354,7 +354,8 @@ def test_two_processes_when_batches_are_routed_ahead_then_the_bits_of_plain_step
         workdir = tmp_path / f"{pipeline}_{chunks}"
         settings = ("--train.pipeline", pipeline, "--train.chunks", chunks, "--train.max_steps", 22)
         command = processes.flags(data, workdir, *settings, *mesh)
-        processes.train(command, command)
+        first, _ = processes.train(command, command)
+        assert (f"; {chunks} chunks a batch" in first) == (chunks > 1)
         recommender, state = tiny.restored(parse_config(processes.flags(data, workdir, *mesh), ""))
         states.append(state)
     plain, routed_ahead, in_chunks = states

@@ -66,8 +66,7 @@ template <typename M, typename X, typename G>
 void gradients_by_samples(ffi::ThreadPool& threads, const Matrix<X>& x, const Matrix<G>& g, int64_t most_chunks,
                           float* parts, float* weights, float* bias) {
   const int64_t n = x.columns, m = g.columns, num_panels = num_pieces(m, kColumns), sums_size = num_panels * kColumns;
-  // Rows of sums lie in different sets of the cache.
-  const int64_t stride = sums_size + 16;
+  const int64_t stride = stride_of_sums(sums_size);
   const int64_t chunk = round_up(num_pieces(x.rows, most_chunks), M::kDepth), chunks = num_pieces(x.rows, chunk);
   const int64_t most_ranges = num_pieces(threads.num_threads(), chunks);
   const int64_t rows_of = std::max(M::kRows, round_up(num_pieces(n, most_ranges), M::kRows));

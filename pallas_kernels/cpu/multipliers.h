@@ -6,8 +6,8 @@
 // A number is the sum of kParts in bfloat16: one, itself, or three, which hold the 24 bits of a float32. a is
 // [kRows, kParts, kDepth], of which some columns count, a multiple of kDepthUnit; b is
 // [depth / kDepthUnit, kParts, kDepthUnit / 2, kColumns, 2], and `next` is the b that comes next; rows of c are `stride`
-// numbers apart. Where a number has three parts, meanwhile() is called for each kDepthUnit: what it does takes little time
-// while tiles multiply.
+// numbers apart. Where a number has three parts, meanwhile() is called for each kDepthUnit: what it does takes little
+// time while tiles multiply.
 #pragma once
 
 #include <cstdint>

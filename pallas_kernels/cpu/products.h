@@ -22,8 +22,10 @@ namespace dlrm {
 // What a task goes through again and again, for its core's second-level cache: rows of a and panels of b, M::kDepth of
 // each, or such panels in all their depth, so many numbers' parts.
 constexpr int64_t kRowsHeld = 256, kPanelsHeld = 16, kPartsHeld = 1536;
-// How far rows of a group's sums are apart: an odd number of cache lines, so that they do not share few sets of a cache.
-constexpr int64_t kStrideOfSums = kPanelsHeld * kColumns + 16;
+// How far rows of sums of some panels are apart: an odd number of cache lines, so that they do not share few sets of a
+// cache.
+constexpr int64_t stride_of_sums(int64_t columns) { return columns + 16; }
+constexpr int64_t kStrideOfSums = stride_of_sums(kPanelsHeld * kColumns);
 // Rows of weights that a task packs.
 constexpr int64_t kWeightsOfTask = 64;
 
