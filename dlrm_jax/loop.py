@@ -233,10 +233,17 @@ class _Run:
         window.untimed = 1
         self._since = time.perf_counter()
         first = True
-        for batch, upcoming in self._batches(steps.step, pipeline):
+        batches = self._batches(steps.step, pipeline)
+        batch, upcoming = next(batches)
+        while True:
             with trace.step(steps.step + 1):
                 steps.start(batch, window, upcoming)
             step = steps.step
+            at_end = step == self._last_step
+            if not at_end:
+                # Read and copied while the step computes.
+                batch, upcoming = next(batches)
+                steps.stage(batch, upcoming)
             self._log.advance(step)
             if first:
                 first, self._since = False, time.perf_counter()
@@ -245,7 +252,6 @@ class _Run:
             # Steps are looked at, and windows logged, while later steps compute.
             stopping = self._check(steps, ahead=steps.steps_ahead)
             self._since += trace.finish(step, steps.state)
-            at_end = step == self._last_step
             improved = False
             if self._judged is not None and (at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)):
                 stopping |= self._check(steps, ahead=0)
@@ -264,7 +270,6 @@ class _Run:
             if at_end or stopping or gave_up:
                 ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"
                 return progress, ended
-        raise AssertionError("the loop ends at its last step")
 
     def _batches(self, step: int, pipeline: Pipeline) -> Iterator[tuple[Batch, Batch | None]]:
         """The batches after a step, each with the next one as far as the pipeline looks ahead, across epochs."""

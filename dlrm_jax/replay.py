@@ -178,6 +178,15 @@ class ReplayedSteps:
         step = _Unchecked(step=self.step, batch=batch, window=window, report=report, started=started)
         self._unchecked.append(step)
 
+    def stage(self, batch: Batch, upcoming: Batch | None = None) -> None:
+        """Copies to the devices what `start` will be given next, while the step before it computes.
+
+        Args:
+            batch: As of `start`.
+            upcoming: As of `start`.
+        """
+        self._pipeline.stage(batch, upcoming, self.capacities)
+
     def checked(self, *, ahead: int) -> Iterator[Checked]:
         """Looks at steps in order, and does again those that ids had no room in.
 

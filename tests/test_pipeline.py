@@ -268,6 +268,28 @@ def test_run_when_routed_ahead_then_it_writes_what_a_plain_one_does(data, straig
     assert lines == expected_lines
 
 
+@pytest.mark.parametrize(("how", "before_first"), [("none", 1), ("route", 2)])
+def test_batches_then_each_is_copied_once_while_the_step_before_the_first_that_wants_it_computes(
+    data, tmp_path, monkeypatch, how, before_first
+):
+    events = []
+    start, to_devices = ReplayedSteps.start, Recommender.to_devices
+
+    def started(steps, *args):
+        start(steps, *args)
+        events.append("step")
+
+    def copied(recommender, *args):
+        events.append("copy")
+        return to_devices(recommender, *args)
+
+    monkeypatch.setattr(ReplayedSteps, "start", started)
+    monkeypatch.setattr(Recommender, "to_devices", copied)
+    # The fifth batch would need more room, and be copied again.
+    tiny.train_quietly(tiny.config(data, tmp_path / "run", pipeline=how, max_steps=4, eval_split=None))
+    assert events == ["copy"] * before_first + ["step", "copy"] * (4 - before_first) + ["step"] * before_first
+
+
 def test_run_when_resumed_with_another_pipeline_then_the_same_bits(data, straight, tmp_path):
     config = tiny.config(data, tmp_path / "run", pipeline="none", max_steps=11)
     tiny.train_quietly(config)

@@ -39,8 +39,9 @@ class RepeatedSteps:
         """Trains for some steps, and returns when the last is done."""
         replayed = self.replayed
         for _ in range(steps):
-            batch, upcoming = (self._batches[(replayed.step + i) % len(self._batches)] for i in range(2))
+            batch, upcoming, after = (self._batches[(replayed.step + i) % len(self._batches)] for i in range(3))
             replayed.start(batch, self.window, upcoming)
+            replayed.stage(upcoming, after)
             self._check(ahead=replayed.steps_ahead)
         self._check(ahead=0)
         jax.block_until_ready(replayed.state)
