@@ -160,14 +160,16 @@ class DLRM(nnx.Module):
         batch_size = dense.shape[0]
         x = dense.astype(dtype) if self.bottom is None else self.bottom(dense).astype(dtype)
         groups = [
-            (group if projection is None else projection(group)).astype(dtype)
+            group if projection is None else projection(group)
             for group, projection in zip(embeddings, self.projections, strict=True)
         ]
         if self.config.interaction == "dot":
-            vectors = groups[0] if len(groups) == 1 else jnp.concatenate(groups, axis=1)
+            # What comes in one array is rounded as it is read.
+            one = len(groups) == 1
+            vectors = groups[0] if one else jnp.concatenate([group.astype(dtype) for group in groups], axis=1)
             z = dot_interaction(x, vectors, self.config.self_interaction)
         else:
-            z = jnp.concatenate([x, *(group.reshape(batch_size, -1) for group in groups)], axis=1)
+            z = jnp.concatenate([x, *(group.astype(dtype).reshape(batch_size, -1) for group in groups)], axis=1)
         if self.cross is not None:
             z = self.cross(z)
         return self.top(z)[:, 0]

@@ -45,17 +45,20 @@ def dot_interaction(
 
     Args:
         x: The bottom MLP's output, in the dtype to compute in; d is D, or 0 where there is none.
-        embeddings: The embeddings, in the same dtype.
+        embeddings: The embeddings, in the same dtype, or in float32, which is rounded to it first; so is their
+            gradient then.
         self_interaction: Whether a vector is also paired with itself.
 
     Returns:
-        x and the dot products, in their dtype.
+        x and the dot products, in the dtype of x.
 
     Raises:
-        ValueError: x and the embeddings differ in dtype.
+        ValueError: The embeddings are in another dtype.
     """
-    if x.dtype != embeddings.dtype:
-        raise ValueError(f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give both in one dtype")
+    if embeddings.dtype not in (x.dtype, jnp.float32):
+        raise ValueError(
+            f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give them in the same dtype, or in float32"
+        )
     return _dot_interaction(*vary_alike((x, embeddings)), self_interaction)
 
 
@@ -72,6 +75,7 @@ def _by_platform(native: Callable, reference: Callable, self_interaction: bool, 
 
 
 def _vectors(x: Float[Array, "B d"], embeddings: Float[Array, "B k D"]) -> Float[Array, "B F D"]:
+    embeddings = embeddings.astype(x.dtype)
     return jnp.concatenate([x[:, None], embeddings], axis=1) if x.shape[1] else embeddings
 
 
@@ -126,6 +130,7 @@ def _products_grad(
     symmetric = jnp.take(of_pairs, pair_of.reshape(-1), axis=1, mode="clip")
     symmetric = symmetric.reshape(batch_size, num_vectors, num_vectors) * factor[None]
     grads = jnp.einsum("bij,bjd->bid", symmetric, vectors, preferred_element_type=jnp.float32)
+    of_embeddings = grads[:, 1 if x.shape[1] else 0 :].astype(x.dtype).astype(embeddings.dtype)
     if not x.shape[1]:
-        return of_x, grads.astype(x.dtype)
-    return (of_x.astype(jnp.float32) + grads[:, 0]).astype(x.dtype), grads[:, 1:].astype(x.dtype)
+        return of_x, of_embeddings
+    return (of_x.astype(jnp.float32) + grads[:, 0]).astype(x.dtype), of_embeddings

@@ -173,17 +173,21 @@ def test_build_when_the_folder_cannot_be_written_then_says_why(tmp_path: Path, m
     assert "No such file or directory" in str(build.build())
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "of_embeddings"),
+    [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)],
+)
 @pytest.mark.parametrize("self_interaction", [False, True])
 @pytest.mark.parametrize("has_x", [False, True])
 @pytest.mark.parametrize(("batch_size", "num_embeddings", "dim"), [(70, 26, 16), (3, 9, 13), (2, 1, 8), (0, 4, 8)])
 def test_dot_interaction_then_equals_float64s_values_and_gradient(
-    batch_size: int, num_embeddings: int, dim: int, has_x: bool, self_interaction: bool, dtype
+    batch_size: int, num_embeddings: int, dim: int, has_x: bool, self_interaction: bool, dtype, of_embeddings
 ) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch_size, dim * has_x), dtype)
-    embeddings = jax.random.normal(keys[1], (batch_size, num_embeddings, dim), dtype)
-    vectors = np.concatenate([x[:, None], embeddings] if has_x else [embeddings], axis=1).astype(np.float64)
+    embeddings = jax.random.normal(keys[1], (batch_size, num_embeddings, dim), of_embeddings)
+    rounded = embeddings.astype(dtype)
+    vectors = np.concatenate([x[:, None], rounded] if has_x else [rounded], axis=1).astype(np.float64)
     i, j = np.tril_indices(vectors.shape[1], 0 if self_interaction else -1)
     given = cpu_layers.dot_interaction(x, embeddings, self_interaction=self_interaction)
     assert given.dtype == dtype
@@ -197,7 +201,8 @@ def test_dot_interaction_then_equals_float64s_values_and_gradient(
     x_grad, embeddings_grad = cpu_layers.dot_interaction_grad(
         x, embeddings, cotangent, self_interaction=self_interaction
     )
-    assert x_grad.dtype == embeddings_grad.dtype == dtype
+    assert (x_grad.dtype, embeddings_grad.dtype) == (dtype, of_embeddings)
+    np.testing.assert_array_equal(embeddings_grad, embeddings_grad.astype(dtype).astype(of_embeddings))
     of_x, of_pairs = np.split(np.asarray(cotangent, np.float64), [x.shape[1]], axis=1)
     symmetric = np.zeros((batch_size, vectors.shape[1], vectors.shape[1]))
     symmetric[:, i, j] += of_pairs
@@ -207,16 +212,18 @@ def test_dot_interaction_then_equals_float64s_values_and_gradient(
     np.testing.assert_allclose(np.asarray(embeddings_grad, np.float64), wanted[:, has_x:], **close)
 
 
-def test_dot_interaction_when_embeddings_are_pooled_bags_then_nothing_is_transposed() -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dot_interaction_when_embeddings_are_pooled_bags_then_nothing_is_transposed_or_rounded_before(dtype) -> None:
     def through_bags(bags):
-        x, embeddings = jnp.ones((64, 16)), bags.reshape(26, 64, 16).swapaxes(0, 1)
-        return jnp.sum(dot_interaction(x, embeddings, False) ** 2)
+        x, embeddings = jnp.ones((64, 16), dtype), bags.reshape(26, 64, 16).swapaxes(0, 1)
+        return jnp.sum(dot_interaction(x, embeddings, False).astype(jnp.float32) ** 2)
 
     program = jax.jit(jax.grad(through_bags)).lower(jnp.ones((26 * 64, 16))).compile().as_text()
     assert program is not None
     assert "dlrm_dot_interaction_grad" in program
     assert " transpose(" not in program
     assert " copy(" not in program
+    assert "bf16[26,64,16]" not in program
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,11 @@ def dot_interaction_oracle(vectors, cotangent, self_interaction):
 @pytest.mark.parametrize("self_interaction", [False, True])
 @pytest.mark.parametrize("batch_size", [5, 0])
 @pytest.mark.parametrize(("has_x", "num_embeddings"), [(True, 0), (True, 1), (True, 6), (False, 1), (False, 7)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, CLOSE), (BF16, BF16_CLOSE)])
+@pytest.mark.parametrize(
+    ("dtype", "of_embeddings", "tolerance"), [(F32, F32, CLOSE), (BF16, BF16, BF16_CLOSE), (BF16, F32, BF16_CLOSE)]
+)
 def test_dot_interaction_when_run_then_x_and_the_pairs_in_row_major_order_and_their_gradient(
-    platform, self_interaction, batch_size, has_x, num_embeddings, dtype, tolerance, monkeypatch
+    platform, self_interaction, batch_size, has_x, num_embeddings, dtype, of_embeddings, tolerance, monkeypatch
 ):
     if platform == "any":
         monkeypatch.setattr(cpu, "available", lambda: False)
@@ -58,7 +60,7 @@ def test_dot_interaction_when_run_then_x_and_the_pairs_in_row_major_order_and_th
     @jax.jit
     def run(x, embeddings, cotangent):
         def interact(x, embeddings):
-            return dot_interaction(x.astype(dtype), embeddings.astype(dtype), self_interaction)
+            return dot_interaction(x.astype(dtype), embeddings.astype(of_embeddings), self_interaction)
 
         values, pullback = jax.vjp(interact, x, embeddings)
         return values, *pullback(cotangent.astype(dtype))
@@ -76,7 +78,7 @@ def test_dot_interaction_when_run_then_x_and_the_pairs_in_row_major_order_and_th
 
 
 def test_dot_interaction_when_x_and_embeddings_differ_in_dtype_then_an_error_names_both():
-    with pytest.raises(ValueError, match="x is float32, but the embeddings are bfloat16; give both in one dtype"):
+    with pytest.raises(ValueError, match="x is float32, but the embeddings are bfloat16; give them in the same dtype"):
         dot_interaction(jnp.ones((5, 8)), jnp.ones((5, 2, 8), BF16), False)
 
 

@@ -1,9 +1,11 @@
 // The dot products of all pairs of vectors of each sample, and their derivative; threads share out the samples.
 //
-// Letters: F vectors of dimension D of each of B samples.
+// Letters: F vectors of dimension D of each of B samples; X the dtype that they are multiplied in, E that of embeddings,
+// X or float, which is rounded to X first.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "elements.h"
@@ -70,26 +72,36 @@ inline float* append(const float* from, int64_t count, float* to) {
 
 // The vectors of all samples: first x, [B, D], if there is any, then each of k features, [k, B, D], so that pooled bags
 // and their gradients stay as the tables' kernels write and read them. F = k + 1, or k without x.
-template <typename T>
+template <typename X, typename E>
 struct Vectors {
-  T* x;  // null without x
-  T* embeddings;
+  X* x;  // null without x
+  E* embeddings;
   int64_t B, F, D;
 
-  // Vector i of sample b.
-  T* of(int64_t b, int64_t i) const {
+  // Calls run(vector) with vector i of sample b.
+  template <typename Run>
+  void with(int64_t b, int64_t i, const Run& run) const {
     const int64_t feature = x == nullptr ? i : i - 1;
-    return feature < 0 ? x + b * D : embeddings + (feature * B + b) * D;
+    feature < 0 ? run(x + b * D) : run(embeddings + (feature * B + b) * D);
   }
   // Columns of x, which stand before the pairs.
   int64_t num_first() const { return x == nullptr ? 0 : D; }
 };
 
+// A number as it is in a dtype.
+template <typename T, typename Given>
+inline float in_dtype(Given given) {
+  if constexpr (std::is_same_v<T, Given>) return to_float(given);
+  T rounded;
+  assign(rounded, to_float(given));
+  return to_float(rounded);
+}
+
 inline int64_t num_pairs(int64_t F, bool with_self) { return F * (F + (with_self ? 1 : -1)) / 2; }
 
 // out[b] = x[b], then the lower triangle of V[b] V[b]^T row by row, with its diagonal if `with_self`.
-template <typename T>
-void dot_interaction(ffi::ThreadPool& threads, const Vectors<const T>& vectors, bool with_self, T* out) {
+template <typename X, typename E>
+void dot_interaction(ffi::ThreadPool& threads, const Vectors<const X, const E>& vectors, bool with_self, X* out) {
   const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
   const int64_t padded = round_up(F, kLanes), length = round_up(D, kLanes);
   const int64_t width = first + num_pairs(F, with_self);
@@ -98,7 +110,11 @@ void dot_interaction(ffi::ThreadPool& threads, const Vectors<const T>& vectors, 
     float *rows = buffers.vectors.data(), *columns = buffers.other.data(), *products = buffers.products.data();
     const int64_t end = std::min(vectors.B, (task + 1) * kSamplesOfTask);
     for (int64_t b = task * kSamplesOfTask; b < end; ++b) {
-      for (int64_t i = 0; i < F; ++i) convert(vectors.of(b, i), D, rows + i * length);
+      for (int64_t i = 0; i < F; ++i) {
+        vectors.with(b, i, [&](const auto* vector) {
+          for (int64_t d = 0; d < D; ++d) rows[i * length + d] = in_dtype<X>(vector[d]);
+        });
+      }
       for (int64_t i = 0; i < padded; i += kLanes) {
         for (int64_t d = 0; d < length; d += kLanes) {
           transpose(rows + i * length + d, length, columns + d * padded + i, padded);
@@ -120,9 +136,9 @@ void dot_interaction(ffi::ThreadPool& threads, const Vectors<const T>& vectors, 
 
 // V_grad[b] = S[b] V[b], where S is symmetric, has the pairs' cotangents in its triangles and, with `with_self`, twice
 // those of the diagonal on it. x has its own cotangents besides.
-template <typename T>
-void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vectors, const T* cotangents,
-                          bool with_self, const Vectors<T>& grads) {
+template <typename X, typename E>
+void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const X, const E>& vectors, const X* cotangents,
+                          bool with_self, const Vectors<X, E>& grads) {
   const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
   const int64_t rows = round_up(F, kRowsOfTile), columns = round_up(D, kLanes);
   const int64_t width = first + num_pairs(F, with_self);
@@ -131,14 +147,17 @@ void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vect
     float *held = buffers.vectors.data(), *symmetric = buffers.other.data(), *sums = buffers.products.data();
     const int64_t begin = task * kSamplesOfTask, end = std::min(vectors.B, begin + kSamplesOfTask);
     // A sample's vectors are far apart: each would be waited for.
-    for (int64_t i = 0; i < F; ++i) prefetch(vectors.of(begin, i), 0, (end - begin) * D * sizeof(T));
+    for (int64_t i = 0; i < F; ++i) {
+      vectors.with(begin, i, [&](const auto* vector) { prefetch(vector, 0, (end - begin) * D * sizeof *vector); });
+    }
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t i = 0; i < F; ++i) {
-        const T* vector = vectors.of(b, i);
-        for (int64_t d = 0; d < D; ++d) held[i * columns + d] = to_float(vector[d]);
+        vectors.with(b, i, [&](const auto* vector) {
+          for (int64_t d = 0; d < D; ++d) held[i * columns + d] = in_dtype<X>(vector[d]);
+        });
       }
-      const T* own = cotangents + b * width;
-      const T* given = own + first;
+      const X* own = cotangents + b * width;
+      const X* given = own + first;
       for (int64_t i = 0; i < F; ++i) {
         for (int64_t j = 0; j < i; ++j) symmetric[j * F + i] = symmetric[i * F + j] = to_float(*given++);
         if (with_self) symmetric[i * F + i] = 2.0f * to_float(*given++);
@@ -147,8 +166,9 @@ void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const T>& vect
       // x is the first vector.
       for (int64_t d = 0; d < first; ++d) sums[d] += to_float(own[d]);
       for (int64_t i = 0; i < F; ++i) {
-        T* to = grads.of(b, i);
-        for (int64_t d = 0; d < D; ++d) assign(to[d], sums[i * columns + d]);
+        grads.with(b, i, [&](auto* to) {
+          for (int64_t d = 0; d < D; ++d) assign(to[d], in_dtype<X>(sums[i * columns + d]));
+        });
       }
     }
   });

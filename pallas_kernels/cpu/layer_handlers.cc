@@ -15,38 +15,49 @@ namespace dlrm {
 namespace {
 
 // x is [B, D], or [B, 0] if there is none; embeddings are [k, B, D].
-template <typename T>
-Vectors<T> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings) {
+template <typename X, typename E>
+Vectors<X, E> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings) {
   const auto sizes = embeddings.dimensions();
   const bool has_x = x.dimensions()[1] > 0;
-  return {has_x ? static_cast<T*>(x.untyped_data()) : nullptr, static_cast<T*>(embeddings.untyped_data()), sizes[1],
+  return {has_x ? static_cast<X*>(x.untyped_data()) : nullptr, static_cast<E*>(embeddings.untyped_data()), sizes[1],
           sizes[0] + (has_x ? 1 : 0), sizes[2]};
+}
+
+// Calls run(number of x, number of the embeddings).
+template <typename Run>
+ffi::Error with_dtypes_of_vectors(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings, const Run& run) {
+  const auto of_x = x.element_type(), of_embeddings = embeddings.element_type();
+  if (of_x == ffi::DataType::F32 && of_embeddings == ffi::DataType::F32) {
+    run(float{}, float{});
+  } else if (of_x == ffi::DataType::BF16 && of_embeddings == ffi::DataType::BF16) {
+    run(Bf16{}, Bf16{});
+  } else if (of_x == ffi::DataType::BF16 && of_embeddings == ffi::DataType::F32) {
+    run(Bf16{}, float{});
+  } else {
+    return invalid("vectors that interact are float32 or bfloat16, and embeddings beside bfloat16 either");
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
                                ffi::Result<ffi::AnyBuffer> out, bool self_interaction) {
-  const auto run = [&](auto* to) {
-    using T = std::remove_pointer_t<decltype(to)>;
-    dot_interaction(threads, vectors_of<const T>(x, embeddings), self_interaction, to);
-    return ffi::Error::Success();
-  };
-  if (x.element_type() == ffi::DataType::F32) return run(static_cast<float*>(out->untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<Bf16*>(out->untyped_data()));
-  return invalid("vectors that interact are float32 or bfloat16");
+  return with_dtypes_of_vectors(x, embeddings, [&](auto of_x, auto of_embeddings) {
+    using X = decltype(of_x);
+    dot_interaction(threads, vectors_of<const X, const decltype(of_embeddings)>(x, embeddings), self_interaction,
+                    static_cast<X*>(out->untyped_data()));
+  });
 }
 
 ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
                                     ffi::AnyBuffer cotangents, ffi::Result<ffi::AnyBuffer> x_grad,
                                     ffi::Result<ffi::AnyBuffer> embeddings_grad, bool self_interaction) {
-  const auto run = [&](const auto* given) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
-    dot_interaction_grad(threads, vectors_of<const T>(x, embeddings), given, self_interaction,
-                         vectors_of<T>(*x_grad, *embeddings_grad));
-    return ffi::Error::Success();
-  };
-  if (x.element_type() == ffi::DataType::F32) return run(static_cast<const float*>(cotangents.untyped_data()));
-  if (x.element_type() == ffi::DataType::BF16) return run(static_cast<const Bf16*>(cotangents.untyped_data()));
-  return invalid("vectors that interact are float32 or bfloat16");
+  return with_dtypes_of_vectors(x, embeddings, [&](auto of_x, auto of_embeddings) {
+    using X = decltype(of_x);
+    using E = decltype(of_embeddings);
+    dot_interaction_grad(threads, vectors_of<const X, const E>(x, embeddings),
+                         static_cast<const X*>(cotangents.untyped_data()), self_interaction,
+                         vectors_of<X, E>(*x_grad, *embeddings_grad));
+  });
 }
 
 ffi::Error norm_handler(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Result<F32s> result) {
