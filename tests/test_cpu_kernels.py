@@ -166,6 +166,26 @@ def test_a_lookup_in_a_large_store_when_no_thread_can_be_started_then_its_result
     assert (result.stdout, result.returncode) == ("2048.0\n", 0), result.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only on Linux helpers leave the caller's processor")
+def test_kernels_when_they_have_run_often_then_every_thread_may_use_the_processors_that_it_could_before() -> None:
+    def processors() -> dict[str, str]:
+        return {
+            thread.name: (thread / "status").read_text().split("Cpus_allowed_list:")[1].split()[0]
+            for thread in Path("/proc/self/task").iterdir()
+        }
+
+    x = jnp.ones((2048, 16))
+    interact = jax.jit(lambda x: dot_interaction(x, jnp.ones((2048, 26, 16)), False))
+    jax.block_until_ready(interact(x))
+    before = processors()
+    for _ in range(300):
+        jax.block_until_ready(interact(x))
+    after = processors()
+    assert {thread: after[thread] for thread in before if thread in after} == {
+        thread: allowed for thread, allowed in before.items() if thread in after
+    }
+
+
 def test_build_when_the_folder_cannot_be_written_then_says_why(tmp_path: Path, monkeypatch) -> None:
     build = cpu._build_module()
     monkeypatch.setattr(build, "FOLDER", tmp_path / "gone")
