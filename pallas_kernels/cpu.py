@@ -36,7 +36,7 @@ from pallas_kernels.varying import vary_alike
 from pallas_kernels.xla import RUN_BLOCK
 
 _HANDLERS = (
-    *("pooled_lookup", "sparse_update", "row_statistics", "bags_of_ids"),
+    *("pooled_lookup", "sparse_update", "row_statistics", "offsets_of", "bags_of_ids"),
     *("dot_interaction", "dot_interaction_grad", "norm", "zeros"),
 )
 # Where matrices are multiplied.
@@ -237,6 +237,11 @@ def sparse_update(
         input_output_aliases={len(arguments) + i: 1 + i for i in range(len(arrays))},
     )(*arguments, *arrays, rule=optimizer.name, rounding=storage_rounding)
     return jax.tree.unflatten(tree, updated)
+
+
+def offsets_of(lengths: Int32[Array, " G"]) -> Int32[Array, " G+1"]:
+    """See `pallas_kernels.bags.offsets_of`."""
+    return call("offsets_of", jax.ShapeDtypeStruct((lengths.shape[0] + 1,), jnp.int32))(lengths)
 
 
 def bags_of_ids(offsets: Int32[Array, " G+1"], *, num_ids: int) -> Int32[Array, " n"]:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import Ids, pooled_lookup
-from pallas_kernels.scans import counts_below, offsets_of, places_of
+from pallas_kernels.bags import offsets_of
+from pallas_kernels.scans import counts_below, places_of
 from sharding import words
 from sharding.capacities import Capacities
 from sharding.groups import Group

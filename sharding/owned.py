@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import Ids
-from pallas_kernels.scans import cummax, offsets_of
+from pallas_kernels.bags import offsets_of
+from pallas_kernels.scans import cummax
 from sharding import words
 from sharding.groups import Group
 from sharding.records import NO_ROW

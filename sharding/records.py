@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pallas_kernels.bags import bags_of_ids
-from pallas_kernels.scans import offsets_of
+from pallas_kernels.bags import bags_of_ids, offsets_of
 from sharding import words
 from sharding.groups import Group
 from sharding.jagged import KeyedJagged

@@ -17,7 +17,7 @@ from row_oracle import RULES
 from update_cases import HYPER, fresh_stores
 
 from pallas_kernels import ROW_OPTIMIZERS, Ids, Slots, Stores, cpu, cpu_layers, scans, xla
-from pallas_kernels.bags import bags_of_ids
+from pallas_kernels.bags import bags_of_ids, offsets_of
 from pallas_kernels.interaction import dot_interaction
 from pallas_kernels.zeros import zeros
 
@@ -263,6 +263,15 @@ def test_bags_of_ids_then_those_of_the_reference(lengths: list[int], num_ids: in
     expected = scans.bags_of_ids(offsets, num_ids)
     np.testing.assert_array_equal(bags_of_ids(offsets, num_ids), expected)
     np.testing.assert_array_equal(cpu.bags_of_ids(offsets, num_ids=num_ids), expected)
+
+
+@pytest.mark.parametrize("num_bags", [0, 1, 1000, 32_768, 32_769, 200_000])
+def test_offsets_of_then_those_of_the_reference(num_bags: int) -> None:
+    # Also where lengths are nonsense, so that sums leave 32 bits.
+    lengths = jax.random.randint(jax.random.key(0), (num_bags,), -(2**31), 2**31 - 1, jnp.int32)
+    for given in (lengths, lengths & 7):
+        np.testing.assert_array_equal(offsets_of(given), scans.offsets_of(given))
+        np.testing.assert_array_equal(cpu.offsets_of(given), scans.offsets_of(given))
 
 
 def test_bags_of_ids_when_lengths_are_nonsense_then_nothing_breaks() -> None:

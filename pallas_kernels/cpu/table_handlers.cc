@@ -172,6 +172,11 @@ ffi::Error statistics_handler(ffi::ThreadPool threads, S32s rows, S32s slots_of_
   });
 }
 
+ffi::Error offsets_handler(ffi::ThreadPool threads, S32s lengths, ffi::Result<S32s> offsets) {
+  offsets_of(threads, lengths.typed_data(), lengths.element_count(), offsets->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error bags_handler(ffi::ThreadPool threads, S32s offsets, ffi::Result<S32s> bags) {
   bags_of_ids(threads, offsets.typed_data(), offsets.element_count() - 1, bags->element_count(), bags->typed_data());
   return ffi::Error::Success();
@@ -255,6 +260,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_row_statistics, dlrm::statistics_handler,
                                   .Ret<F32s>()
                                   .Attr<std::string_view>("rule")
                                   .Attr<std::string_view>("rounding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_offsets_of, dlrm::offsets_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<S32s>()
+                                  .Ret<S32s>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_bags_of_ids, dlrm::bags_handler,
                               ffi::Ffi::Bind()
