@@ -22,18 +22,32 @@ _FEW_WEIGHTS, _FEW_OUTPUTS, _SAMPLES_OF_CHUNK = 2**18, 512, 4096
 
 
 def dot_interaction(
-    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
-) -> Float[Array, "B d+P"]:
+    x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool, rounded: bool = False
+) -> tuple[Float[Array, "B d+P"], Float[Array, "B k D"]]:
     """See `pallas_kernels.interaction.dot_interaction`, for float32 and bfloat16. Sums run in the order of columns.
 
     The handlers go through embeddings feature by feature, since so the kernels of tables write and read them: pooled
     bags are not transposed on their way.
+
+    Args:
+        x: As there.
+        embeddings: As there.
+        self_interaction: As there.
+        rounded: Whether to return the embeddings in the dtype of x, where they are in another.
+
+    Returns:
+        The result, and the embeddings as they came, or rounded.
     """
     num_vectors = embeddings.shape[1] + (x.shape[1] > 0)
     num_pairs = num_vectors * (num_vectors + (1 if self_interaction else -1)) // 2
-    result = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + num_pairs), x.dtype)
+    rounded = rounded and embeddings.dtype != x.dtype
+    results = (
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + num_pairs), x.dtype),
+        jax.ShapeDtypeStruct(embeddings.shape if rounded else (0,), x.dtype),
+    )
     by_feature = jnp.swapaxes(embeddings, 0, 1)
-    return call("dot_interaction", result)(x, by_feature, self_interaction=self_interaction)
+    result, in_dtype = call("dot_interaction", results)(x, by_feature, self_interaction=self_interaction)
+    return result, in_dtype if rounded else embeddings
 
 
 def dot_interaction_grad(
@@ -41,13 +55,27 @@ def dot_interaction_grad(
     embeddings: Float[Array, "B k D"],
     cotangent: Float[Array, "B d+P"],
     *,
+    dtype: jnp.dtype,
     self_interaction: bool,
 ) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
-    """The gradients of x and of the embeddings from that of x and the dot products."""
-    by_feature = jnp.swapaxes(embeddings, 0, 1)
-    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, by_feature))
-    grads = call("dot_interaction_grad", results)
-    x_grad, by_feature_grad = grads(x, by_feature, cotangent, self_interaction=self_interaction)
+    """The gradients of x and of the embeddings, all in one dtype, from that of x and the dot products.
+
+    That of the embeddings is in a `dtype` of its own, but has no more bits than x has. Where it is another than theirs,
+    `dot_interaction` has rounded them, sample by sample.
+    """
+    batch_size, num_embeddings, dim = embeddings.shape
+    by_sample = embeddings.dtype != dtype
+    results = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((num_embeddings, batch_size, dim), dtype),
+    )
+    x_grad, by_feature_grad = call("dot_interaction_grad", results)(
+        x,
+        embeddings if by_sample else jnp.swapaxes(embeddings, 0, 1),
+        cotangent,
+        by_sample=by_sample,
+        self_interaction=self_interaction,
+    )
     return x_grad, jnp.swapaxes(by_feature_grad, 0, 1)
 
 

@@ -59,35 +59,35 @@ def dot_interaction(
         raise ValueError(
             f"x is {x.dtype}, but the embeddings are {embeddings.dtype}; give them in the same dtype, or in float32"
         )
-    return _dot_interaction(*vary_alike((x, embeddings)), self_interaction)
+    return _dot_interaction(*vary_alike((x, embeddings)), self_interaction, embeddings.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot_interaction(x, embeddings, self_interaction):
-    return _by_platform(cpu_layers.dot_interaction, _products, self_interaction, x, embeddings)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_interaction(x, embeddings, self_interaction, of_embeddings):
+    return _forward(x, embeddings, self_interaction, of_embeddings, rounded=False)[0]
 
 
-def _by_platform(native: Callable, reference: Callable, self_interaction: bool, *arrays: Array) -> Any:
-    reference = functools.partial(reference, self_interaction=self_interaction)
-    if arrays[0].dtype not in (jnp.float32, jnp.bfloat16):
-        return reference(*arrays)
-    return on_hosts(functools.partial(native, self_interaction=self_interaction), reference, *arrays)
+def _by_platform(native: Callable, reference: Callable, x: Array, *others: Array) -> Any:
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return reference(x, *others)
+    return on_hosts(native, reference, x, *others)
 
 
 def _vectors(x: Float[Array, "B d"], embeddings: Float[Array, "B k D"]) -> Float[Array, "B F D"]:
-    embeddings = embeddings.astype(x.dtype)
     return jnp.concatenate([x[:, None], embeddings], axis=1) if x.shape[1] else embeddings
 
 
 def _products(
     x: Float[Array, "B d"], embeddings: Float[Array, "B k D"], *, self_interaction: bool
-) -> Float[Array, "B d+P"]:
+) -> tuple[Float[Array, "B d+P"], Float[Array, "B k D"]]:
+    """The result, and the embeddings in the dtype of x."""
+    embeddings = embeddings.astype(x.dtype)
     vectors = _vectors(x, embeddings)
     num_vectors = vectors.shape[1]
     z = jnp.einsum("bid,bjd->bij", vectors, vectors, preferred_element_type=jnp.float32)
     rows, columns = _pairs(num_vectors, self_interaction)
     pairs = jnp.take(z.reshape(-1, num_vectors**2), rows * num_vectors + columns, axis=1, mode="clip")
-    return jnp.concatenate([x, pairs.astype(x.dtype)], axis=1)
+    return jnp.concatenate([x, pairs.astype(x.dtype)], axis=1), embeddings
 
 
 def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
@@ -95,15 +95,22 @@ def _pairs(num_vectors: int, self_interaction: bool) -> tuple[Int[np.ndarray, " 
     return rows.astype(np.int32), columns.astype(np.int32)
 
 
-def _dot_interaction_forward(x, embeddings, self_interaction):
-    return _dot_interaction(x, embeddings, self_interaction), (x, embeddings)
+def _forward(x, embeddings, self_interaction, of_embeddings, *, rounded=True):
+    """The result, and what the backward pass wants: the vectors as they were multiplied, if they are `rounded`."""
+    del of_embeddings
+    native = functools.partial(cpu_layers.dot_interaction, self_interaction=self_interaction, rounded=rounded)
+    reference = functools.partial(_products, self_interaction=self_interaction)
+    result, multiplied = _by_platform(native, reference, x, embeddings)
+    return result, (x, multiplied)
 
 
-def _dot_interaction_backward(self_interaction, vectors, cotangent):
-    return _by_platform(cpu_layers.dot_interaction_grad, _products_grad, self_interaction, *vectors, cotangent)
+def _backward(self_interaction, of_embeddings, vectors, cotangent):
+    how: dict[str, Any] = {"self_interaction": self_interaction, "dtype": of_embeddings}
+    native, reference = (functools.partial(way, **how) for way in (cpu_layers.dot_interaction_grad, _products_grad))
+    return _by_platform(native, reference, *vectors, cotangent)
 
 
-_dot_interaction.defvjp(_dot_interaction_forward, _dot_interaction_backward)
+_dot_interaction.defvjp(_forward, _backward)
 
 
 def _products_grad(
@@ -111,6 +118,7 @@ def _products_grad(
     embeddings: Float[Array, "B k D"],
     cotangent: Float[Array, "B d+P"],
     *,
+    dtype: jnp.dtype,
     self_interaction: bool,
 ) -> tuple[Float[Array, "B d"], Float[Array, "B k D"]]:
     """One gather puts the cotangents on both triangles of a symmetric matrix, and one product does the rest.
@@ -121,7 +129,7 @@ def _products_grad(
     batch_size, num_vectors, _ = vectors.shape
     of_x, of_pairs = cotangent[:, : x.shape[1]], cotangent[:, x.shape[1] :]
     if of_pairs.shape[1] == 0:
-        return of_x, jnp.zeros_like(embeddings)
+        return of_x, jnp.zeros_like(embeddings, dtype)
     rows, columns = _pairs(num_vectors, self_interaction)
     pair_of = np.zeros((num_vectors, num_vectors), np.int32)
     pair_of[rows, columns] = pair_of[columns, rows] = np.arange(len(rows), dtype=np.int32)
@@ -130,7 +138,7 @@ def _products_grad(
     symmetric = jnp.take(of_pairs, pair_of.reshape(-1), axis=1, mode="clip")
     symmetric = symmetric.reshape(batch_size, num_vectors, num_vectors) * factor[None]
     grads = jnp.einsum("bij,bjd->bid", symmetric, vectors, preferred_element_type=jnp.float32)
-    of_embeddings = grads[:, 1 if x.shape[1] else 0 :].astype(x.dtype).astype(embeddings.dtype)
+    of_embeddings = grads[:, 1 if x.shape[1] else 0 :].astype(x.dtype).astype(dtype)
     if not x.shape[1]:
         return of_x, of_embeddings
     return (of_x.astype(jnp.float32) + grads[:, 0]).astype(x.dtype), of_embeddings

@@ -1,7 +1,7 @@
 // The dot products of all pairs of vectors of each sample, and their derivative; threads share out the samples.
 //
-// Letters: F vectors of dimension D of each of B samples; X the dtype that they are multiplied in, E that of embeddings,
-// X or float, which is rounded to X first.
+// Letters: F vectors of dimension D of each of B samples; X the dtype that they are multiplied in; E that of the
+// embeddings, X or float, which is rounded to X first.
 #pragma once
 
 #include <cstdint>
@@ -70,19 +70,22 @@ inline float* append(const float* from, int64_t count, float* to) {
   return to + count;
 }
 
-// The vectors of all samples: first x, [B, D], if there is any, then each of k features, [k, B, D], so that pooled bags
-// and their gradients stay as the tables' kernels write and read them. F = k + 1, or k without x.
+// The vectors of all samples: first x, [B, D], if there is any, then each of k features. These are [k, B, D], so that
+// pooled bags and their gradients stay as the tables' kernels write and read them, or [B, k, D]. F = k + 1, or k
+// without x.
 template <typename X, typename E>
 struct Vectors {
   X* x;  // null without x
   E* embeddings;
   int64_t B, F, D;
+  bool by_sample;
 
   // Calls run(vector) with vector i of sample b.
   template <typename Run>
   void with(int64_t b, int64_t i, const Run& run) const {
     const int64_t feature = x == nullptr ? i : i - 1;
-    feature < 0 ? run(x + b * D) : run(embeddings + (feature * B + b) * D);
+    const int64_t place = by_sample ? b * (F - (x == nullptr ? 0 : 1)) + feature : feature * B + b;
+    feature < 0 ? run(x + b * D) : run(embeddings + place * D);
   }
   // Columns of x, which stand before the pairs.
   int64_t num_first() const { return x == nullptr ? 0 : D; }
@@ -99,9 +102,12 @@ inline float in_dtype(Given given) {
 
 inline int64_t num_pairs(int64_t F, bool with_self) { return F * (F + (with_self ? 1 : -1)) / 2; }
 
-// out[b] = x[b], then the lower triangle of V[b] V[b]^T row by row, with its diagonal if `with_self`.
+// out[b] = x[b], then the lower triangle of V[b] V[b]^T row by row, with its diagonal if `with_self`; and, unless it is
+// null, `rounded` = the embeddings as they are multiplied, [B, k, D]: feature by feature its lines would share few sets of
+// a cache, and be written half by half.
 template <typename X, typename E>
-void dot_interaction(ffi::ThreadPool& threads, const Vectors<const X, const E>& vectors, bool with_self, X* out) {
+void dot_interaction(ffi::ThreadPool& threads, const Vectors<const X, const E>& vectors, bool with_self, X* out,
+                     X* rounded) {
   const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
   const int64_t padded = round_up(F, kLanes), length = round_up(D, kLanes);
   const int64_t width = first + num_pairs(F, with_self);
@@ -114,6 +120,10 @@ void dot_interaction(ffi::ThreadPool& threads, const Vectors<const X, const E>& 
         vectors.with(b, i, [&](const auto* vector) {
           for (int64_t d = 0; d < D; ++d) rows[i * length + d] = in_dtype<X>(vector[d]);
         });
+      }
+      const int64_t of_x = first > 0 ? 1 : 0;
+      for (int64_t i = of_x; rounded != nullptr && i < F; ++i) {
+        convert(rows + i * length, D, rounded + (b * (F - of_x) + i - of_x) * D);
       }
       for (int64_t i = 0; i < padded; i += kLanes) {
         for (int64_t d = 0; d < length; d += kLanes) {
@@ -137,7 +147,7 @@ void dot_interaction(ffi::ThreadPool& threads, const Vectors<const X, const E>& 
 // V_grad[b] = S[b] V[b], where S is symmetric, has the pairs' cotangents in its triangles and, with `with_self`, twice
 // those of the diagonal on it. x has its own cotangents besides.
 template <typename X, typename E>
-void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const X, const E>& vectors, const X* cotangents,
+void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const X, const X>& vectors, const X* cotangents,
                           bool with_self, const Vectors<X, E>& grads) {
   const int64_t F = vectors.F, D = vectors.D, first = vectors.num_first();
   const int64_t rows = round_up(F, kRowsOfTile), columns = round_up(D, kLanes);
@@ -148,12 +158,12 @@ void dot_interaction_grad(ffi::ThreadPool& threads, const Vectors<const X, const
     const int64_t begin = task * kSamplesOfTask, end = std::min(vectors.B, begin + kSamplesOfTask);
     // A sample's vectors are far apart: each would be waited for.
     for (int64_t i = 0; i < F; ++i) {
-      vectors.with(begin, i, [&](const auto* vector) { prefetch(vector, 0, (end - begin) * D * sizeof *vector); });
+      vectors.with(begin, i, [&](const X* vector) { prefetch(vector, 0, (end - begin) * D * sizeof(X)); });
     }
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t i = 0; i < F; ++i) {
-        vectors.with(b, i, [&](const auto* vector) {
-          for (int64_t d = 0; d < D; ++d) held[i * columns + d] = in_dtype<X>(vector[d]);
+        vectors.with(b, i, [&](const X* vector) {
+          for (int64_t d = 0; d < D; ++d) held[i * columns + d] = to_float(vector[d]);
         });
       }
       const X* own = cotangents + b * width;

@@ -14,16 +14,20 @@
 namespace dlrm {
 namespace {
 
-// x is [B, D], or [B, 0] if there is none; embeddings are [k, B, D].
+// x is [B, D], or [B, 0] if there is none; embeddings are [k, B, D], or [B, k, D] if they go `by_sample`.
 template <typename X, typename E>
-Vectors<X, E> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings) {
+Vectors<X, E> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings, bool by_sample) {
   const auto sizes = embeddings.dimensions();
   const bool has_x = x.dimensions()[1] > 0;
-  return {has_x ? static_cast<X*>(x.untyped_data()) : nullptr, static_cast<E*>(embeddings.untyped_data()), sizes[1],
-          sizes[0] + (has_x ? 1 : 0), sizes[2]};
+  return {has_x ? static_cast<X*>(x.untyped_data()) : nullptr,
+          static_cast<E*>(embeddings.untyped_data()),
+          sizes[by_sample ? 0 : 1],
+          sizes[by_sample ? 1 : 0] + (has_x ? 1 : 0),
+          sizes[2],
+          by_sample};
 }
 
-// Calls run(number of x, number of the embeddings).
+// Calls run(number of x, number of the embeddings or of their gradients).
 template <typename Run>
 ffi::Error with_dtypes_of_vectors(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings, const Run& run) {
   const auto of_x = x.element_type(), of_embeddings = embeddings.element_type();
@@ -40,23 +44,25 @@ ffi::Error with_dtypes_of_vectors(const ffi::AnyBuffer& x, const ffi::AnyBuffer&
 }
 
 ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
-                               ffi::Result<ffi::AnyBuffer> out, bool self_interaction) {
+                               ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> rounded,
+                               bool self_interaction) {
   return with_dtypes_of_vectors(x, embeddings, [&](auto of_x, auto of_embeddings) {
     using X = decltype(of_x);
-    dot_interaction(threads, vectors_of<const X, const decltype(of_embeddings)>(x, embeddings), self_interaction,
-                    static_cast<X*>(out->untyped_data()));
+    dot_interaction(threads, vectors_of<const X, const decltype(of_embeddings)>(x, embeddings, false), self_interaction,
+                    static_cast<X*>(out->untyped_data()),
+                    rounded->element_count() > 0 ? static_cast<X*>(rounded->untyped_data()) : nullptr);
   });
 }
 
 ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
                                     ffi::AnyBuffer cotangents, ffi::Result<ffi::AnyBuffer> x_grad,
-                                    ffi::Result<ffi::AnyBuffer> embeddings_grad, bool self_interaction) {
-  return with_dtypes_of_vectors(x, embeddings, [&](auto of_x, auto of_embeddings) {
+                                    ffi::Result<ffi::AnyBuffer> embeddings_grad, bool by_sample,
+                                    bool self_interaction) {
+  return with_dtypes_of_vectors(x, *embeddings_grad, [&](auto of_x, auto of_embeddings) {
     using X = decltype(of_x);
-    using E = decltype(of_embeddings);
-    dot_interaction_grad(threads, vectors_of<const X, const E>(x, embeddings),
+    dot_interaction_grad(threads, vectors_of<const X, const X>(x, embeddings, by_sample),
                          static_cast<const X*>(cotangents.untyped_data()), self_interaction,
-                         vectors_of<X, E>(*x_grad, *embeddings_grad));
+                         vectors_of<X, decltype(of_embeddings)>(*x_grad, *embeddings_grad, false));
   });
 }
 
@@ -212,6 +218,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction, dlrm::interaction_handler,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("self_interaction"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_handler,
@@ -222,6 +229,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_dot_interaction_grad, dlrm::interaction_grad_
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("by_sample")
                                   .Attr<bool>("self_interaction"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dlrm_norm, dlrm::norm_handler,
