@@ -268,8 +268,7 @@ class _Run:
                 self._log.to_disk()
                 self._checkpointer.save(steps.state, progress)
             if at_end or stopping or gave_up:
-                ended: Ended = "all steps" if at_end else "signal" if stopping else "early stop"
-                return progress, ended
+                return progress, "all steps" if at_end else "signal" if stopping else "early stop"
 
     def _batches(self, step: int, pipeline: Pipeline) -> Iterator[tuple[Batch, Batch | None]]:
         """The batches after a step, each with the next one as far as the pipeline looks ahead, across epochs."""

@@ -19,21 +19,6 @@ from sharding.route import Routed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Staged:
-    """A batch that was copied to the devices before a step asked for it.
-
-    Attributes:
-        batch: The batch on the host.
-        capacities: Room for ids that it has there.
-        on_devices: The same on the devices.
-    """
-
-    batch: Batch
-    capacities: Capacities
-    on_devices: Batch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ahead:
     """A batch whose ids are routed, or under way.
 
@@ -72,7 +57,8 @@ class Pipeline:
         self.main_step: Any = make(recommender, optimizer)
         self._prologue: Prologue = make_prologue(recommender)
         self._ahead: _Ahead | None = None
-        self._staged: _Staged | None = None
+        # A batch, and the same on the devices, before a step has asked for it.
+        self._staged: tuple[Batch, Batch] | None = None
 
     @property
     def ahead(self) -> Batch | None:
@@ -86,7 +72,7 @@ class Pipeline:
 
     def forget(self) -> None:
         """Drops what was done ahead, as it was done with less room than there is now."""
-        self._ahead = None
+        self._ahead = self._staged = None
 
     def stage(self, batch: Batch, upcoming: Batch | None, capacities: Capacities) -> None:
         """Copies the batch that the next step is the first to want to the devices, while the one before it computes.
@@ -98,8 +84,7 @@ class Pipeline:
         """
         new = upcoming if self.looks_ahead else batch
         if new is not None:
-            on_devices = self._to_devices(new, capacities)
-            self._staged = _Staged(batch=new, capacities=capacities, on_devices=on_devices)
+            self._staged = new, self._to_devices(new, capacities)
 
     def step(
         self,
@@ -151,8 +136,8 @@ class Pipeline:
 
     def _to_devices(self, batch: Batch, capacities: Capacities) -> Batch:
         staged, self._staged = self._staged, None
-        if staged is not None and staged.batch is batch and staged.capacities == capacities:
-            return staged.on_devices
+        if staged is not None and staged[0] is batch:
+            return staged[1]
         # The one transfer that is meant: under a guard, that of several processes would count as an implicit one.
         with jax.transfer_guard("allow"):
             return self._recommender.to_devices(batch, capacities)
