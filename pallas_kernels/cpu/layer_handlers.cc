@@ -27,18 +27,18 @@ Vectors<X, E> vectors_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddin
           by_sample};
 }
 
-// Calls run(number of x, number of the embeddings or of their gradients).
+// Calls run(number of `first`, number of `second`): both float32, or the first bfloat16 and the second either.
 template <typename Run>
-ffi::Error with_dtypes_of_vectors(const ffi::AnyBuffer& x, const ffi::AnyBuffer& embeddings, const Run& run) {
-  const auto of_x = x.element_type(), of_embeddings = embeddings.element_type();
-  if (of_x == ffi::DataType::F32 && of_embeddings == ffi::DataType::F32) {
+ffi::Error with_dtypes(const ffi::AnyBuffer& first, const ffi::AnyBuffer& second, const Run& run) {
+  const auto of_first = first.element_type(), of_second = second.element_type();
+  if (of_first == ffi::DataType::F32 && of_second == ffi::DataType::F32) {
     run(float{}, float{});
-  } else if (of_x == ffi::DataType::BF16 && of_embeddings == ffi::DataType::BF16) {
-    run(Bf16{}, Bf16{});
-  } else if (of_x == ffi::DataType::BF16 && of_embeddings == ffi::DataType::F32) {
+  } else if (of_first == ffi::DataType::BF16 && of_second == ffi::DataType::F32) {
     run(Bf16{}, float{});
+  } else if (of_first == ffi::DataType::BF16 && of_second == ffi::DataType::BF16) {
+    run(Bf16{}, Bf16{});
   } else {
-    return invalid("vectors that interact are float32 or bfloat16, and embeddings beside bfloat16 either");
+    return invalid("arrays are float32 or bfloat16, and all float32 where the first one is");
   }
   return ffi::Error::Success();
 }
@@ -46,7 +46,7 @@ ffi::Error with_dtypes_of_vectors(const ffi::AnyBuffer& x, const ffi::AnyBuffer&
 ffi::Error interaction_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer embeddings,
                                ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> rounded,
                                bool self_interaction) {
-  return with_dtypes_of_vectors(x, embeddings, [&](auto of_x, auto of_embeddings) {
+  return with_dtypes(x, embeddings, [&](auto of_x, auto of_embeddings) {
     using X = decltype(of_x);
     dot_interaction(threads, vectors_of<const X, const decltype(of_embeddings)>(x, embeddings, false), self_interaction,
                     static_cast<X*>(out->untyped_data()),
@@ -58,7 +58,7 @@ ffi::Error interaction_grad_handler(ffi::ThreadPool threads, ffi::AnyBuffer x, f
                                     ffi::AnyBuffer cotangents, ffi::Result<ffi::AnyBuffer> x_grad,
                                     ffi::Result<ffi::AnyBuffer> embeddings_grad, bool by_sample,
                                     bool self_interaction) {
-  return with_dtypes_of_vectors(x, *embeddings_grad, [&](auto of_x, auto of_embeddings) {
+  return with_dtypes(x, *embeddings_grad, [&](auto of_x, auto of_embeddings) {
     using X = decltype(of_x);
     dot_interaction_grad(threads, vectors_of<const X, const X>(x, embeddings, by_sample),
                          static_cast<const X*>(cotangents.untyped_data()), self_interaction,
@@ -154,21 +154,16 @@ ffi::Error parameter_gradients_handler(ffi::ThreadPool threads, ffi::AnyBuffer x
   });
 }
 
-// Calls run(number of the network, number of `array`): where the network has float32, so has the array.
+// As above, for the cross network.
 template <typename Run>
-ffi::Error with_dtypes(const ffi::AnyBuffer& network, const ffi::AnyBuffer& array, const Run& run) {
+ffi::Error with_dtypes_of_network(const ffi::AnyBuffer& network, const ffi::AnyBuffer& array, const Run& run) {
   if (!Avx512Bf16::runs_here()) return invalid("this processor does not round to bfloat16");
-  if (network.element_type() == ffi::DataType::F32) {
-    run(float{}, float{});
-  } else {
-    with_dtype(array.element_type(), [&](auto given) { run(Bf16{}, given); });
-  }
-  return ffi::Error::Success();
+  return with_dtypes(network, array, run);
 }
 
 ffi::Error cross_sum_handler(ffi::ThreadPool threads, ffi::AnyBuffer first, ffi::AnyBuffer u, ffi::AnyBuffer x,
                              ffi::Result<ffi::AnyBuffer> rounded, ffi::Result<F32s> y) {
-  return with_dtypes(first, x, [&](auto number, auto given) {
+  return with_dtypes_of_network(first, x, [&](auto number, auto given) {
     using T = decltype(number);
     for_each_part(threads, first.element_count(),
                   CrossSum<T, decltype(given)>{data_of<const T>(first), data_of<const T>(u),
@@ -181,7 +176,7 @@ ffi::Error cross_sum_handler(ffi::ThreadPool threads, ffi::AnyBuffer first, ffi:
 ffi::Error cross_grads_handler(ffi::ThreadPool threads, ffi::AnyBuffer above, ffi::AnyBuffer x_above,
                                ffi::AnyBuffer first, ffi::AnyBuffer u, F32s sum, ffi::Result<F32s> g,
                                ffi::Result<ffi::AnyBuffer> u_grad, ffi::Result<F32s> first_grad) {
-  return with_dtypes(first, above, [&](auto number, auto given) {
+  return with_dtypes_of_network(first, above, [&](auto number, auto given) {
     using T = decltype(number);
     for_each_part(threads, first.element_count(),
                   CrossGrads<T, decltype(given)>{data_of<const decltype(given)>(above),
