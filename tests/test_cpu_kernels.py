@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,10 +182,16 @@ def test_kernels_when_they_have_run_often_then_every_thread_may_use_the_processo
     before = processors()
     for _ in range(300):
         jax.block_until_ready(interact(x))
-    after = processors()
-    assert {thread: after[thread] for thread in before if thread in after} == {
-        thread: allowed for thread, allowed in before.items() if thread in after
-    }
+
+    def restricted() -> dict[str, str]:
+        after = processors()
+        return {thread: after[thread] for thread in before if after.get(thread, before[thread]) != before[thread]}
+
+    # A helper that has been sent to where another process is at work may use all processors again once it runs there.
+    deadline = time.monotonic() + 30.0
+    while restricted() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not restricted()
 
 
 def test_build_when_the_folder_cannot_be_written_then_says_why(tmp_path: Path, monkeypatch) -> None:
