@@ -17,7 +17,7 @@ import highspy
 import numpy as np
 from jaxtyping import Float, Int
 
-from sharding.highs import make_solver
+from sharding.highs import make_solver, make_whole
 
 # What there is time for: places of slices, and nodes of the tree.
 MOST_PLACES = 150
@@ -47,8 +47,7 @@ def least_dealt(seconds: Float[np.ndarray, "n Q"], slices: Int[np.ndarray, " n"]
     solver.changeColsCost(quantities, maxima, np.ones(quantities))
     least = np.maximum(seconds.max(axis=0), slices @ seconds / bins)
     solver.changeColsBounds(quantities, maxima, least, np.full(quantities, highspy.kHighsInf))
-    kinds = np.full(places, int(highspy.HighsVarType.kInteger), np.uint8)
-    solver.changeColsIntegrality(places, np.arange(places, dtype=np.int32), kinds)
+    make_whole(solver, np.arange(places))
     every = np.arange(places, dtype=np.int32).reshape(count, bins)
     for candidate in range(count):
         held = float(slices[candidate])

@@ -35,3 +35,9 @@ def add_rows(solver: highspy.Highs, rows: Sequence[Row]) -> None:
             np.concatenate([columns for columns, *_ in rows]).astype(np.int32),
             np.concatenate([values for _, values, *_ in rows]),
         )
+
+
+def make_whole(solver: highspy.Highs, columns: np.ndarray) -> None:
+    """Lets columns be whole numbers only."""
+    kinds = np.full(len(columns), int(highspy.HighsVarType.kInteger), np.uint8)
+    solver.changeColsIntegrality(len(columns), columns.astype(np.int32), kinds)

@@ -22,14 +22,16 @@ from sharding.candidates import SPREAD
 from sharding.cuts import Cuts
 from sharding.highs import Row
 
-# Levels of a maximum, and from which share of what a solution has on.
-_LEVELS = 16
-_FROM = 0.5
+# Levels of a maximum, and from which share of what a solution has on: to find solutions, and to prove a bound.
+_COARSE = 16, 0.5
+_FINE = 32, 1.0
 # What a level must be, in units of seconds, to matter.
 _LEAST = 1.0
 
 
-def ladders(cuts: Cuts, z: Float[np.ndarray, "groups Q"], first_z: int, first_level: int) -> tuple[int, list[Row]]:
+def ladders(
+    cuts: Cuts, z: Float[np.ndarray, "groups Q"], first_z: int, first_level: int, *, fine: bool = False
+) -> tuple[int, list[Row]]:
     """The levels of all maxima.
 
     Args:
@@ -37,19 +39,21 @@ def ladders(cuts: Cuts, z: Float[np.ndarray, "groups Q"], first_z: int, first_le
         z: The maxima of a solution, in units: levels far below are reached anyway.
         first_z: The column of the first maximum.
         first_level: The column of the first level.
+        fine: Whether there are many levels, all above the maxima.
 
     Returns:
         How many levels there are, and the rows.
     """
+    most, least = _FINE if fine else _COARSE
     rows: list[Row] = []
     column = first_level
     for group, mine in enumerate(cuts.members):
         for quantity in range(len(SPREAD) if len(mine) else 0):
             peaks = cuts.peaks[mine, quantity]
-            above = np.unique(peaks[peaks > max(_LEAST, _FROM * z[group, quantity])])
+            above = np.unique(peaks[peaks > max(_LEAST, least * z[group, quantity])])
             if not len(above):
                 continue
-            levels = above[np.unique(np.linspace(0, len(above) - 1, _LEVELS + 1).round().astype(int)[:-1])]
+            levels = above[np.unique(np.linspace(0, len(above) - 1, most + 1).round().astype(int)[:-1])]
             columns = np.arange(column, column + len(levels))
             column += len(levels)
             rows.extend(_at_most(upper, lower) for lower, upper in itertools.pairwise(columns.tolist()))

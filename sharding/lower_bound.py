@@ -16,34 +16,25 @@ the same on every device. The bound is the optimum of a mixed integer programme 
 First x and P may be fractions (a table may be in two halves), and cuts are added until that hardly raises the optimum.
 Then P is whole, and of programmes that are not large, x. Both are searched by branch and bound, which stops after a
 number of nodes and gives the bound that it has proved by then. Where candidates are many, it branches on levels of the
-maxima, too (`sharding.ladders`). What limits the bound there: the cuts say little of how several large slices fit
-together.
+maxima, too (`sharding.ladders`), and proves more where it is asked less: that no plan costs less than a target.
 
 Letters: W devices, C chips of a node.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
-import highspy
 import numpy as np
 from jaxtyping import Float
 
-from sharding.candidates import SPREAD, Choices
-from sharding.cuts import VECTORS_PLACE, Cuts
-from sharding.dealing import MOST_PLACES, least_dealt
-from sharding.highs import Row, add_rows, make_solver
-from sharding.ladders import ladders
-from sharding.layout import FAMILIES, Family
+from sharding.candidates import Choices
+from sharding.programme import Programme, Solved, Whole
 
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
 # than a share.
 _ROUNDS = 30
 _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
-# Where dealing out costs no more than this share above the optimum, that is as good as true.
-_CLOSE = 5e-3
 # Searches for whole vectors, likewise, up to as many candidates; where ladders find as much, one that says where levels
 # matter.
 _VECTOR_ROUNDS = 3
@@ -52,33 +43,10 @@ _MEDIUM = 4000
 # leave open. In between, solutions that are nearly the best make good starts, since they are unlike each other.
 _FEW, _SEVERAL = 400, 1300
 _TABLE_ROUNDS = ((_FEW, 12, 3e-4), (_SEVERAL, 2, 3e-3), (_MEDIUM, 3, 3e-4))
-# Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
-# found late, and only then does their bound rise.
-_VECTOR_NODES = 20
-_TABLE_NODES = 400
-_FAST_NODES = 100
-# Improving solutions of one search that are worth a start.
-_SOLUTIONS = 5
+# Targets above the bound, as shares of it; the lower is tried if the higher is not proved.
+_TARGETS = (8e-3, 4e-3)
 # Times that the relaxation is solved again with what cannot be whole left out.
 _DIVES = 2
-
-Whole = Literal["vectors", "all"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A part of the step that takes a fixed number of exchanges if any table needs it; see `Step.latency_seconds`."""
-
-    families: tuple[Family, ...]
-    exchanges: int
-    second_pass: bool = False
-
-
-_PARTS = (
-    *(_Part(families=(family,), exchanges=2) for family in FAMILIES),
-    _Part(families=tuple(family for family in FAMILIES if family != "local"), exchanges=1),
-    _Part(families=FAMILIES, exchanges=2, second_pass=True),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,206 +62,6 @@ class Relaxed:
     shares: tuple[tuple[Float[np.ndarray, " candidates"], ...], ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Solved:
-    """A bound in units, the cost and columns of the optimum (or of the best there is), and columns found before it."""
-
-    bound: float
-    cost: float
-    columns: Float[np.ndarray, " columns"]
-    others: tuple[Float[np.ndarray, " columns"], ...] = ()
-
-
-class _Programme:
-    """The programme in HiGHS, which goes on from the last optimum when rows are added.
-
-    Columns: x of the candidates, Z of each group and quantity, P of each group, y of each part of the step.
-    """
-
-    def __init__(self, choices: Choices, num_devices: int, memory: float):
-        self.choices, self.num_devices = choices, num_devices
-        candidates = [candidate for options in choices.of_table for candidate in options]
-        # The unit of seconds, so that the solver's tolerances fit.
-        least = sum(min(c.fixed + c.seconds / num_devices for c in options) for options in choices.of_table if options)
-        self.unit = least / 1000.0 or 1.0
-        self.cuts = Cuts(choices, num_devices, self.unit)
-        self.costs = np.array([c.fixed + c.seconds / num_devices for c in candidates]) / self.unit
-        self.num_x = len(candidates)
-        self.first_p = self.num_x + len(choices.groups) * len(SPREAD)
-        self.first_y = self.first_p + len(choices.groups)
-        self.num_columns = self.first_y + len(_PARTS)
-        self._rows: list[Row] = []
-        objective = np.zeros(self.num_columns)
-        objective[: self.num_x] = [c.fixed / self.unit for c in candidates]
-        objective[self.num_x : self.first_p] = 1.0
-        objective[self.first_y :] = [part.exchanges * choices.exchange_seconds / self.unit for part in _PARTS]
-        upper = np.full(self.num_columns, highspy.kHighsInf)
-        upper[: self.num_x] = 1.0
-        programme = highspy.HighsLp()
-        programme.num_col_ = self.num_columns
-        programme.col_cost_, programme.col_lower_, programme.col_upper_ = objective, np.zeros(self.num_columns), upper
-        programme.a_matrix_.start_ = np.zeros(self.num_columns + 1, np.int32)
-        self._highs = make_solver()
-        self._highs.passModel(programme)
-        first = 0
-        for options in choices.of_table:
-            self._row(np.arange(first, first + len(options)), np.ones(len(options)), 1.0, 1.0)
-            first += len(options)
-        self._maxima()
-        self._exchanges()
-        sizes = np.array([c.total_bytes for c in candidates], np.float64)
-        self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
-        self._add_rows()
-
-    def _maxima(self) -> None:
-        """A maximum is at least the mean; vectors are counted in whole numbers."""
-        cuts = self.cuts
-        for group, mine in enumerate(cuts.members):
-            if not len(mine):
-                continue
-            shares = cuts.slices[mine] * cuts.spans[mine] / self.num_devices
-            for quantity in range(len(SPREAD)):
-                self._at_most(mine, cuts.means[mine, quantity] * shares, self._z(group, quantity))
-            if cuts.counts_vectors[group]:
-                self._at_most(mine, cuts.vectors[mine] * shares, self.first_p + group)
-                seconds = self.choices.vector_seconds[group] / self.unit
-                self._at_most(np.array([self.first_p + group]), np.array([seconds]), self._z(group, VECTORS_PLACE))
-
-    def _exchanges(self) -> None:
-        """Of each part of the step that there is, y = 1: seconds that its exchanges take to start."""
-        for number, part in enumerate(_PARTS):
-            members = [
-                i
-                for i, candidate in enumerate(self.cuts.candidates)
-                if self.choices.groups[candidate.group].family in part.families
-                and (candidate.has_second_pass or not part.second_pass)
-            ]
-            if self.choices.exchange_seconds > 0 and len(members) <= _MEDIUM:
-                for member in members:
-                    self._at_most(np.array([member]), np.ones(1), self.first_y + number)
-
-    def _z(self, group: int, quantity: int) -> int:
-        return self.num_x + group * len(SPREAD) + quantity
-
-    def _row(self, columns: np.ndarray, values: np.ndarray, lower: float, upper: float) -> None:
-        self._rows.append((columns, values, lower, upper))
-
-    def _at_most(self, members: np.ndarray, values: np.ndarray, column: int) -> None:
-        """``values @ columns[members] <= column``."""
-        self._row(np.append(members, column), np.append(values, -1.0), -highspy.kHighsInf, 0.0)
-
-    def _add_rows(self) -> bool:
-        """Gives the solver the rows that are new; says whether there are any."""
-        rows, self._rows = self._rows, []
-        add_rows(self._highs, rows)
-        return bool(rows)
-
-    def add_cuts(self, columns: np.ndarray) -> bool:
-        """Adds the cuts that a solution breaks; says whether there are any."""
-        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD))
-        for cut in self.cuts.broken(columns[: self.num_x], z, columns[self.first_p : self.first_y]):
-            members, values = cut.members, cut.values
-            if cut.of_vectors:
-                members, values = np.append(members, self.first_p + cut.group), np.append(values, -cut.of_vectors)
-            self._at_most(members, values, self._z(cut.group, cut.quantity))
-        return self._add_rows()
-
-    def add_dealing_cuts(self, columns: np.ndarray) -> bool:
-        """Adds what dealing out the slices of whole tables costs, where that is more than a solution says.
-
-        See `sharding.dealing`. Of slices that are on several devices, it counts the mean over these.
-
-        Returns:
-            Whether that is so much more that the next solution should be another.
-        """
-        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD)).sum(axis=1)
-        cuts, excess = self.cuts, 0.0
-        for group, mine in enumerate(cuts.members):
-            chosen, bins = mine[columns[mine] > 0.5], cuts.bins[group]
-            if bins == 1 or not 1 < len(chosen) <= MOST_PLACES // bins:
-                continue
-            least = least_dealt(cuts.means[chosen], cuts.slices[chosen], bins)
-            if least > z[group] * (1.0 + _PROGRESS):
-                excess += least - z[group]
-                each = cuts.means[chosen].sum(axis=1)
-                maxima = np.array([self._z(group, quantity) for quantity in range(len(SPREAD))])
-                values = np.append(each, -np.ones(len(SPREAD)))
-                self._row(np.append(chosen, maxima), values, -highspy.kHighsInf, float(each.sum()) - least)
-        self._add_rows()
-        return excess > _CLOSE * z.sum()
-
-    def solve(self) -> _Solved | None:
-        """The optimum where all may be fractions; None if nothing is feasible."""
-        self._highs.run()
-        if self._highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return None
-        cost = self._highs.getInfo().objective_function_value
-        return _Solved(bound=cost, cost=cost, columns=np.array(self._highs.getSolution().col_value))
-
-    def search(self, whole: Whole, gap: float, start: np.ndarray | None, near: np.ndarray) -> _Solved | None:
-        """Branch and bound with whole numbers; None if it found no solution.
-
-        Args:
-            whole: What is to be whole.
-            gap: The share of the cost that may stay open.
-            start: Columns whose x are whole, to begin from.
-            near: Columns of a solution, which says where levels of maxima matter.
-        """
-        highs = make_solver()
-        highs.passModel(self._highs.getLp())
-        num_levels = 0
-        if whole == "all" and self.num_x > _SEVERAL:
-            z = near[self.num_x : self.first_p].reshape(-1, len(SPREAD))
-            num_levels, rows = ladders(self.cuts, z, self.num_x, self.num_columns)
-            highs.addVars(num_levels, np.zeros(num_levels), np.ones(num_levels))
-            add_rows(highs, rows)
-        integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns + num_levels, dtype=np.int32)
-        integral = integral[(integral < self.num_x) | (integral >= self.first_p)]
-        kind = np.full(len(integral), int(highspy.HighsVarType.kInteger), np.uint8)
-        highs.changeColsIntegrality(len(integral), integral, kind)
-        highs.setOptionValue("mip_max_nodes", _VECTOR_NODES)
-        if whole == "all":
-            # Up to how many candidates there is time to try branches out before one is taken.
-            highs.setOptionValue("mip_max_nodes", _TABLE_NODES if self.num_x <= _SEVERAL else _FAST_NODES)
-            if self.num_x > _SEVERAL:
-                highs.setOptionValue("mip_pscost_minreliable", 0)
-        highs.setOptionValue("mip_rel_gap", gap)
-        # A restart costs more here than it gives.
-        highs.setOptionValue("mip_allow_restart", False)
-        if start is not None:
-            highs.setSolution(self.num_x, np.arange(self.num_x, dtype=np.int32), np.round(start[: self.num_x]))
-        found: list[np.ndarray] = []
-        highs.cbMipImprovingSolution.subscribe(lambda event: found.append(np.array(event.data_out.mip_solution)))
-        highs.run()
-        info = highs.getInfo()
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-            return None
-        columns = np.array(highs.getSolution().col_value)[: self.num_columns]
-        return _Solved(
-            bound=info.mip_dual_bound,
-            cost=info.objective_function_value,
-            columns=columns,
-            others=tuple(each[: self.num_columns] for each in found[-_SOLUTIONS:-1]),
-        )
-
-    def keep_whole(self, columns: np.ndarray) -> None:
-        """Leaves out the candidates that the maxima of a solution have no room for.
-
-        A table in two halves hides how large it is; this is how the search gets kinds that can be whole.
-        """
-        z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD))
-        excess = (self.cuts.peaks - z[self.cuts.groups] * 1.1).clip(min=0.0).sum(axis=1)
-        kept = excess <= 0.01
-        first = 0
-        for options in self.choices.of_table:
-            mine = slice(first, first + len(options))
-            first += len(options)
-            # The least of the evils, where all are too large: what rises then, rises.
-            kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
-        every = np.arange(self.num_x, dtype=np.int32)
-        self._highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), kept.astype(np.float64))
-
-
 def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = False) -> Relaxed | None:
     """Solves the relaxation.
 
@@ -306,8 +74,8 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     Returns:
         The optimum; None if all devices together have too little memory.
     """
-    programme = _Programme(choices, num_devices, memory)
-    large = programme.num_x > _MEDIUM
+    programme = Programme(choices, num_devices, memory)
+    many, large = programme.num_x > _SEVERAL, programme.num_x > _MEDIUM
     solved = programme.solve()
     for _ in range(_QUICK_ROUNDS if quick or large else _ROUNDS):
         if solved is None or not programme.add_cuts(solved.columns):
@@ -321,8 +89,13 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     proved = [solved]
     starts: list[np.ndarray] = []
     for whole, rounds, gap in () if quick or large else _searches(programme.num_x):
+        if whole == "all" and many:
+            bound = max(one.bound for one in proved)
+            targets = (bound * (1.0 + share) for share in _TARGETS)
+            target = next((target for target in targets if programme.proves(target, columns)), bound)
+            proved.append(Solved(bound=target, cost=np.inf, columns=columns))
         for _ in range(rounds):
-            searched = programme.search(whole, gap, starts[-1] if starts else None, columns)
+            searched = programme.search(whole, gap, starts[-1] if starts else None, columns, many=many)
             if searched is None:
                 break
             before = max(one.bound for one in proved)
@@ -350,7 +123,7 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     )
 
 
-def _best_bound(proved: Sequence[_Solved]) -> float:
+def _best_bound(proved: Sequence[Solved]) -> float:
     """The highest bound that no solution beats.
 
     Each programme has all rows of those before it, so a solution of one is a solution of all before it: where it costs

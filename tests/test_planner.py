@@ -22,6 +22,7 @@ from sharding.lower_bound import relax
 from sharding.plan import PlacementKind, Returns, ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_text
 from sharding.planner import make_plan
+from sharding.programme import Programme, Solved
 from sharding.tables import FeatureSpec, RowOptimizerName, TableSpec
 from sharding.topology import parse_topology
 
@@ -71,7 +72,7 @@ def test_lower_bound_when_the_solver_errs_then_what_a_plan_beats_is_no_bound():
 
 def test_lower_bound_when_a_solution_with_more_rows_costs_less_then_it_is_that_of_others():
     proved = [
-        lower_bound._Solved(bound=bound, cost=cost, columns=np.zeros(1))
+        Solved(bound=bound, cost=cost, columns=np.zeros(1))
         for bound, cost in ((10.0, 10.0), (20.0, 21.0), (11.0, 12.0))
     ]
     assert lower_bound._best_bound(proved) == 11.0
@@ -151,6 +152,24 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
     assert relaxed.seconds >= 0.8 * cheapest
     planned = make_plan(tables, features, machine, batch_size=BATCH, loads=loads)
     assert planned.cost.total_seconds <= cheapest * 1.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_target_when_every_plan_is_tried_then_what_none_costs_less_than_is_proved(seed: int):
+    tables, features, loads = skewed_model(4, seed)
+    machine = parse_topology("h200:1x2")
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
+    # With rows on all devices, as much as fractions.
+    whole = tuple(tuple(c for c in options if c.kind in ("table_wise", "column_wise")) for options in choices.of_table)
+    choices = dataclasses.replace(choices, of_table=whole)
+    programme = Programme(choices, machine.num_devices, float(machine.hbm_bytes))
+    fractions = programme.solve()
+    assert fractions is not None
+    cheapest = min(assignment.cost for assignment in every_assignment(choices, step)) / programme.unit
+    proved = [share for share in np.arange(0.8, 1.2, 0.02) if programme.proves(share * cheapest, fractions.columns)]
+    # More than fractions prove, and nothing that is wrong.
+    assert fractions.bound / cheapest < 0.96 < max(proved) < 1.0 + 1e-9
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
