@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from sharding.assignment import Assignment
-from sharding.candidates import Choices
+from sharding.candidates import Choices, make_choices
 from sharding.cost import Step
-from sharding.load import FeatureLoad
+from sharding.load import FeatureLoad, loads_by_feature
 from sharding.planner import PlanResult, make_plan
 from sharding.tables import FeatureSpec, TableSpec
-from sharding.topology import parse_topology
+from sharding.topology import Topology, parse_topology
 
 NODES, CHIPS = 2, 4
 MACHINE = parse_topology(f"h200:{NODES}x{CHIPS}")
@@ -38,6 +38,12 @@ def skewed_model(num_tables: int, seed: int) -> tuple[list[TableSpec], list[Feat
         for _ in range(num_tables)
     ]
     return model_of(tables, rng.lognormal(2, 1, num_tables).tolist())
+
+
+def choices_of(model, machine: Topology, constraints=(), memory: float = float("inf")) -> tuple[Choices, Step]:
+    tables, features, loads = model
+    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
+    return make_choices(tables, features, step, constraints, memory), step
 
 
 def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:

@@ -6,13 +6,11 @@ from collections.abc import Set
 
 import numpy as np
 import pytest
-from planner_cases import model_of, skewed_model
+from planner_cases import choices_of, model_of, skewed_model
 
 from sharding.assignment import Assignment, initial_assignment, insert_best
-from sharding.candidates import Candidate, Choices, make_choices
+from sharding.candidates import Candidate, Choices
 from sharding.constraints import Constraint
-from sharding.cost import Step
-from sharding.load import loads_by_feature
 from sharding.partition import greedy
 from sharding.plan import PlacementKind
 from sharding.search import drop_families, improve, reinsert, ruin_and_recreate
@@ -27,12 +25,6 @@ TWO, FOUR = (
 )
 ROW = 32 * 4
 SMALL, LARGE = TableSpec(name="t", num_rows=100, dim=32, optimizer="sgd"), 10_000
-
-
-def choices_of(model, machine, constraints=(), memory: float = float("inf")) -> tuple[Choices, Step]:
-    tables, features, loads = model
-    step = Step(topology=machine, batch_size=1024, loads=loads_by_feature(features, loads))
-    return make_choices(tables, features, step, constraints, memory), step
 
 
 def of_kind(choices: Choices, kind: PlacementKind = "table_wise") -> list[Candidate]:

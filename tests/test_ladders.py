@@ -2,15 +2,12 @@
 
 import numpy as np
 import pytest
-from planner_cases import BATCH, every_assignment, skewed_model
+from planner_cases import choices_of, every_assignment, skewed_model
 
 from sharding.assignment import Assignment
-from sharding.candidates import make_choices
-from sharding.cost import Step
 from sharding.cuts import Cuts
 from sharding.highs import Row
 from sharding.ladders import ladders
-from sharding.load import loads_by_feature
 from sharding.topology import parse_topology
 
 UNIT = 1e-7
@@ -29,10 +26,8 @@ def _columns(assignment: Assignment, cuts: Cuts, num_levels: int, rows: list[Row
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ladders_when_every_plan_is_tried_then_each_obeys_them(seed: int):
-    tables, features, loads = skewed_model(3, seed)
     machine = parse_topology("h200:1x2")
-    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
-    choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
+    choices, step = choices_of(skewed_model(3, seed), machine)
     cuts = Cuts(choices, machine.num_devices, UNIT)
     num_x, num_z = len(cuts.candidates), len(choices.groups) * len(cuts.peaks[0])
     num_levels, rows = ladders(cuts, np.zeros((len(choices.groups), len(cuts.peaks[0]))), num_x, num_x + num_z)

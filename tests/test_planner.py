@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import BATCH, CHIPS, MACHINE, NODES, every_assignment, model_of, plan_of, skewed_model
+from planner_cases import BATCH, CHIPS, MACHINE, NODES, choices_of, every_assignment, model_of, plan_of, skewed_model
 
 from benchmarks.planner import SAMPLES_PER_DEVICE, random_instance
 from sharding import lower_bound, planner
@@ -141,8 +141,7 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
         monkeypatch.setattr(lower_bound, "_SEVERAL", 0)
     tables, features, loads = skewed_model(3, seed)
     machine = parse_topology("h200:1x2")
-    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
-    choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
+    choices, step = choices_of((tables, features, loads), machine, memory=float(machine.hbm_bytes))
     relaxed = relax(choices, machine.num_devices, float(machine.hbm_bytes))
     assert relaxed is not None
     assert relax(choices, machine.num_devices, 1000.0) is None
@@ -156,10 +155,8 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
 
 @pytest.mark.parametrize("seed", range(4))
 def test_target_when_every_plan_is_tried_then_what_none_costs_less_than_is_proved(seed: int):
-    tables, features, loads = skewed_model(4, seed)
     machine = parse_topology("h200:1x2")
-    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
-    choices = make_choices(tables, features, step, (), float(machine.hbm_bytes))
+    choices, step = choices_of(skewed_model(4, seed), machine)
     # With rows on all devices, as much as fractions.
     whole = tuple(tuple(c for c in options if c.kind in ("table_wise", "column_wise")) for options in choices.of_table)
     choices = dataclasses.replace(choices, of_table=whole)
