@@ -95,6 +95,7 @@ class Cuts:
             for mine in self.members
         ]
         self._found: set[tuple[int, ...]] = set()
+        self._places: dict[tuple[int, int, int], np.ndarray] = {}
 
     def broken(
         self,
@@ -179,16 +180,20 @@ class Cuts:
     def _hot_rows(self, group: int, quantity: int, x: np.ndarray, least: float) -> Iterator[Cut]:
         mine = self.members[group]
         for span in sorted(set(self.spans[mine].tolist()) - {1}):
-            at_places = np.stack([self._at_places(member, quantity, span) for member in mine.tolist()])
+            at_places = self._at_places(group, quantity, span)
             load = x[mine] @ at_places
             place = int(load.argmax())
             if load[place] > least and self._is_new(3, group, quantity, span, place):
                 yield Cut(group=group, quantity=quantity, members=mine, values=at_places[:, place])
 
-    def _at_places(self, member: int, quantity: int, span: int) -> Float[np.ndarray, " span"]:
-        """What a candidate adds to the devices of each place, on average, or less."""
-        candidate = self.candidates[member]
-        if candidate.span % span:
-            return np.zeros(span)
-        slices = candidate.num_slices * candidate.profile[quantity].reshape(-1, span).sum(axis=0)
-        return slices * span / self.num_devices / self.unit
+    def _at_places(self, group: int, quantity: int, span: int) -> Float[np.ndarray, "m span"]:
+        """What a group's candidates add to the devices of each place, on average, or less; the same in every round."""
+        key = group, quantity, span
+        if key not in self._places:
+            added = self._places[key] = np.zeros((len(self.members[group]), span))
+            for row, member in enumerate(self.members[group].tolist()):
+                candidate = self.candidates[member]
+                if candidate.span % span == 0:
+                    added[row] = candidate.num_slices * candidate.profile[quantity].reshape(-1, span).sum(axis=0)
+            added *= span / self.num_devices / self.unit
+        return self._places[key]

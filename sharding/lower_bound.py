@@ -33,6 +33,7 @@ from sharding.programme import Programme, Solved, Whole
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
 # than a share.
 _ROUNDS = 30
+_LARGE_ROUNDS = 10
 _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
 # Searches for whole vectors, likewise, up to as many candidates; where ladders find as much, one that says where levels
@@ -77,15 +78,19 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     programme = Programme(choices, num_devices, memory)
     many, large = programme.num_x > _SEVERAL, programme.num_x > _MEDIUM
     solved = programme.solve()
-    for _ in range(_QUICK_ROUNDS if quick or large else _ROUNDS):
+    columns = None
+    for number in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
         if solved is None or not programme.add_cuts(solved.columns):
             break
         before, solved = solved, programme.solve()
+        if large and number == _QUICK_ROUNDS - 1 and solved is not None:
+            # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
+            columns = solved.columns
         if solved is None or solved.bound < before.bound * (1.0 + _PROGRESS):
             break
     if solved is None:
         return None
-    columns = solved.columns
+    columns = solved.columns if columns is None else columns
     proved = [solved]
     starts: list[np.ndarray] = []
     for whole, rounds, gap in () if quick or large else _searches(programme.num_x):
