@@ -78,19 +78,20 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     programme = Programme(choices, num_devices, memory)
     many, large = programme.num_x > _SEVERAL, programme.num_x > _MEDIUM
     solved = programme.solve()
-    columns = None
-    for number in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
-        if solved is None or not programme.add_cuts(solved.columns):
-            break
-        before, solved = solved, programme.solve()
-        if large and number == _QUICK_ROUNDS - 1 and solved is not None:
-            # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
-            columns = solved.columns
-        if solved is None or solved.bound < before.bound * (1.0 + _PROGRESS):
-            break
     if solved is None:
         return None
-    columns = solved.columns if columns is None else columns
+    columns = solved.columns
+    for number in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
+        if not programme.add_cuts(solved.columns):
+            break
+        before, solved = solved, programme.solve()
+        if solved is None:
+            return None
+        # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
+        if not large or number < _QUICK_ROUNDS:
+            columns = solved.columns
+        if solved.bound < before.bound * (1.0 + _PROGRESS):
+            break
     proved = [solved]
     starts: list[np.ndarray] = []
     for whole, rounds, gap in () if quick or large else _searches(programme.num_x):

@@ -5,7 +5,7 @@ from typing import Literal
 
 import highspy
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from sharding.candidates import SPREAD, Choices
 from sharding.cuts import VECTORS_PLACE, Cuts
@@ -14,11 +14,11 @@ from sharding.highs import Row, add_rows, make_solver, make_whole
 from sharding.ladders import ladders
 from sharding.layout import FAMILIES, Family
 
-# Up to how many candidates there is time to say what each exchange needs.
-_MEDIUM = 4000
-# A dealing cut is worth a row if it raises its group's maxima by so much; where all together raise the optimum by no
-# more than a share, that is as good as true.
-_PROGRESS = 3e-4
+# Up to how many candidates of a part of the step there is time to say that they need its exchanges.
+_MOST_OF_PART = 4000
+# A dealing cut is worth a row if it raises its group's maxima by such a share; where all together raise them by no more
+# than another, that is as good as true.
+_WORTH_A_ROW = 3e-4
 _CLOSE = 5e-3
 # Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
 # found late, and only then does their bound rise.
@@ -122,7 +122,7 @@ class Programme:
                 if self.choices.groups[candidate.group].family in part.families
                 and (candidate.has_second_pass or not part.second_pass)
             ]
-            if self.choices.exchange_seconds > 0 and len(members) <= _MEDIUM:
+            if self.choices.exchange_seconds > 0 and len(members) <= _MOST_OF_PART:
                 for member in members:
                     self._at_most(np.array([member]), np.ones(1), self.first_y + number)
 
@@ -167,7 +167,7 @@ class Programme:
             if bins == 1 or not 1 < len(chosen) <= MOST_PLACES // bins:
                 continue
             least = least_dealt(cuts.means[chosen], cuts.slices[chosen], bins)
-            if least > z[group] * (1.0 + _PROGRESS):
+            if least > z[group] * (1.0 + _WORTH_A_ROW):
                 excess += least - z[group]
                 each = cuts.means[chosen].sum(axis=1)
                 maxima = np.array([self._z(group, quantity) for quantity in range(len(SPREAD))])
@@ -201,15 +201,8 @@ class Programme:
         num_levels = self._add_ladders(highs, near) if whole == "all" and many else 0
         integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns + num_levels)
         make_whole(highs, integral[(integral < self.num_x) | (integral >= self.first_p)])
-        highs.setOptionValue("mip_max_nodes", _VECTOR_NODES)
-        if whole == "all":
-            highs.setOptionValue("mip_max_nodes", _FAST_NODES if many else _TABLE_NODES)
-            if many:
-                # No time to try branches out before one is taken.
-                highs.setOptionValue("mip_pscost_minreliable", 0)
-        highs.setOptionValue("mip_rel_gap", gap)
-        # A restart costs more here than it gives.
-        highs.setOptionValue("mip_allow_restart", False)
+        nodes = _VECTOR_NODES if whole == "vectors" else _FAST_NODES if many else _TABLE_NODES
+        _limit(highs, nodes, gap, hasty=whole == "all" and many)
         if start is not None:
             highs.setSolution(self.num_x, np.arange(self.num_x, dtype=np.int32), np.round(start[: self.num_x]))
         found: list[np.ndarray] = []
@@ -245,14 +238,10 @@ class Programme:
             return False
         optimum = highs.getInfo().objective_function_value
         dearer = np.array(highs.getSolution().col_dual)[: self.num_x] > target - optimum
-        every = np.arange(self.num_x, dtype=np.int32)
-        highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), np.where(dearer, 0.0, 1.0))
+        self._keep(highs, ~dearer)
         make_whole(highs, np.arange(self.first_p, self.num_columns + num_levels))
         highs.setOptionValue("objective_bound", target)
-        highs.setOptionValue("mip_rel_gap", 0.0)
-        highs.setOptionValue("mip_max_nodes", _TARGET_NODES)
-        highs.setOptionValue("mip_pscost_minreliable", 0)
-        highs.setOptionValue("mip_allow_restart", False)
+        _limit(highs, _TARGET_NODES, 0.0, hasty=True)
         highs.run()
         # Ended, and found nothing cheaper.
         status = highs.getModelStatus()
@@ -281,5 +270,19 @@ class Programme:
             first += len(options)
             # The least of the evils, where all are too large: what rises then, rises.
             kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
+        self._keep(self._highs, kept)
+
+    def _keep(self, highs: highspy.Highs, kept: Bool[np.ndarray, " candidates"]) -> None:
+        """Leaves out all other candidates."""
         every = np.arange(self.num_x, dtype=np.int32)
-        self._highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), kept.astype(np.float64))
+        highs.changeColsBounds(self.num_x, every, np.zeros(self.num_x), kept.astype(np.float64))
+
+
+def _limit(highs: highspy.Highs, nodes: int, gap: float, *, hasty: bool) -> None:
+    """Branch and bound ends after so many nodes or within a gap; in haste no branch is tried out before it is taken."""
+    highs.setOptionValue("mip_max_nodes", nodes)
+    highs.setOptionValue("mip_rel_gap", gap)
+    # A restart costs more here than it gives.
+    highs.setOptionValue("mip_allow_restart", False)
+    if hasty:
+        highs.setOptionValue("mip_pscost_minreliable", 0)

@@ -179,16 +179,16 @@ def test_kernels_when_they_have_run_often_then_every_thread_may_use_the_processo
 
     x = jnp.ones((2048, 16))
     interact = jax.jit(lambda x: dot_interaction(x, jnp.ones((2048, 26, 16)), False))
-    jax.block_until_ready(interact(x))
+    jax.block_until_ready(x)
     before = processors()
     for _ in range(300):
         jax.block_until_ready(interact(x))
 
     def restricted() -> dict[str, str]:
         after = processors()
-        # The calling thread helps nobody: it may use them all.
+        # A new thread has the processors of the one that made it; the calling thread helps nobody.
         everywhere = after[str(threading.get_native_id())]
-        return {t: allowed for t, allowed in after.items() if allowed not in (everywhere, before.get(t, everywhere))}
+        return {thread: allowed for thread, allowed in after.items() if allowed != before.get(thread, everywhere)}
 
     # A helper that has been sent to where another process is at work may use all processors again once it runs there.
     deadline = time.monotonic() + 30.0
