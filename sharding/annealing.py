@@ -7,6 +7,7 @@ one slice is replaced by another, and only its group's maxima change.
 """
 
 import math
+import operator
 import random
 from collections.abc import Set
 from typing import NamedTuple
@@ -48,6 +49,9 @@ class _Loads:
         self.most: list[list[float]] = assignment.most.tolist()
         self._bytes: list[list[float]] = assignment.bytes.tolist()
         self._memory = assignment.memory
+        buffers = assignment.choices.buffers
+        self._together, self._in_turn = buffers.together.tolist(), buffers.in_turn.tolist()
+        self._fixed_bytes = buffers.constant + assignment.fixed_bytes
         self._entries: dict[Candidate, list[tuple[int, int, float]]] = {}
         self.cost = assignment.cost
 
@@ -81,15 +85,24 @@ class _Loads:
         self.cost += fixed
 
     def fits(self, changes: list[_Replaced]) -> bool:
-        """Whether memory has room for changes; if so, they are counted."""
+        """Whether memory has room for changes, which loads have already; if so, they are counted."""
         self._change_bytes(changes, 1)
-        if sum(max(held) for held in self._bytes) <= self._memory:
+        if sum(max(held) for held in self._bytes) + self._buffers() <= self._memory:
             return True
         self._change_bytes(changes, -1)
         return False
 
+    def _buffers(self) -> float:
+        """Bytes beside the stores; see `candidates.Buffers`."""
+        together, largest = self._fixed_bytes, 0.0
+        for most, sizes, in_turn in zip(self.most, self._together, self._in_turn, strict=True):
+            together += sum(map(operator.mul, most, sizes))
+            largest = max(largest, *map(operator.mul, most, in_turn))
+        return together + largest
+
     def _change_bytes(self, changes: list[_Replaced], sign: int) -> None:
         for place, out, into in changes:
+            self._fixed_bytes += sign * (into.fixed_bytes - out.fixed_bytes) / into.num_slices
             more = sign * (into.owner_bytes - out.owner_bytes)
             held = self._bytes[into.store]
             for device in range(place * into.span, (place + 1) * into.span) if more else ():

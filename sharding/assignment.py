@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Set
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from sharding.candidates import SPREAD, Candidate, Choices, to_placement
+from sharding.candidates import SPREAD, Buffers, Candidate, Choices, to_placement
 from sharding.cost import Step
 from sharding.layout import Family
 from sharding.partition import Partitioner
@@ -21,6 +21,8 @@ NOISE = 1e-9
 WORTH = 5e-5
 # What the load of a bin counts for where its maximum stays: little, so that it decides between equals.
 _TIE = 1e-6
+# Times that tables are dealt out, since buffers take more than was left to them.
+_DEALS = 3
 
 # Seconds, tie, bins, candidate.
 Found = tuple[float, float, tuple[int, ...], Candidate]
@@ -28,17 +30,28 @@ Found = tuple[float, float, tuple[int, ...], Candidate]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Menu:
-    """A table's candidates of one span, as arrays: one row each. `cut` are the rows of several slices."""
+    """A table's candidates of one span, as arrays: one row each.
+
+    Attributes:
+        candidates: The candidates.
+        groups: Their groups.
+        profiles: Their profiles.
+        fixed: Their fixed seconds.
+        sizes: Bytes of a slice on each of its devices, and of the buffers that every device has more.
+        most_bytes: The most bytes that a slice can add, with what the group's buffers may grow by.
+        cut: Rows of those of several slices.
+    """
 
     candidates: tuple[Candidate, ...]
     groups: Int[np.ndarray, " k"]
     profiles: Float[np.ndarray, "k Q 1 L"]
     fixed: Float[np.ndarray, " k"]
-    owner_bytes: Float[np.ndarray, "k 1"]
+    sizes: Float[np.ndarray, "k 1"]
+    most_bytes: float
     cut: tuple[int, ...]
 
 
-def _menus(candidates: tuple[Candidate, ...]) -> tuple[_Menu, ...]:
+def _menus(candidates: tuple[Candidate, ...], buffers: Buffers) -> tuple[_Menu, ...]:
     by_span: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         by_span.setdefault(candidate.span, []).append(candidate)
@@ -48,11 +61,18 @@ def _menus(candidates: tuple[Candidate, ...]) -> tuple[_Menu, ...]:
             groups=np.array([c.group for c in members]),
             profiles=np.stack([c.profile for c in members])[:, :, None],
             fixed=np.array([c.fixed for c in members]),
-            owner_bytes=np.array([[float(c.owner_bytes)] for c in members]),
+            sizes=np.array([[c.owner_bytes + c.fixed_bytes] for c in members]),
+            most_bytes=max(c.owner_bytes + c.fixed_bytes + _most_buffers(c, buffers) for c in members),
             cut=tuple(row for row, c in enumerate(members) if c.num_slices > 1),
         )
         for members in by_span.values()
     )
+
+
+def _most_buffers(candidate: Candidate, buffers: Buffers) -> float:
+    """Bytes that buffers grow by, at most, where a slice is added."""
+    each = buffers.together[candidate.group] + buffers.in_turn[candidate.group]
+    return float(each @ candidate.profile.max(axis=1))
 
 
 class Assignment:
@@ -64,6 +84,7 @@ class Assignment:
     Attributes:
         candidate: Candidate of each table; None while it has no place.
         bins: Bins of its slices.
+        memory: Bytes of a device that stores and buffers may take.
     """
 
     def __init__(self, choices: Choices, step: Step, memory: float):
@@ -76,6 +97,7 @@ class Assignment:
         self.load = np.zeros((len(choices.groups), len(SPREAD), num_devices))
         self.most = np.zeros((len(choices.groups), len(SPREAD)))
         self.fixed = 0.0
+        self.fixed_bytes = 0.0
         self.bytes = np.zeros((len(choices.stores), num_devices))
         self.members = np.zeros(len(choices.groups), np.int64)
         self.cut_members = np.zeros(len(choices.groups), np.int64)
@@ -104,12 +126,18 @@ class Assignment:
 
     @property
     def most_bytes(self) -> float:
-        """Bytes of a device, all of which have stores as large as the fullest."""
-        return float(self.bytes.max(axis=1).sum())
+        """Bytes of a device, all of which have stores and buffers as large as the fullest."""
+        buffers = self.choices.buffers.bytes_of(self.most) + self.fixed_bytes
+        return float(self.bytes.max(axis=1).sum()) + buffers
 
     def room(self, store: int) -> float:
         """Bytes that a device may have in a store, as full as the others are."""
         return self.memory - (self.most_bytes - float(self.bytes[store].max()))
+
+    def let_choose(self, choices: Choices) -> None:
+        """From now on, tables may choose among others; groups and stores are the same."""
+        self.choices = choices
+        self._menus.clear()
 
     def _add(self, candidate: Candidate, bins: tuple[int, ...], sign: float) -> None:
         load = self.load[candidate.group].reshape(len(SPREAD), -1, candidate.span)
@@ -118,6 +146,7 @@ class Assignment:
         self.bytes[candidate.store].reshape(-1, candidate.span)[places] += sign * candidate.owner_bytes
         self.most[candidate.group] = self.load[candidate.group].max(axis=1)
         self.fixed += sign * candidate.fixed
+        self.fixed_bytes += sign * candidate.fixed_bytes
         self.members[candidate.group] += int(sign)
         self.cut_members[candidate.group] += int(sign) * candidate.has_second_pass
 
@@ -136,23 +165,35 @@ class Assignment:
         self.candidate[table] = None
         return candidate, bins
 
-    def best_bins(self, candidate: Candidate) -> tuple[float, float, tuple[int, ...]] | None:
+    def best_bins(self, candidate: Candidate, *, lightest: bool = False) -> tuple[float, float, tuple[int, ...]] | None:
         """Where a candidate adds least: seconds, bytes beyond the limit, bins; None if memory has no place for it.
 
         Of bins that add the same, the least loaded.
+
+        Args:
+            candidate: The candidate.
+            lightest: Whether bytes matter more than seconds; there is always a place then, with room or not.
         """
         before = self.most[candidate.group]
         load = self.load[candidate.group].reshape(len(SPREAD), -1, candidate.span) + candidate.profile[:, None]
         after = np.maximum(load.max(axis=2), before[:, None])
-        fits = self.fits(candidate)
+        held = self.bytes[candidate.store].reshape(-1, candidate.span).max(axis=1)
+        filled = np.maximum(held + candidate.owner_bytes, held.max()) + candidate.fixed_bytes
+        room = self.room(candidate.store)
+
+        def needed(after: Float[np.ndarray, "Q n"], filled: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+            return filled + self.more_buffers(np.array([candidate.group]), (after - before[:, None])[None])[0]
+
         if candidate.owners is not None:
             chosen = np.array(candidate.owners)
         else:
-            order = np.lexsort((load.sum(axis=(0, 2)), after.sum(axis=0), ~fits))
+            sizes = needed(after, filled)
+            order = np.lexsort((load.sum(axis=(0, 2)), after.sum(axis=0), sizes if lightest else sizes > room))
             chosen = order[: candidate.num_slices]
-        if not fits[chosen].all():
+        highest = after[:, chosen].max(axis=1)
+        if not lightest and needed(highest[:, None], filled[chosen].max(keepdims=True))[0] > room:
             return None
-        added = float((after[:, chosen].max(axis=1) - before).sum()) + candidate.fixed
+        added = float((highest - before).sum()) + candidate.fixed
         return added, float(load[:, chosen].sum()), tuple(chosen.tolist())
 
     def cheapest(self, table: int, without: Set[int] = frozenset()) -> Found | None:
@@ -166,7 +207,7 @@ class Assignment:
             ]
             return min(found, key=lambda entry: entry[:2]) if found else None
         if table not in self._menus:
-            self._menus[table] = _menus(options)
+            self._menus[table] = _menus(options, self.choices.buffers)
         best: Found | None = None
         room = self.room(options[0].store) if options else 0.0
         for menu in self._menus[table]:
@@ -182,8 +223,11 @@ class Assignment:
             seconds = added.sum(axis=1)
             rank = seconds + tie * _TIE
             held = self.bytes[options[0].store].reshape(-1, span).max(axis=1)
-            if held.max() + menu.owner_bytes.max() > room:
-                rank[held + menu.owner_bytes > room] = np.inf
+            fullest = held.max()
+            tight = fullest + menu.most_bytes > room
+            if tight:
+                filled = np.maximum(held + menu.sizes, fullest)
+                rank[filled + self.more_buffers(menu.groups, added) > room] = np.inf
             chosen = rank.argmin(axis=1)
             every = np.arange(len(chosen))
             total = rank[every, chosen] + menu.fixed
@@ -191,8 +235,13 @@ class Assignment:
             for row in menu.cut:
                 order = rank[row].argsort(kind="stable")[: menu.candidates[row].num_slices]
                 places[row] = order
-                more = float(added[row][:, order].max(axis=1).sum()) + float(tie[row, order].sum()) * _TIE
+                highest = added[row][:, order].max(axis=1)
+                more = float(highest.sum()) + float(tie[row, order].sum()) * _TIE
                 total[row] = more + menu.fixed[row] if np.isfinite(rank[row, order[-1]]) else np.inf
+                if tight:
+                    buffers = self.more_buffers(menu.groups[[row]], highest[None, :, None])
+                    if filled[row, order].max() + buffers[0, 0] > room:
+                        total[row] = np.inf
             if without:
                 total[[candidate.group in without for candidate in menu.candidates]] = np.inf
             row = int(total.argmin())
@@ -201,10 +250,17 @@ class Assignment:
                 best = float(total[row]), 0.0, bins, menu.candidates[row]
         return best
 
-    def fits(self, candidate: Candidate) -> Bool[np.ndarray, " M"]:
-        """Which bins have room for a slice."""
-        held = self.bytes[candidate.store].reshape(-1, candidate.span).max(axis=1)
-        return held + candidate.owner_bytes <= self.room(candidate.store)
+    def more_buffers(self, groups: Int[np.ndarray, " k"], more: Float[np.ndarray, "k Q n"]) -> Float[np.ndarray, "k n"]:
+        """Bytes that buffers have more where maxima of one of the groups are higher by so many seconds, at most.
+
+        Args:
+            groups: The groups.
+            more: Seconds, n ways each; where they are fewer, what groups hold in their turn counts as it is.
+        """
+        buffers = self.choices.buffers
+        in_turn = (buffers.in_turn * self.most).max(initial=0.0)
+        highest = (buffers.in_turn[groups, :, None] * (self.most[groups, :, None] + more)).max(axis=1)
+        return np.einsum("kq,kqn->kn", buffers.together[groups], more) + np.maximum(highest - in_turn, 0.0)
 
     def to_plan(self, nodes: int, chips: int) -> ShardingPlan:
         """The plan."""
@@ -223,11 +279,28 @@ def initial_assignment(
     """Deals the chosen candidates out, group by group, each group's slices by the partitioner.
 
     What a partitioner returns are bins without names (but for those that hold pinned tables). They are named so that
-    memory is even: the bin with most bytes goes to the device that has fewest in that store.
+    memory is even: the bin with most bytes goes to the device that has fewest in that store. How large buffers are is
+    known once all are dealt out: where they do not fit, it is done again with so much less memory.
 
     Returns:
-        The assignment; None if memory has no place for a table.
+        The assignment; None if memory has no place for a table, or not for the buffers.
     """
+    kept = 0.0
+    for _ in range(_DEALS):
+        assignment = _dealt(choices.without_buffers(), chosen, partitioner, step, memory - kept)
+        if assignment is None:
+            return None
+        assignment.let_choose(choices)
+        assignment.memory = memory
+        if assignment.most_bytes <= memory:
+            return assignment
+        kept = max(kept, choices.buffers.bytes_of(assignment.most))
+    return None
+
+
+def _dealt(
+    choices: Choices, chosen: list[Candidate], partitioner: Partitioner, step: Step, memory: float
+) -> Assignment | None:
     assignment = Assignment(choices, step, memory)
     num_devices = assignment.num_devices
     of_group: dict[tuple[int, int], list[Candidate]] = {}
@@ -253,7 +326,8 @@ def initial_assignment(
         names = np.arange(len(held)) if np.ptp(held) > 0 else _even_memory(assignment, items, bins, span)
         for candidate, places in zip(items, bins, strict=True):
             named = tuple(names[list(places)].tolist())
-            if assignment.fits(candidate)[list(named)].all():
+            held = assignment.bytes[candidate.store].reshape(-1, span)[list(named)].max()
+            if held + candidate.owner_bytes <= assignment.room(candidate.store):
                 assignment.place(candidate, named)
             else:
                 late.append(candidate)

@@ -12,11 +12,12 @@ from jaxtyping import Float
 
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
 from sharding.constraints import Allowed, Constraint, allowed_of, together_sets
-from sharding.cost import CUT_IDS, DISTINCT, IDS, SENT_ROWS, STAGES, VECTORS, Step, statistics_of
+from sharding.cost import Step, statistics_of
+from sharding.cost_settings import CUT_IDS, DISTINCT, IDS, SENT_ROWS, STAGES, VECTORS
 from sharding.errors import InputError
 from sharding.layout import Family, Shard, store_name, stored_width
 from sharding.plan import Placement, PlacementKind, Returns, Slice
-from sharding.storage import bytes_per_row
+from sharding.storage import GroupBuffers, bytes_per_row
 from sharding.tables import FeatureSpec, TableSpec
 
 # The quantities that depend on the owner, so that their maximum over devices counts.
@@ -24,7 +25,7 @@ SPREAD = (IDS, VECTORS, DISTINCT, SENT_ROWS, CUT_IDS)
 _MAX_SLICES = 8
 _TPU_LANES = 128
 # A replica of a table costs every device's memory: worth a thought for small tables only.
-_REPLICA_SHARE = 0.02
+REPLICA_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +43,7 @@ class Candidate:
         profile: Seconds that one slice adds to each of its devices, by quantity.
         fixed: Seconds that it adds to every device.
         owner_bytes: Bytes of one slice on each of its devices.
+        fixed_bytes: Bytes that it adds to every device's buffers.
         owners: The devices or nodes that a user pinned it to; None for any.
         has_second_pass: Whether its rows are cut and its rule needs them whole.
     """
@@ -56,6 +58,7 @@ class Candidate:
     profile: Float[np.ndarray, "Q L"]
     fixed: float
     owner_bytes: int
+    fixed_bytes: float
     owners: tuple[int, ...] | None
     has_second_pass: bool
 
@@ -80,6 +83,28 @@ class GroupKey:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Bytes that a step needs beside the stores, as they follow from the maxima of groups and quantities.
+
+    What the updates of replicas hold in their turn is left out. A quantity that costs nothing, as settings may say,
+    has no maximum in seconds and counts for nothing here.
+
+    Attributes:
+        constant: Bytes under any plan.
+        together: Bytes for a second of each maximum.
+        in_turn: The same, of which only the largest product counts; see `sharding.storage.GroupBuffers`.
+    """
+
+    constant: float
+    together: Float[np.ndarray, "groups Q"]
+    in_turn: Float[np.ndarray, "groups Q"]
+
+    def bytes_of(self, most: Float[np.ndarray, "groups Q"]) -> float:
+        """Bytes that follow from maxima in seconds; `Candidate.fixed_bytes` come on top."""
+        return self.constant + float((self.together * most).sum() + (self.in_turn * most).max(initial=0.0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choices:
     """Every table's candidates.
 
@@ -91,6 +116,7 @@ class Choices:
         together: Sets of tables (numbers) that must be on one device.
         vector_seconds: Seconds of one vector a sample, of each group.
         exchange_seconds: Seconds that one exchange takes to start.
+        buffers: Bytes beside the stores.
     """
 
     tables: tuple[TableSpec, ...]
@@ -100,11 +126,12 @@ class Choices:
     together: tuple[tuple[int, ...], ...]
     vector_seconds: tuple[float, ...]
     exchange_seconds: float
+    buffers: Buffers
 
-    def within(self, memory: float) -> "Choices":
-        """Those that need no more bytes on a device."""
-        fitting = tuple(tuple(c for c in candidates if c.owner_bytes <= memory) for candidates in self.of_table)
-        return dataclasses.replace(self, of_table=fitting)
+    def without_buffers(self) -> "Choices":
+        """The same for steps that need nothing but the stores."""
+        none = 0.0 * self.buffers.together
+        return dataclasses.replace(self, buffers=Buffers(constant=0.0, together=none, in_turn=none))
 
     def up_to_width(self, width: int) -> "Choices":
         """Those of stored widths up to a limit; all of a table that has no such."""
@@ -171,18 +198,22 @@ def make_choices(
     step: Step,
     constraints: Sequence[Constraint],
     memory: float,
+    *,
+    replica_bytes: float | None = None,
 ) -> Choices:
     """The candidates of every table.
 
     Table-wise; column-wise and grid in 2 to 8 equal slices of a multiple of 16 columns; row-wise, table-row-wise and
-    grid with both returns; data-parallel for tables of up to 2 % of a device's memory.
+    grid with both returns; data-parallel for small tables.
 
     Args:
         tables: The tables.
         features: The features.
         step: What a step asks of the machine.
         constraints: What users want.
-        memory: Bytes of a device that stores may take; candidates that need more are left out.
+        memory: Bytes of a device that stores and buffers may take; candidates whose stores need more are left out.
+        replica_bytes: Bytes of the largest table that may be data-parallel unless users ask for it; 2 % of ``memory``
+            unless given.
 
     Raises:
         InputError: A constraint names what does not exist, or leaves a table no kind of placement.
@@ -197,10 +228,11 @@ def make_choices(
     groups: dict[GroupKey, int] = {}
     stores: dict[str, int] = {}
     rates: list[np.ndarray] = []
+    buffers: list[GroupBuffers] = []
     of_table = []
     for number, table in enumerate(tables):
         mine = allowed[table.name]
-        ways = list(_ways(table, mine, step, memory * _REPLICA_SHARE))
+        ways = list(_ways(table, mine, step, memory * REPLICA_SHARE if replica_bytes is None else replica_bytes))
         if not ways:
             raise InputError(
                 f"the constraints on table {table.name!r} ({table.num_rows} rows, {table.dim} columns) leave no "
@@ -217,6 +249,7 @@ def make_choices(
             if key not in groups:
                 groups[key] = len(groups)
                 rates.append(weights @ step.group_rates(table, width, family))
+                buffers.append(step.group_buffers(table, width, family))
             span = {"table_wise": 1, "column_wise": 1, "table_row_wise": topology.chips, "grid": topology.chips}.get(
                 kind, devices
             )
@@ -249,6 +282,7 @@ def make_choices(
                     profile=at_owners[list(SPREAD)] * rate[list(SPREAD), None],
                     fixed=float(rate @ at_home) * num_slices,
                     owner_bytes=rows * row_bytes,
+                    fixed_bytes=float(buffers[groups[key]].together @ at_home) * num_slices,
                     owners=mine.devices or mine.nodes,
                     has_second_pass=cut and statistics_of(table) > 0,
                 )
@@ -263,7 +297,19 @@ def make_choices(
         together=tuple(tuple(sorted(by_name[name] for name in names)) for names in together_sets(constraints)),
         vector_seconds=tuple(float(rate[VECTORS]) for rate in rates),
         exchange_seconds=step.exchange_latency(),
+        buffers=Buffers(
+            constant=sum(step.buffers_at_home({table.name: table for table in tables}, features)),
+            together=_per_second([each.together for each in buffers], rates),
+            in_turn=_per_second([each.in_turn for each in buffers], rates),
+        ),
     )
+
+
+def _per_second(sizes: Sequence[np.ndarray], rates: Sequence[np.ndarray]) -> Float[np.ndarray, "groups Q"]:
+    """Bytes for a second of each quantity, from bytes and seconds for one of it."""
+    spread = list(SPREAD)
+    size, rate = np.array(sizes)[:, spread], np.array(rates)[:, spread]
+    return np.divide(size, rate, out=np.zeros_like(size), where=rate > 0)
 
 
 def _stage_weights(step: Step) -> Float[np.ndarray, " T"]:

@@ -8,7 +8,7 @@ Letters: W devices, B samples of the global batch, Q quantities, T stages.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +17,25 @@ from jaxtyping import Float
 from pallas_kernels.row_optimizers import STATISTICS_BLOCK
 from pallas_kernels.target import Target
 from sharding.codec import Codec, code_bytes
-from sharding.cost_settings import STAGES, CostSettings, DenseLoad
+from sharding.cost_settings import (
+    CUT_IDS,
+    DISTINCT,
+    HOME_IDS,
+    HOME_VECTORS,
+    IDS,
+    QUANTITIES,
+    SENT_ROWS,
+    STAGES,
+    VECTORS,
+    CostSettings,
+    DenseLoad,
+)
 from sharding.layout import Family, Group, Layout, Shard, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.plan import ShardingPlan, check_plan
-from sharding.storage import Storage, bytes_per_row, storage_of
+from sharding.storage import GroupBuffers, Storage, buffers_at_home, buffers_of_group, bytes_per_row, storage_of
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology
-
-# Quantities of a device in one group: ids that it receives, vectors a sample that it pools for all devices, distinct
-# rows that it updates, rows that it has room to send home (summed over who may ask), ids of rows that are cut into
-# column slices; then, where the samples live: vectors a sample, and ids.
-QUANTITIES = ("ids", "vectors", "distinct", "sent_rows", "cut_ids", "home_vectors", "home_ids")
-IDS, VECTORS, DISTINCT, SENT_ROWS, CUT_IDS, HOME_VECTORS, HOME_IDS = range(len(QUANTITIES))
 
 # Row at the owner and bag, int32 each; the weight comes on top.
 _RECORD_BYTES = 8
@@ -60,6 +66,11 @@ class Step:
     def weighted(self) -> bool:
         """Whether ids travel with weights: all do if any feature has them."""
         return any(load.weighted for load in self.loads.values())
+
+    @property
+    def samples_per_device(self) -> int:
+        """Samples of one device, of an evaluation's last batch at most."""
+        return -(-self.batch_size // self.topology.num_devices)
 
     @property
     def record_bytes(self) -> int:
@@ -144,6 +155,36 @@ class Step:
         per_stage = [bandwidths.get(stage.split()[-1], self.topology.hbm_bandwidth) or np.inf for stage in STAGES]
         return 1.0 / (np.array(per_stage) * self.settings.bandwidth_efficiency)
 
+    def group_buffers(self, table: TableSpec, width: int, family: Family, *, largest_store: int = 0) -> GroupBuffers:
+        """Bytes of a group's buffers for one of each quantity.
+
+        Args:
+            table: Any table of the group.
+            width: Stored width.
+            family: How vectors come home.
+            largest_store: Bytes of the largest array of its store on a device; 0 if there is no plan yet.
+        """
+        topology, settings = self.topology, self.settings
+        return buffers_of_group(
+            table,
+            width,
+            family,
+            num_devices=topology.num_devices,
+            samples_per_device=self.samples_per_device,
+            weighted=self.weighted,
+            codecs=(settings.forward_codec, settings.backward_codec),
+            target=Target(platform=topology.platform, device_kind=topology.device_kind),
+            largest_store=largest_store,
+        )
+
+    def buffers_at_home(self, tables: Mapping[str, TableSpec], features: Sequence[FeatureSpec]) -> tuple[float, float]:
+        """Bytes of a device's own ids, and of its vectors and their gradients: the same under every plan."""
+        return buffers_at_home(
+            ids=self.samples_per_device * sum(self.loads[feature.name].pooling_factor for feature in features),
+            elements=self.samples_per_device * sum(vectors_of(f) * tables[f.table].dim for f in features),
+            weighted=self.weighted,
+        )
+
     def fixed_seconds(self) -> Float[np.ndarray, " T"]:
         """Seconds of the dense part, by stage. Its all-reduce adds inside nodes first and gathers there last."""
         nodes, chips = self.topology.nodes, self.topology.chips
@@ -183,7 +224,7 @@ class Step:
         at_owners = np.zeros((len(QUANTITIES), shard.num_owners))
         at_home = np.zeros(len(QUANTITIES))
         ids = load.pooling_factor * self.batch_size
-        vectors = (feature.max_ids or 0) if feature.pooling == "none" else 1
+        vectors = vectors_of(feature)
         rows = shard.table.num_rows
         spread = shard.row_stride
         at_owners[DISTINCT] = load.distinct(rows, ids) / spread
@@ -201,6 +242,11 @@ class Step:
         if is_cut(shard) and statistics_of(shard.table):
             at_owners[CUT_IDS] = at_owners[IDS]
         return at_owners, at_home
+
+
+def vectors_of(feature: FeatureSpec) -> int:
+    """Vectors of a feature in each sample."""
+    return (feature.max_ids or 0) if feature.pooling == "none" else 1
 
 
 def statistics_of(table: TableSpec) -> int:
@@ -272,18 +318,20 @@ def cost_of_layout(layout: Layout, features: Sequence[FeatureSpec], step: Step) 
     """The cost of a plan that is laid out."""
     padded = step.fixed_seconds()
     alone = np.tile(padded[:, None], layout.num_devices)
-    fullest = []
+    tables = {shard.table.name: shard.table for store in layout.stores for shard in store.shards}
+    fullest, buffers = [], []
     for group in layout.groups:
         quantities = group_quantities(step, group)
         rates = step.group_rates(group.table, group.width, group.family)
-        fullest.append(dict(zip(QUANTITIES, quantities.max(axis=1).tolist(), strict=True)))
-        padded += rates @ quantities.max(axis=1)
+        fullest.append(quantities.max(axis=1))
+        largest_store = layout.store_of(group).largest_array
+        buffers.append(step.group_buffers(group.table, group.width, group.family, largest_store=largest_store))
+        padded += rates @ fullest[-1]
         alone += rates @ quantities
     if layout.num_devices > 1:
         latency = step.latency_seconds([(group.family, group.adds_statistics) for group in layout.groups])
         padded[STAGES.index("latency")] += latency
         alone[STAGES.index("latency")] += latency
-    mean_ids = sum(step.loads[feature.name].pooling_factor for feature in features)
     return PlanCost(
         seconds=tuple(padded.tolist()),
         device_seconds=tuple(map(tuple, alone.tolist())),
@@ -291,12 +339,9 @@ def cost_of_layout(layout: Layout, features: Sequence[FeatureSpec], step: Step) 
         storage=storage_of(
             layout,
             fullest,
-            samples_per_device=-(-step.batch_size // layout.num_devices),
-            ids_per_sample=mean_ids,
-            weighted=step.weighted,
+            buffers,
+            at_home=step.buffers_at_home(tables, features),
             dense_bytes=step.dense.memory_bytes,
-            target=Target(platform=step.topology.platform, device_kind=step.topology.device_kind),
-            codecs=(step.settings.forward_codec, step.settings.backward_codec),
         ),
     )
 

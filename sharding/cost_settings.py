@@ -1,4 +1,4 @@
-"""What a training step's time is made of: its stages, settings of the terms, and the dense part.
+"""What a training step's time and memory are made of: stages, quantities, settings of the terms, and the dense part.
 
 Letters: T stages.
 """
@@ -26,6 +26,11 @@ STAGES = (
     "dense",
     "latency",
 )
+# Quantities of a device in one group: ids that it receives, vectors a sample that it pools for all devices, distinct
+# rows that it updates, rows that it has room to send home (summed over who may ask), ids of rows that are cut into
+# column slices; then, where the samples live: vectors a sample, and ids.
+QUANTITIES = ("ids", "vectors", "distinct", "sent_rows", "cut_ids", "home_vectors", "home_ids")
+IDS, VECTORS, DISTINCT, SENT_ROWS, CUT_IDS, HOME_VECTORS, HOME_IDS = range(len(QUANTITIES))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

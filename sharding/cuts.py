@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sharding.candidates import SPREAD, Choices
-from sharding.cost import VECTORS
+from sharding.cost_settings import VECTORS
 
 VECTORS_PLACE = SPREAD.index(VECTORS)
 # By how much a cut has to be broken, in units of seconds.

@@ -9,7 +9,7 @@ the same on every device. The bound is the optimum of a mixed integer programme 
                 Z_gq >= sum_tc x_tc total_tcq / W                              (a maximum is at least the mean)
                 Z_gq = seconds of a vector * P_g, P_g a whole number           (q: vectors a sample)
                 P_g * bins >= sum_tc x_tc vectors_tc                           (bins: W devices, or N nodes)
-                sum_tc x_tc bytes_tc <= W * bytes of a device
+                sum_tc x_tc bytes_tc / W + bytes of buffers that need Z_gq <= bytes of a device
                 the cuts of `sharding.cuts`, where an optimum breaks them      (what whole slices on whole bins mean)
                 those of `sharding.dealing`, of few slices                     (all quantities of a group together)
 
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sharding.candidates import Choices
-from sharding.programme import Programme, Solved, Whole
+from sharding.programme import Programme, Search, Solved
 
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
 # than a share.
@@ -36,14 +36,27 @@ _ROUNDS = 30
 _LARGE_ROUNDS = 10
 _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
-# Searches for whole vectors, likewise, up to as many candidates; where ladders find as much, one that says where levels
-# matter.
-_VECTOR_ROUNDS = 3
+# Searches up to as many candidates, and those of models of many tables, which have seconds for them, not a minute.
 _MEDIUM = 4000
-# Searches for whole tables: up to so many candidates, so many rounds, and the share of the cost that any search may
-# leave open. In between, solutions that are nearly the best make good starts, since they are unlike each other.
-_FEW, _SEVERAL = 400, 1300
-_TABLE_ROUNDS = ((_FEW, 12, 3e-4), (_SEVERAL, 2, 3e-3), (_MEDIUM, 3, 3e-4))
+_FEW_TABLES = 300
+_HURRIED = (
+    (Search(whole="vectors", gap=3e-4, nodes=20, heuristics=()), 1),
+    (Search(whole="all", gap=3e-4, nodes=30, ladders=True, heuristics=("root_reduced_cost",), dearest=0.02), 1),
+)
+# For other models, the searches for whole vectors and for whole tables, each with its rounds: up to so many candidates.
+# The best whole tables are found late, and only then does their bound rise. Where ladders find as much, they search for
+# whole tables. In between, solutions that are nearly the best make good starts, since they are unlike each other.
+_SEARCHES = (
+    (400, ((Search(whole="vectors", gap=3e-4, nodes=20), 3), (Search(whole="all", gap=3e-4, nodes=400), 12))),
+    (1300, ((Search(whole="vectors", gap=3e-3, nodes=20), 3), (Search(whole="all", gap=3e-3, nodes=400), 2))),
+    (
+        _MEDIUM,
+        (
+            (Search(whole="vectors", gap=3e-4, nodes=20), 1),
+            (Search(whole="all", gap=3e-4, nodes=100, ladders=True), 3),
+        ),
+    ),
+)
 # Targets above the bound, as shares of it; the lower is tried if the higher is not proved.
 _TARGETS = (8e-3, 4e-3)
 # Times that the relaxation is solved again with what cannot be whole left out.
@@ -69,64 +82,76 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     Args:
         choices: Candidates of each table; none may be without.
         num_devices: W.
-        memory: Bytes of a device that stores may take.
+        memory: Bytes of a device that stores and buffers may take.
         quick: Whether fractions will do, and few cuts: a looser bound, sooner. For starts.
 
     Returns:
         The optimum; None if all devices together have too little memory.
     """
+    if memory <= choices.buffers.constant:
+        return None
     programme = Programme(choices, num_devices, memory)
-    many, large = programme.num_x > _SEVERAL, programme.num_x > _MEDIUM
+    large = programme.num_x > _MEDIUM
     solved = programme.solve()
     if solved is None:
         return None
-    columns = solved.columns
+    dived = None
     for number in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
+        if large and number == _QUICK_ROUNDS:
+            # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
+            dived = _dive(programme, solved.columns)
+            programme.keep_all()
         if not programme.add_cuts(solved.columns):
             break
         before, solved = solved, programme.solve()
         if solved is None:
             return None
-        # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
-        if not large or number < _QUICK_ROUNDS:
-            columns = solved.columns
         if solved.bound < before.bound * (1.0 + _PROGRESS):
             break
+    columns = solved.columns
     proved = [solved]
     starts: list[np.ndarray] = []
-    for whole, rounds, gap in () if quick or large else _searches(programme.num_x):
-        if whole == "all" and many:
+    searches = () if quick or large else _searches(programme.num_x, len(choices.tables))
+    for how, rounds in searches:
+        if how.ladders and how.dearest is None:
             bound = max(one.bound for one in proved)
             targets = (bound * (1.0 + share) for share in _TARGETS)
             target = next((target for target in targets if programme.proves(target, columns)), bound)
             proved.append(Solved(bound=target, cost=np.inf, columns=columns))
         for _ in range(rounds):
-            searched = programme.search(whole, gap, starts[-1] if starts else None, columns, many=many)
+            searched = programme.search(how, starts[-1] if starts else None, columns)
             if searched is None:
                 break
             before = max(one.bound for one in proved)
             proved.append(searched)
-            if whole != "vectors":
+            if how.whole == "all":
                 starts += [*searched.others, searched.columns]
             else:
                 columns = searched.columns
             added = programme.add_cuts(searched.columns)
-            if whole == "all":
+            if how.whole == "all":
                 added |= programme.add_dealing_cuts(searched.columns)
-            if not added or (whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)):
+            if not added or (how.whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)):
                 break
+    if dived is None:
+        dived = _dive(programme, columns)
+    ends = np.cumsum([len(options) for options in choices.of_table])[:-1]
+    return Relaxed(
+        # Less what the solver may be off by.
+        seconds=_best_bound(proved) * programme.unit * (1.0 - 1e-5),
+        shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (dived, *starts)),
+    )
+
+
+def _dive(programme: Programme, columns: np.ndarray) -> Float[np.ndarray, " columns"]:
+    """Columns of the optimum once what cannot be whole is left out."""
     for _ in range(_DIVES):
         programme.keep_whole(columns)
         dived = programme.solve()
         if dived is None:
             break
         columns = dived.columns
-    ends = np.cumsum([len(options) for options in choices.of_table])[:-1]
-    return Relaxed(
-        # Less what the solver may be off by.
-        seconds=_best_bound(proved) * programme.unit * (1.0 - 1e-5),
-        shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (columns, *starts)),
-    )
+    return columns
 
 
 def _best_bound(proved: Sequence[Solved]) -> float:
@@ -143,7 +168,8 @@ def _best_bound(proved: Sequence[Solved]) -> float:
     return best
 
 
-def _searches(num_candidates: int) -> tuple[tuple[Whole, int, float], ...]:
-    """What is to be whole, the rounds of each, and the share that they may leave open."""
-    _, rounds, gap = next(entry for entry in _TABLE_ROUNDS if num_candidates <= entry[0])
-    return ("vectors", _VECTOR_ROUNDS if num_candidates <= _SEVERAL else 1, gap), ("all", rounds, gap)
+def _searches(num_candidates: int, num_tables: int) -> tuple[tuple[Search, int], ...]:
+    """The searches, and the most rounds of each."""
+    if num_tables > _FEW_TABLES:
+        return _HURRIED
+    return next(searches for most, searches in _SEARCHES if num_candidates <= most)

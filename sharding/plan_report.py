@@ -8,7 +8,8 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
-from sharding.cost import STAGES, PlanCost
+from sharding.cost import PlanCost
+from sharding.cost_settings import STAGES
 from sharding.layout import stored_width
 from sharding.plan import Placement, ShardingPlan
 from sharding.planner import PlanResult

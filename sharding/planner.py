@@ -6,14 +6,16 @@ and nothing depends on the clock: the same input has the same plan.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sharding.assignment import Assignment, initial_assignment
-from sharding.candidates import Candidate, Choices, at_stages, make_choices
+from sharding.candidates import REPLICA_SHARE, Candidate, Choices, at_stages, make_choices
 from sharding.constraints import Constraint
 from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
 from sharding.errors import InputError
+from sharding.fitting import fit
 from sharding.layout import make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.partition import PARTITIONERS
@@ -30,7 +32,6 @@ PartitionerName = Literal["best", "greedy", "ldm"]
 # Times that a plan is made again with less memory for stores, because its buffers take more than was left to them.
 _ATTEMPTS = 6
 _SEARCH_ROUNDS = 4
-_BUFFERS = 0.12
 # Widths that further starts cut all tables to, the first of which cuts none: fewer groups, which round up less.
 _WIDTHS = (1 << 20, 128, 64, 32)
 # The cheapest of the starts, which are searched on from before one is picked, and cycles of ruins of each.
@@ -145,7 +146,7 @@ class _Search:
 
     def one_device(self) -> PlanResult:
         # Names and devices of constraints are checked, though there is only one place.
-        make_choices(self.tables, self.features, self.step, self.constraints, float("inf"))
+        make_choices(self.tables, self.features, self.step, self.constraints, math.inf)
         plan = one_device_plan(self.tables)
         cost = self.cost(plan)
         if cost.storage.total > self.limit:
@@ -163,72 +164,60 @@ class _Search:
         return shortage_error(self.tables, self.features, self.step, self.constraints, self.limit, buffers)
 
     def run(self) -> PlanResult:
-        """The plan.
+        """The plan."""
+        found = self.search()
+        if found is None:
+            raise self.shortage(self.least_buffers())
+        return found
 
-        Buffers are known only once there is a plan, and one that leaves stores less memory may need larger ones, such
-        as where it no longer replicates tables. So where nothing made for the limit fits, there is still what is made
-        for all memory of the machine.
-        """
-        found, buffers = self.search()
-        everything = _usable(self.step.topology)
-        if found is None and buffers and everything > self.limit:
-            found, _ = dataclasses.replace(self, limit=everything).search()
-        if found is None or found.cost.storage.total > self.limit:
-            raise self.shortage(buffers)
-        return dataclasses.replace(found, memory_limit=self.limit)
+    def least_buffers(self) -> int:
+        """Bytes of the buffers of a plan that needs as little memory as any that is easily found."""
+        choices = make_choices(self.tables, self.features, self.step, self.constraints, math.inf)
+        lightest = [min(candidates, key=lambda c: (c.total_bytes, c.seconds)) for candidates in choices.of_table]
+        found = initial_assignment(choices, _fixed(lightest, choices), PARTITIONERS[self.names[0]], self.step, math.inf)
+        if found is None:
+            return 0
+        found.memory = 0.0
+        fit(found)
+        return self.cost(self.plan_of(found)).storage.buffers
 
-    def search(self) -> tuple[PlanResult | None, int]:
-        """A plan that fits, if one is found, and bytes of the buffers of the last that was made."""
+    def search(self) -> PlanResult | None:
+        """A plan that fits, if one is found."""
         memory = float(self.limit - self.step.dense.memory_bytes)
-        buffers = 0
-        choices = make_choices(self.tables, self.features, self.step, self.constraints, max(memory, 0.0))
+        # Replicas do not depend on the limit: what is planned for more memory may fit into less.
+        replicas = (_usable(self.step.topology) - self.step.dense.memory_bytes) * REPLICA_SHARE
+        choices = make_choices(
+            self.tables, self.features, self.step, self.constraints, max(memory, 0.0), replica_bytes=replicas
+        )
         relaxed = self.relaxed(choices, memory)
         if relaxed is None:
-            return None, buffers
-        # Of the relaxation that leaves the stores all memory: others have fewer candidates.
+            return None
+        # Of the relaxation that leaves the stores all memory: others have less.
         least = relaxed.seconds + self.step.latency_seconds([])
         lower_bound = least + at_stages(self.step)
         enough = least + _CLOSE * lower_bound
         spare: PlanResult | None = None
-        for attempt in range(_ATTEMPTS):
-            # At first buffers get a share that is enough for most.
-            room = memory * (1.0 - _BUFFERS) if attempt == 0 else memory
-            starts = self.starts(choices, relaxed, room) if relaxed else []
+        even = memory
+        for _ in range(_ATTEMPTS):
+            starts = self.starts(choices, relaxed, memory) if relaxed else []
             if starts:
-                if attempt == 0:
-                    # Not worth a search if it does not fit.
-                    first = min((start for start, _ in starts), key=lambda start: start.cost)
-                    storage = self.cost(self.plan_of(first)).storage
-                    if storage.total > self.limit:
-                        memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
-                        buffers = storage.buffers
-                        choices = choices.within(max(memory, 0.0))
-                        relaxed = self.relaxed(choices, memory, quick=True) if memory > 0 else None
-                        continue
                 partitioned = self.partitioned(starts)
-                best, name = self.best_start(choices, starts, room, enough)
+                best, name = self.best_start(choices, starts, memory, enough)
                 begun = self.result(best, name, partitioned, lower_bound)
-                storage = begun.cost.storage
-                buffers = storage.buffers
-                if storage.total <= self.limit:
-                    best.memory = min(room, float(self.limit - storage.dense - buffers))
-                    improve(best, _SEARCH_ROUNDS, enough=enough)
-                    improved = self.result(best, name, partitioned, lower_bound)
-                    if improved.cost.storage.total <= self.limit:
-                        return improved, improved.cost.storage.buffers
-                    storage = improved.cost.storage
+                if begun.cost.storage.total <= self.limit:
                     spare = min(begun, spare or begun, key=lambda result: result.cost.total_seconds)
-                # Stores are rounded up to whole lines and buffers change with the plan: a little less than is left.
-                memory = min(0.97 * memory, self.limit - storage.dense - 1.05 * storage.buffers)
-            elif attempt > 0:
+                improve(best, _SEARCH_ROUNDS, enough=enough)
+                improved = self.result(best, name, partitioned, lower_bound)
+                excess = improved.cost.storage.total - self.limit
+                if excess <= 0:
+                    return improved
+                # Stores are rounded up to whole lines, and updates of replicas take their turn, too.
+                memory -= 1.05 * excess
+            else:
                 # That memory is even is more than a partitioner promises: leave it some to be uneven with.
-                memory *= 0.95
-            if memory <= 0:
-                break
-            if starts or attempt > 0:
-                choices = choices.within(memory)
-                relaxed = self.relaxed(choices, memory, quick=True)
-        return spare, buffers
+                even *= 0.95
+                relaxed = self.relaxed(choices, even, quick=True)
+        return spare
 
     def plan_of(self, assignment: Assignment) -> ShardingPlan:
         return assignment.to_plan(self.step.topology.nodes, self.step.topology.chips)
@@ -276,13 +265,12 @@ class _Search:
             if relaxed is None or relaxed.seconds >= min(start.cost for start, _ in found):
                 continue
             found += self.starts(cut, relaxed, memory)
-        few = len(self.tables) <= _FEW_TABLES
         for start, _ in found:
-            start.choices = choices
-            if few:
+            start.let_choose(choices)
+            if len(found) > 1:
                 improve(start, 0)
         found.sort(key=lambda entry: entry[0].cost)
-        for start, _ in found[:_SEARCHED] if few else ():
+        for start, _ in found[:_SEARCHED] if len(found) > 1 else ():
             improve(start, 2, cycles=_CYCLES, enough=enough)
         return min(found, key=lambda entry: entry[0].cost)
 
@@ -310,10 +298,19 @@ class _Search:
                 continue
             seen.append(chosen)
             for name in self.names:
-                start = initial_assignment(choices, _fixed(chosen, choices), PARTITIONERS[name], self.step, memory)
+                start = self.start(choices, _fixed(chosen, choices), name, memory)
                 if start is not None:
                     found.append((start, name))
         return found
+
+    def start(self, choices: Choices, chosen: list[Candidate], name: str, memory: float) -> Assignment | None:
+        """What a partitioner makes of kinds; where that does not fit, tables are put elsewhere until it does."""
+        dealt = initial_assignment(choices, chosen, PARTITIONERS[name], self.step, memory)
+        if dealt is None:
+            dealt = initial_assignment(choices, chosen, PARTITIONERS[name], self.step, math.inf)
+            if dealt is not None:
+                dealt.memory = memory
+        return dealt if dealt is not None and fit(dealt) else None
 
 
 def _fixed(chosen: list[Candidate], choices: Choices) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """The programme of the lower bound in HiGHS: its rows, its optimum, branch and bound. See `sharding.lower_bound`."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import highspy
@@ -20,14 +21,12 @@ _MOST_OF_PART = 4000
 # than another, that is as good as true.
 _WORTH_A_ROW = 3e-4
 _CLOSE = 5e-3
-# Nodes of the search tree, not seconds: the same input has the same plan on a slow machine. The best whole tables are
-# found late, and only then does their bound rise.
-_VECTOR_NODES = 20
-_TABLE_NODES = 400
-_FAST_NODES = 100
+# Nodes of the search tree of a proof.
 _TARGET_NODES = 400
 # Improving solutions of one search that are worth a start.
 _SOLUTIONS = 5
+
+_HEURISTICS = ("rins", "rens", "root_reduced_cost")
 
 Whole = Literal["vectors", "all"]
 
@@ -56,6 +55,27 @@ class Solved:
     cost: float
     columns: Float[np.ndarray, " columns"]
     others: tuple[Float[np.ndarray, " columns"], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A way to search.
+
+    Attributes:
+        whole: What is to be whole.
+        gap: The share of the cost that may stay open.
+        nodes: Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
+        ladders: Whether it branches on levels of maxima, too, and tries no branch out before it is taken.
+        heuristics: Those of HiGHS' heuristics that search a programme of their own which may be used.
+        dearest: The highest reduced cost of a candidate, as a share of the optimum; dearer ones are left out.
+    """
+
+    whole: Whole
+    gap: float
+    nodes: int
+    ladders: bool = False
+    heuristics: tuple[str, ...] = _HEURISTICS
+    dearest: float = math.inf
 
 
 class Programme:
@@ -95,8 +115,13 @@ class Programme:
             first += len(options)
         self._maxima()
         self._exchanges()
-        sizes = np.array([c.total_bytes for c in candidates], np.float64)
-        self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
+        # Shares of a device's memory: of stores, and of buffers for each maximum.
+        sizes = np.array([c.total_bytes / num_devices + c.fixed_bytes for c in candidates])
+        self._stores = sizes / (memory - choices.buffers.constant)
+        seconds = self.unit / (memory - choices.buffers.constant)
+        self._together, self._in_turn = choices.buffers.together * seconds, choices.buffers.in_turn * seconds
+        self._crowded: set[int] = set()
+        self._row(np.arange(self.num_x), self._stores, -highspy.kHighsInf, 1.0)
         self._add_rows()
 
     def _maxima(self) -> None:
@@ -150,7 +175,22 @@ class Programme:
             if cut.of_vectors:
                 members, values = np.append(members, self.first_p + cut.group), np.append(values, -cut.of_vectors)
             self._at_most(members, values, self._z(cut.group, cut.quantity))
+        self._fit(columns[: self.num_x], z)
         return self._add_rows()
+
+    def _fit(self, x: Float[np.ndarray, " candidates"], z: Float[np.ndarray, "groups Q"]) -> None:
+        """Adds the row of stores and buffers, if those of a solution are larger than memory.
+
+        There is one row for each maximum that may be the largest of what groups hold in their turn.
+        """
+        turn = int((self._in_turn * z).argmax())
+        share = self._stores @ x + (self._together * z).sum() + self._in_turn.flat[turn] * z.flat[turn]
+        if share <= 1.0 or turn in self._crowded:
+            return
+        self._crowded.add(turn)
+        sizes = self._together.ravel().copy()
+        sizes[turn] += self._in_turn.flat[turn]
+        self._row(np.arange(self.first_p), np.concatenate([self._stores, sizes]), -highspy.kHighsInf, 1.0)
 
     def add_dealing_cuts(self, columns: np.ndarray) -> bool:
         """Adds what dealing out the slices of whole tables costs, where that is more than a solution says.
@@ -184,25 +224,29 @@ class Programme:
         cost = self._highs.getInfo().objective_function_value
         return Solved(bound=cost, cost=cost, columns=np.array(self._highs.getSolution().col_value))
 
-    def search(
-        self, whole: Whole, gap: float, start: np.ndarray | None, near: np.ndarray, *, many: bool
-    ) -> Solved | None:
+    def search(self, how: Search, start: np.ndarray | None, near: np.ndarray) -> Solved | None:
         """Branch and bound with whole numbers; None if it found no solution.
 
         Args:
-            whole: What is to be whole.
-            gap: The share of the cost that may stay open.
+            how: What is to be whole, and the limits.
             start: Columns whose x are whole, to begin from.
             near: Columns of a solution, which says where levels of maxima matter.
-            many: Whether candidates are many: whole tables are searched for with ladders, in fewer nodes.
         """
         highs = make_solver()
         highs.passModel(self._highs.getLp())
-        num_levels = self._add_ladders(highs, near) if whole == "all" and many else 0
-        integral = np.arange(self.first_p if whole == "vectors" else 0, self.num_columns + num_levels)
+        num_levels = self._add_ladders(highs, near) if how.ladders else 0
+        beyond = math.inf
+        if how.dearest < math.inf:
+            optimum = self._leave_out_dear(highs, share=how.dearest)
+            if optimum is None:
+                return None
+            # What is left out leads there.
+            beyond = optimum * (1.0 + how.dearest)
+        for heuristic in _HEURISTICS:
+            highs.setOptionValue(f"mip_heuristic_run_{heuristic}", heuristic in how.heuristics)
+        integral = np.arange(self.first_p if how.whole == "vectors" else 0, self.num_columns + num_levels)
         make_whole(highs, integral[(integral < self.num_x) | (integral >= self.first_p)])
-        nodes = _VECTOR_NODES if whole == "vectors" else _FAST_NODES if many else _TABLE_NODES
-        _limit(highs, nodes, gap, hasty=whole == "all" and many)
+        _limit(highs, how.nodes, how.gap, hasty=how.ladders)
         if start is not None:
             highs.setSolution(self.num_x, np.arange(self.num_x, dtype=np.int32), np.round(start[: self.num_x]))
         found: list[np.ndarray] = []
@@ -213,7 +257,7 @@ class Programme:
             return None
         columns = np.array(highs.getSolution().col_value)[: self.num_columns]
         return Solved(
-            bound=info.mip_dual_bound,
+            bound=min(info.mip_dual_bound, beyond),
             cost=info.objective_function_value,
             columns=columns,
             others=tuple(each[: self.num_columns] for each in found[-_SOLUTIONS:-1]),
@@ -233,12 +277,8 @@ class Programme:
         highs = make_solver()
         highs.passModel(self._highs.getLp())
         num_levels = self._add_ladders(highs, near, fine=True)
-        highs.run()
-        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if self._leave_out_dear(highs, target=target) is None:
             return False
-        optimum = highs.getInfo().objective_function_value
-        dearer = np.array(highs.getSolution().col_dual)[: self.num_x] > target - optimum
-        self._keep(highs, ~dearer)
         make_whole(highs, np.arange(self.first_p, self.num_columns + num_levels))
         highs.setOptionValue("objective_bound", target)
         _limit(highs, _TARGET_NODES, 0.0, hasty=True)
@@ -248,6 +288,20 @@ class Programme:
         if status == highspy.HighsModelStatus.kOptimal:
             return highs.getInfo().objective_function_value >= target
         return status == highspy.HighsModelStatus.kInfeasible
+
+    def _leave_out_dear(self, highs: highspy.Highs, *, share: float = 0.0, target: float | None = None) -> float | None:
+        """Leaves out the candidates whose reduced cost leads beyond a target, or beyond the optimum by a share of it.
+
+        Returns:
+            The optimum where all may be fractions; None if there is none.
+        """
+        highs.run()
+        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        optimum = highs.getInfo().objective_function_value
+        most = share * optimum if target is None else target - optimum
+        self._keep(highs, np.array(highs.getSolution().col_dual)[: self.num_x] <= most)
+        return optimum
 
     def _add_ladders(self, highs: highspy.Highs, near: np.ndarray, *, fine: bool = False) -> int:
         z = near[self.num_x : self.first_p].reshape(-1, len(SPREAD))
@@ -271,6 +325,10 @@ class Programme:
             # The least of the evils, where all are too large: what rises then, rises.
             kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
         self._keep(self._highs, kept)
+
+    def keep_all(self) -> None:
+        """Lets all candidates back in."""
+        self._keep(self._highs, np.ones(self.num_x, np.bool_))
 
     def _keep(self, highs: highspy.Highs, kept: Bool[np.ndarray, " candidates"]) -> None:
         """Leaves out all other candidates."""

@@ -1,7 +1,10 @@
-"""Storage: bytes of one device under a plan. All devices have arrays of the same shapes, so it is the same on each."""
+"""Storage: bytes of one device under a plan. All devices have arrays of the same shapes, so it is the same on each.
+
+Letters: W devices, Q quantities.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,8 @@ from pallas_kernels import xla
 from pallas_kernels.implementations import implementation_of
 from pallas_kernels.target import Target
 from sharding.codec import Codec, code_bytes
-from sharding.groups import Group
+from sharding.cost_settings import HOME_IDS, HOME_VECTORS, IDS, QUANTITIES, SENT_ROWS, VECTORS
+from sharding.groups import Family
 from sharding.layout import LINE_BYTES, Layout, StoreLayout, state_of_store, store_name
 from sharding.tables import TableSpec
 
@@ -81,59 +85,133 @@ def _words_of_read(codec: Codec, width: int) -> float:
     return width if codec == "float32" else width + code_bytes(codec, width) / _WORD_BYTES
 
 
-def _words_of_sent_row(group: Group, codec: Codec) -> float:
+def _words_of_sent_row(dtype: str, codec: Codec, width: int) -> float:
     """Words of a row that travels by id: as it goes out and comes in and, of a code, as it is read."""
-    stored, coded = group.width * jnp.dtype(group.dtype).itemsize, code_bytes(codec, group.width)
-    return 2 * stored / _WORD_BYTES if stored <= coded else coded / _WORD_BYTES + _words_of_read(codec, group.width)
+    stored, coded = width * jnp.dtype(dtype).itemsize, code_bytes(codec, width)
+    return 2 * stored / _WORD_BYTES if stored <= coded else coded / _WORD_BYTES + _words_of_read(codec, width)
 
 
-def _vectors_per_id(group: Group, store: StoreLayout, target: Target, weighted: bool) -> float:
-    """Float32 vectors of a row's width that the update of a group, which lies in a store, holds for each id."""
-    table = group.table
+def _vectors_per_id(table: TableSpec, width: int, weighted: bool, target: Target, largest_store: int) -> float:
+    """Float32 vectors of a row's width that the update of a group holds for each id."""
     if table.rule is None:
         return 0.0
     kernels = implementation_of(
         None,
-        dtype=jnp.dtype(group.dtype),
-        width=group.width,
+        dtype=jnp.dtype(table.dtype),
+        width=width,
         optimizer=table.rule,
         storage_rounding=table.rounding,
-        largest_store=store.largest_array,
+        largest_store=largest_store,
         target=target,
     )
     # The others write sums of blocks of long runs alone.
     return xla.VECTORS_PER_ID + weighted if kernels is xla else 1.0 / xla.RUN_BLOCK
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupBuffers:
+    """Bytes that a step needs beside the stores for one of each quantity of a group's fullest device.
+
+    Attributes:
+        ids: Of ids of the batch that trains and of the next: out, in, and as the kernels want them.
+        vectors: Of pooled vectors or their gradients, of whichever is larger: at the owner, and in the exchange, as
+            they are or in codes.
+        gradients: Of gradients that travel by id; those of all groups come first, before any is updated.
+        in_turn: Of what an update holds of its ids, and of rows that travel by id. Groups take turns: of all groups and
+            quantities, only the largest product counts.
+    """
+
+    ids: Float[np.ndarray, " Q"]
+    vectors: Float[np.ndarray, " Q"]
+    gradients: Float[np.ndarray, " Q"]
+    in_turn: Float[np.ndarray, " Q"]
+
+    @property
+    def together(self) -> Float[np.ndarray, " Q"]:
+        """All that groups hold at a time."""
+        return self.ids + self.vectors + self.gradients
+
+
+def buffers_of_group(
+    table: TableSpec,
+    width: int,
+    family: Family,
+    *,
+    num_devices: int,
+    samples_per_device: int,
+    weighted: bool,
+    codecs: tuple[Codec, Codec],
+    target: Target,
+    largest_store: int,
+) -> GroupBuffers:
+    """Counts bytes of a group for one of each quantity.
+
+    Args:
+        table: Any table of the group.
+        width: Stored width.
+        family: How vectors come home.
+        num_devices: Devices of the mesh.
+        samples_per_device: Samples of one device.
+        weighted: Whether ids have weights.
+        codecs: How vectors travel, forward and backward.
+        target: The devices, which say what kernels there are.
+        largest_store: Bytes of the largest array of its store on a device; 0 if it is not known yet.
+    """
+    forward, backward = codecs
+    batch = samples_per_device * num_devices
+    words = 1 + weighted
+    ids, vectors, gradients, in_turn = np.zeros((4, len(QUANTITIES)))
+    # Out, in, and as the kernels want them: row, slot, logical row; offsets of bags.
+    ids[IDS] = 2 * (1 + words)
+    ids[VECTORS] = batch
+    # Where rows are on every device, so are the ids of all.
+    held, copies = (HOME_IDS, num_devices) if family == "local" else (IDS, 1)
+    ids[held] += copies * (2 + words)
+    exchanged = width + max(code_bytes(codec, width) for codec in codecs) / _WORD_BYTES
+    vectors[VECTORS] = batch * exchanged
+    if family == "local" and num_devices > 1 and table.rule is not None:
+        # Every device gets the gradients of all, and puts them in the order of bags.
+        vectors[HOME_VECTORS] = batch * exchanged
+    if family == "rows_by_id":
+        gradients[IDS] = _words_of_read(backward, width)
+    in_turn[held] = copies * width * _vectors_per_id(table, width, weighted, target, largest_store)
+    in_turn[SENT_ROWS] = _words_of_sent_row(table.dtype, forward, width)
+    return GroupBuffers(
+        ids=_BATCHES * _SPARE * _WORD_BYTES * ids,
+        vectors=_WORD_BYTES * vectors,
+        gradients=_SPARE * _WORD_BYTES * gradients,
+        in_turn=_SPARE * _WORD_BYTES * in_turn,
+    )
+
+
+def buffers_at_home(*, ids: float, elements: float, weighted: bool) -> tuple[float, float]:
+    """Bytes of a device's own ids, and of its vectors and their gradients: the same under every plan.
+
+    Args:
+        ids: Ids of its samples.
+        elements: Numbers of its vectors.
+        weighted: Whether ids have weights.
+    """
+    return _BATCHES * _SPARE * _WORD_BYTES * ids * (1 + weighted), 2 * _WORD_BYTES * elements
+
+
 def storage_of(
     layout: Layout,
-    quantities: Sequence[Mapping[str, float]],
+    fullest: Sequence[Float[np.ndarray, " Q"]],
+    buffers: Sequence[GroupBuffers],
     *,
-    samples_per_device: int,
-    ids_per_sample: float,
-    weighted: bool,
+    at_home: tuple[float, float],
     dense_bytes: int,
-    target: Target,
-    codecs: tuple[Codec, Codec] = ("float32", "float32"),
 ) -> Storage:
-    """Counts bytes.
-
-    Stores are exact. Buffers are those of one direction, the larger of forward and backward: of each group, what the
-    owner pools for all devices and the exchange's buffer, of the same size or of its codes. Groups are updated one
-    after the other: of the largest, the vectors an id that the kernel holds; rows that travel by id bring the gradients
-    of all groups first.
+    """Counts bytes: exactly those of stores; buffers have room beyond the mean.
 
     Args:
         layout: The layout.
-        quantities: `sharding.cost.QUANTITIES` of the fullest device, for each group.
-        samples_per_device: Samples of one device.
-        ids_per_sample: Mean ids of all features in a sample.
-        weighted: Whether ids have weights.
+        fullest: `sharding.cost_settings.QUANTITIES` of the fullest device, for each group.
+        buffers: Bytes for one of each, for each group.
+        at_home: Bytes of a device's own ids and vectors; see `buffers_at_home`.
         dense_bytes: Bytes of the dense part.
-        target: The devices, which say what kernels there are.
-        codecs: How vectors travel, forward and backward.
     """
-    forward, backward = codecs
     weights = element_state = row_state = 0
     alone = np.zeros(layout.num_devices)
     for store in layout.stores:
@@ -141,37 +219,20 @@ def storage_of(
         element_state += sum(store.state_lines(array.dtype) for array in store.element_state) * LINE_BYTES
         row_state += store.scalar_lines_per_device * LINE_BYTES * len(store.row_state)
         alone += _alone(store)
-    batch = samples_per_device * layout.num_devices
-    words = 1 + weighted
-    ids = samples_per_device * ids_per_sample * words
-    vectors = rows = sent_back = 0.0
-    for group, most in zip(layout.groups, quantities, strict=True):
-        # Out, in, and as the kernels want them: row, slot, logical row; offsets of bags.
-        travelling = 2 * most["ids"] * (1 + words)
-        held = most["ids"] if group.family != "local" else most["home_ids"] * layout.num_devices
-        ids += travelling + held * (2 + words) + batch * most["vectors"]
-        pooled = batch * most["vectors"]
-        exchanged = max(code_bytes(codec, group.width) for codec in codecs) / _WORD_BYTES
-        vectors += pooled * (group.width + exchanged)
-        if group.family == "local" and layout.num_devices > 1 and group.table.rule is not None:
-            # Every device gets the gradients of all, and puts them in the order of bags.
-            vectors += batch * most["home_vectors"] * (group.width + exchanged)
-        rows_sent = most["sent_rows"] * _words_of_sent_row(group, forward)
-        if group.family == "rows_by_id":
-            sent_back += most["ids"] * _words_of_read(backward, group.width)
-        rows = max(
-            rows, _vectors_per_id(group, layout.store_of(group), target, weighted) * held * group.width, rows_sent
-        )
-        # At home: the vectors, and their gradients.
-        home = sum(lookup.vectors * lookup.shard.num_columns for lookup in group.lookups)
-        vectors += 2 * samples_per_device * home
+    ids, vectors = at_home
+    gradients = in_turn = 0.0
+    for most, each in zip(fullest, buffers, strict=True):
+        ids += float(each.ids @ most)
+        vectors += float(each.vectors @ most)
+        gradients += float(each.gradients @ most)
+        in_turn = max(in_turn, float((each.in_turn * most).max()))
     return Storage(
         weights=weights,
         element_state=element_state,
         row_state=row_state,
-        ids=int(_BATCHES * _SPARE * ids * _WORD_BYTES),
-        vectors=int(vectors * _WORD_BYTES),
-        rows=int(_SPARE * (rows + sent_back) * _WORD_BYTES),
+        ids=int(ids),
+        vectors=int(vectors),
+        rows=int(gradients + in_turn),
         dense=dense_bytes,
         weights_alone=tuple(alone.astype(np.int64).tolist()),
     )

@@ -77,15 +77,19 @@ def _swap_once(assignment: Assignment, group: int, slices: _Slices, quantity: in
     for column in reversed(range(top.shape[1])):
         free = (top[None, :, column] != full) & (top[None, :, column] != places[:, None])
         rest = np.where(free, np.take_along_axis(per_bin, top[:, column : column + 1], 1)[None, :, 0], rest)
-    cost = np.maximum(np.maximum(here, there), rest).sum(axis=2)
+    after = np.maximum(np.maximum(here, there), rest)
+    cost = after.sum(axis=2)
     squares = ((here**2 + there**2) - (per_bin[:, full] ** 2 + per_bin[:, places].T ** 2)).sum(axis=2)
     # Two slices of a table stay apart.
     clash = slices.holds[mine][:, places] | (slices.holds[other][:, full][None] & (slices.table[other] >= 0)[None])
     store = slices.candidates[0].store
     held = assignment.bytes[store].reshape(-1, slices.span).max(axis=1)
     more = slices.bytes[other][None] - slices.bytes[mine][:, None]
-    room = max(assignment.room(store), 0.0)
+    risen = (after - assignment.most[group]).reshape(1, -1, len(SPREAD)).swapaxes(1, 2)
+    buffers = assignment.more_buffers(np.array([group]), risen).reshape(cost.shape)
+    room = np.maximum(assignment.room(store) - buffers.clip(min=0.0), 0.0)
     fits = ((more <= 0) | (held[full] + more <= room)) & ((more >= 0) | (held[places] - more <= room))
+    fits &= (buffers <= 0) | (assignment.most_bytes + buffers <= assignment.memory)
     before = float(assignment.most[group].sum())
     noise = NOISE * before
     better = (

@@ -6,11 +6,16 @@ from collections.abc import Set
 
 import numpy as np
 import pytest
-from planner_cases import choices_of, model_of, skewed_model
+from planner_cases import choices_of, every_assignment, model_of, skewed_model
 
 from sharding.assignment import Assignment, initial_assignment, insert_best
-from sharding.candidates import Candidate, Choices
+from sharding.candidates import Candidate, Choices, make_choices
 from sharding.constraints import Constraint
+from sharding.cost import Step, cost_of_layout
+from sharding.cost_settings import CostSettings
+from sharding.fitting import fit
+from sharding.layout import make_layout
+from sharding.load import loads_by_feature
 from sharding.partition import greedy
 from sharding.plan import PlacementKind
 from sharding.search import drop_families, improve, reinsert, ruin_and_recreate
@@ -40,6 +45,7 @@ def first_assignment(
         for num_rows, dim in itertools.zip_longest(rows, dims, fillvalue=32)
     ]
     choices, step = choices_of(model_of(tables, factors), TWO, constraints)
+    choices = choices.without_buffers()
     found = initial_assignment(choices, of_kind(choices), greedy, step, rows_of_device * ROW)
     assert found is None or [held.kind for held in found.candidate if held] == ["table_wise"] * len(rows)
     return [bins[0] for bins in found.bins] if found else []
@@ -186,12 +192,43 @@ def test_columns_when_one_of_two_devices_is_full_then_no_place():
     tables = [dataclasses.replace(SMALL, num_rows=LARGE), SMALL]
     halves = Constraint(tables=("t1",), kinds=("column_wise",))
     choices, step = choices_of(model_of(tables, [1.0, 1.0]), TWO, [halves])
+    choices = choices.without_buffers()
     whole = of_kind(dataclasses.replace(choices, of_table=choices.of_table[:1]))[0]
     for room, placed in ((LARGE + 49, False), (LARGE + 50, True)):
         assignment = Assignment(choices, step, float(room * ROW))
         assignment.place(whole, (1,))
         assert insert_best(assignment, 1) == placed
     assert sorted(assignment.bins[1]) == [0, 1]
+
+
+@pytest.mark.parametrize("settings", [CostSettings(), CostSettings(forward_codec="float16", backward_codec="int8")])
+def test_bytes_when_of_any_places_then_those_of_its_plan(settings: CostSettings):
+    # Whole lines, and no replicas, whose updates count for nothing here.
+    kinds: tuple[PlacementKind, ...] = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid")
+    tables, features, loads = skewed_model(3, 4)
+    tables = [dataclasses.replace(table, num_rows=table.num_rows // 128 * 128 + 128, dim=64) for table in tables]
+    step = Step(topology=FOUR, batch_size=1 << 16, loads=loads_by_feature(features, loads), settings=settings)
+    names = tuple(table.name for table in tables)
+    choices = make_choices(tables, features, step, [Constraint(tables=names, kinds=kinds)], float("inf"))
+    dice = np.random.default_rng(0)
+    found = list(every_assignment(choices, step))
+    for number in dice.choice(len(found), 50, replace=False).tolist():
+        layout = make_layout(tables, features, found[number].to_plan(2, 2))
+        assert found[number].most_bytes == pytest.approx(cost_of_layout(layout, features, step).storage.total, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_on_one_device_when_made_to_fit_then_they_do_or_each_keeps_a_place(seed: int):
+    choices, step = choices_of(skewed_model(10, seed), FOUR, [together(0, 1), pinned(2, 0)])
+    assignment = Assignment(choices, step, float("inf"))
+    for candidate in of_kind(choices):
+        assignment.place(candidate, (0,))
+    everything = assignment.most_bytes
+    for share, fits in ((1.0, True), (0.6, True), (1e-3, False)):
+        assignment.memory = share * everything
+        assert fit(assignment) == fits == (assignment.most_bytes <= assignment.memory)
+        assert None not in assignment.candidate
+        assert assignment.bins[:3] == [(0,)] * 3
 
 
 def test_latency_when_a_cut_table_joins_a_group_then_that_of_its_second_pass_is_added():
@@ -274,7 +311,7 @@ def full_devices(seed: int) -> tuple[Assignment, Set[int]]:
     names = tuple(f"t{number}" for number in range(len(rows)))
     model = model_of(tables, dice.lognormal(2, 1, len(rows)).tolist())
     choices, step = choices_of(model, TWO, [Constraint(tables=names, kinds=("table_wise",))])
-    assignment = Assignment(choices, step, 1030.0 * ROW)
+    assignment = Assignment(choices.without_buffers(), step, 1030.0 * ROW)
     for (candidate,), place in zip(choices.of_table, (0, 0, 1, 1, 1, 0, 0), strict=True):
         assignment.place(candidate, (place,))
     return assignment, set(range(len(rows)))
@@ -332,6 +369,7 @@ def test_search_when_tables_have_more_than_their_memory_then_each_keeps_a_place(
 
 def test_table_when_a_candidate_is_named_then_that_as_long_as_it_fits():
     choices, step = choices_of(model_of([SMALL], [1.0]), TWO)
+    choices = choices.without_buffers()
     dearest = max(choices.of_table[0], key=lambda candidate: candidate.seconds + candidate.fixed)
     for memory, taken in ((float("inf"), True), (dearest.owner_bytes - 1.0, False)):
         assignment = Assignment(choices, step, memory)

@@ -163,5 +163,5 @@ def test_choices_when_memory_is_short_then_those_alone_that_fit_into_it():
     fitting = choices_of("h200:2x2", memory=half).of_table[0]
     assert max(c.owner_bytes for c in fitting) == half
     assert len(fitting) < len(everything.of_table[0])
-    sizes = [c.owner_bytes for c in everything.within(half).of_table[0]]
+    sizes = [c.owner_bytes for c in fitting]
     assert sizes == [c.owner_bytes for c in everything.of_table[0] if c.owner_bytes <= half]
