@@ -113,7 +113,7 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     starts: list[np.ndarray] = []
     searches = () if quick or large else _searches(programme.num_x, len(choices.tables))
     for how, rounds in searches:
-        if how.ladders and how.dearest is None:
+        if how.ladders and searches is not _HURRIED:
             bound = max(one.bound for one in proved)
             targets = (bound * (1.0 + share) for share in _TARGETS)
             target = next((target for target in targets if programme.proves(target, columns)), bound)

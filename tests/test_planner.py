@@ -175,6 +175,21 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
     assert planned.cost.total_seconds <= cheapest * 1.05
 
 
+@pytest.mark.parametrize(("few_tables", "asks"), [(300, True), (0, False)])
+def test_targets_when_candidates_are_many_then_asked_for_before_whole_tables_unless_in_a_hurry(
+    few_tables: int, asks: bool, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(lower_bound, "_SEARCHES", lower_bound._SEARCHES[2:])
+    monkeypatch.setattr(lower_bound, "_FEW_TABLES", few_tables)
+    monkeypatch.setattr(Programme, "proves", lambda self, target, near: asked.append(target) or len(asked) == 2)
+    machine = parse_topology("h200:1x2")
+    choices, _ = choices_of(skewed_model(3, 0), machine)
+    assert relax(choices, machine.num_devices, float(machine.hbm_bytes)) is not None
+    assert len(asked) == (2 if asks else 0)
+    assert asked == sorted(asked, reverse=True)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_target_when_every_plan_is_tried_then_what_none_costs_less_than_is_proved(seed: int):
     machine = parse_topology("h200:1x2")
