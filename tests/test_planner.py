@@ -259,6 +259,19 @@ def test_bound_when_memory_is_that_of_all_tables_or_less_then_one_or_none():
     assert relax(choices, machine.num_devices, 0.99 * half) is None
 
 
+def test_bound_when_buffers_leave_no_room_for_the_cheapest_plan_then_it_is_higher():
+    machine = parse_topology("h200:1x2")
+    tables, features, loads = skewed_model(3, 1)
+    step = Step(topology=machine, batch_size=1 << 16, loads=loads_by_feature(features, loads))
+    choices = make_choices(tables, features, step, [], float(machine.hbm_bytes))
+    found = np.array([(held.most_bytes, held.cost) for held in every_assignment(choices, step)])
+    limit = found[:, 0].min() * 1.01
+    roomy, short = (relax(choices, 2, memory) for memory in (float(machine.hbm_bytes), limit))
+    assert roomy is not None
+    assert short is not None
+    assert roomy.seconds * 1.01 < short.seconds <= found[found[:, 0] <= limit, 1].min()
+
+
 @pytest.mark.parametrize(("machine_name", "kinds", "dim"), CUT_CASES)
 def test_cuts_when_every_plan_is_tried_then_each_obeys_them(
     machine_name: str, kinds: tuple[PlacementKind, ...], dim: int
