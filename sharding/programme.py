@@ -115,14 +115,18 @@ class Programme:
             first += len(options)
         self._maxima()
         self._exchanges()
-        # Shares of a device's memory: of stores, and of buffers for each maximum.
-        sizes = np.array([c.total_bytes / num_devices + c.fixed_bytes for c in candidates])
-        self._stores = sizes / (memory - choices.buffers.constant)
-        seconds = self.unit / (memory - choices.buffers.constant)
-        self._together, self._in_turn = choices.buffers.together * seconds, choices.buffers.in_turn * seconds
-        self._crowded: set[int] = set()
-        self._row(np.arange(self.num_x), self._stores, -highspy.kHighsInf, 1.0)
+        sizes = np.array([c.total_bytes for c in candidates], np.float64)
+        self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
         self._add_rows()
+        # With buffers only where a solution has no room for them. Shares of a device's memory: of candidates, and for
+        # each maximum.
+        fixed = np.array([c.fixed_bytes for c in candidates])
+        room = memory - choices.buffers.constant
+        self._held = (sizes / num_devices + fixed) / room
+        self._together, self._in_turn = (
+            each * self.unit / room for each in (choices.buffers.together, choices.buffers.in_turn)
+        )
+        self._crowded: set[int] = set()
 
     def _maxima(self) -> None:
         """A maximum is at least the mean; vectors are counted in whole numbers."""
@@ -184,13 +188,13 @@ class Programme:
         There is one row for each maximum that may be the largest of what groups hold in their turn.
         """
         turn = int((self._in_turn * z).argmax())
-        share = self._stores @ x + (self._together * z).sum() + self._in_turn.flat[turn] * z.flat[turn]
+        share = self._held @ x + (self._together * z).sum() + self._in_turn.flat[turn] * z.flat[turn]
         if share <= 1.0 or turn in self._crowded:
             return
         self._crowded.add(turn)
         sizes = self._together.ravel().copy()
         sizes[turn] += self._in_turn.flat[turn]
-        self._row(np.arange(self.first_p), np.concatenate([self._stores, sizes]), -highspy.kHighsInf, 1.0)
+        self._row(np.arange(self.first_p), np.concatenate([self._held, sizes]), -highspy.kHighsInf, 1.0)
 
     def add_dealing_cuts(self, columns: np.ndarray) -> bool:
         """Adds what dealing out the slices of whole tables costs, where that is more than a solution says.
