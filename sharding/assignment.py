@@ -166,7 +166,7 @@ class Assignment:
         return candidate, bins
 
     def best_bins(self, candidate: Candidate, *, lightest: bool = False) -> tuple[float, float, tuple[int, ...]] | None:
-        """Where a candidate adds least: seconds, bytes beyond the limit, bins; None if memory has no place for it.
+        """Where a candidate adds least: seconds, load of the bins, bins; None if memory has no place for it.
 
         Of bins that add the same, the least loaded.
 

@@ -69,7 +69,7 @@ class Step:
 
     @property
     def samples_per_device(self) -> int:
-        """Samples of one device, of an evaluation's last batch at most."""
+        """Samples of one device, rounded up."""
         return -(-self.batch_size // self.topology.num_devices)
 
     @property

@@ -265,12 +265,14 @@ class _Search:
             if relaxed is None or relaxed.seconds >= min(start.cost for start, _ in found):
                 continue
             found += self.starts(cut, relaxed, memory)
+        if len(found) == 1:
+            # It is searched on from in any case.
+            return found[0]
         for start, _ in found:
             start.let_choose(choices)
-            if len(found) > 1:
-                improve(start, 0)
+            improve(start, 0)
         found.sort(key=lambda entry: entry[0].cost)
-        for start, _ in found[:_SEARCHED] if len(found) > 1 else ():
+        for start, _ in found[:_SEARCHED]:
             improve(start, 2, cycles=_CYCLES, enough=enough)
         return min(found, key=lambda entry: entry[0].cost)
 

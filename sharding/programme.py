@@ -241,9 +241,11 @@ class Programme:
         num_levels = self._add_ladders(highs, near) if how.ladders else 0
         beyond = math.inf
         if how.dearest < math.inf:
-            optimum = self._leave_out_dear(highs, share=how.dearest)
-            if optimum is None:
+            relaxed = self._reduced_costs(highs)
+            if relaxed is None:
                 return None
+            optimum, reduced = relaxed
+            self._keep(highs, reduced <= how.dearest * optimum)
             # What is left out leads there.
             beyond = optimum * (1.0 + how.dearest)
         for heuristic in _HEURISTICS:
@@ -281,8 +283,11 @@ class Programme:
         highs = make_solver()
         highs.passModel(self._highs.getLp())
         num_levels = self._add_ladders(highs, near, fine=True)
-        if self._leave_out_dear(highs, target=target) is None:
+        relaxed = self._reduced_costs(highs)
+        if relaxed is None:
             return False
+        optimum, reduced = relaxed
+        self._keep(highs, reduced <= target - optimum)
         make_whole(highs, np.arange(self.first_p, self.num_columns + num_levels))
         highs.setOptionValue("objective_bound", target)
         _limit(highs, _TARGET_NODES, 0.0, hasty=True)
@@ -293,19 +298,13 @@ class Programme:
             return highs.getInfo().objective_function_value >= target
         return status == highspy.HighsModelStatus.kInfeasible
 
-    def _leave_out_dear(self, highs: highspy.Highs, *, share: float = 0.0, target: float | None = None) -> float | None:
-        """Leaves out the candidates whose reduced cost leads beyond a target, or beyond the optimum by a share of it.
-
-        Returns:
-            The optimum where all may be fractions; None if there is none.
-        """
+    def _reduced_costs(self, highs: highspy.Highs) -> tuple[float, Float[np.ndarray, " candidates"]] | None:
+        """The optimum where all may be fractions, and reduced costs of candidates; None if there is none."""
         highs.run()
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
         optimum = highs.getInfo().objective_function_value
-        most = share * optimum if target is None else target - optimum
-        self._keep(highs, np.array(highs.getSolution().col_dual)[: self.num_x] <= most)
-        return optimum
+        return optimum, np.array(highs.getSolution().col_dual)[: self.num_x]
 
     def _add_ladders(self, highs: highspy.Highs, near: np.ndarray, *, fine: bool = False) -> int:
         z = near[self.num_x : self.first_p].reshape(-1, len(SPREAD))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sharding.assignment import Assignment
-from sharding.candidates import Choices, make_choices
+from sharding.candidates import SPREAD, Buffers, Choices, make_choices
 from sharding.cost import Step
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.planner import PlanResult, make_plan
@@ -44,6 +44,19 @@ def choices_of(model, machine: Topology, constraints=(), memory: float = float("
     tables, features, loads = model
     step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, loads))
     return make_choices(tables, features, step, constraints, memory), step
+
+
+def with_strange_buffers(choices: Choices, dice: np.random.Generator) -> Choices:
+    """Buffers that have nothing to do with seconds, so that bytes rise where those fall; as large as stores."""
+    shape = len(choices.groups), len(SPREAD)
+    together, in_turn = (dice.choice([0.0, 3e12], shape) * dice.random(shape) for _ in range(2))
+    of_table = tuple(
+        tuple(dataclasses.replace(c, fixed_bytes=1e12 * c.fixed * dice.integers(9)) for c in candidates)
+        for candidates in choices.of_table
+    )
+    return dataclasses.replace(
+        choices, of_table=of_table, buffers=Buffers(constant=1e6, together=together, in_turn=in_turn)
+    )
 
 
 def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:

@@ -6,20 +6,14 @@ from collections.abc import Set
 
 import numpy as np
 import pytest
-from planner_cases import choices_of, every_assignment, model_of, skewed_model
+from planner_cases import choices_of, model_of, skewed_model, with_strange_buffers
 
-from sharding.annealing import anneal
 from sharding.assignment import Assignment, initial_assignment, insert_best
-from sharding.candidates import SPREAD, Buffers, Candidate, Choices, make_choices
+from sharding.candidates import Candidate, Choices
 from sharding.constraints import Constraint
-from sharding.cost import Step, cost_of_layout
-from sharding.cost_settings import CostSettings
-from sharding.fitting import fit
-from sharding.layout import make_layout
-from sharding.load import loads_by_feature
 from sharding.partition import greedy
 from sharding.plan import PlacementKind
-from sharding.search import drop_families, improve, lower_levels, reinsert, ruin_and_recreate
+from sharding.search import drop_families, improve, reinsert, ruin_and_recreate
 from sharding.swaps import swap_slices
 from sharding.tables import TableSpec
 from sharding.topology import parse_topology
@@ -109,19 +103,6 @@ def test_table_when_pinned_ones_of_its_group_are_on_a_device_then_it_avoids_that
     pins = pinned(0, 1), pinned(1, 0)
     bins = first_assignment([100, LARGE, 100], [9.0] * 3, *pins, dims=[32, 64, 32], rows_of_device=9 * LARGE)
     assert bins == [1, 0, 0]
-
-
-def with_strange_buffers(choices: Choices, dice: np.random.Generator) -> Choices:
-    """Buffers that have nothing to do with seconds, so that bytes rise where those fall; as large as stores."""
-    shape = len(choices.groups), len(SPREAD)
-    together, in_turn = (dice.choice([0.0, 3e12], shape) * dice.random(shape) for _ in range(2))
-    of_table = tuple(
-        tuple(dataclasses.replace(c, fixed_bytes=1e12 * c.fixed * dice.integers(9)) for c in candidates)
-        for candidates in choices.of_table
-    )
-    return dataclasses.replace(
-        choices, of_table=of_table, buffers=Buffers(constant=1e6, together=together, in_turn=in_turn)
-    )
 
 
 UNCUT: tuple[PlacementKind, ...] = ("table_wise", "row_wise", "table_row_wise", "data_parallel")
@@ -214,65 +195,6 @@ def test_columns_when_one_of_two_devices_is_full_then_no_place():
         assignment.place(whole, (1,))
         assert insert_best(assignment, 1) == placed
     assert sorted(assignment.bins[1]) == [0, 1]
-
-
-@pytest.mark.parametrize("settings", [CostSettings(), CostSettings(forward_codec="float16", backward_codec="int8")])
-def test_bytes_when_of_any_places_then_those_of_its_plan(settings: CostSettings):
-    # Whole lines, and no replicas, whose updates count for nothing here.
-    kinds: tuple[PlacementKind, ...] = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid")
-    tables, features, loads = skewed_model(3, 4)
-    tables = [dataclasses.replace(table, num_rows=table.num_rows // 128 * 128 + 128, dim=64) for table in tables]
-    step = Step(topology=FOUR, batch_size=1 << 16, loads=loads_by_feature(features, loads), settings=settings)
-    names = tuple(table.name for table in tables)
-    choices = make_choices(tables, features, step, [Constraint(tables=names, kinds=kinds)], float("inf"))
-    dice = np.random.default_rng(0)
-    found = list(every_assignment(choices, step))
-    for number in dice.choice(len(found), 50, replace=False).tolist():
-        layout = make_layout(tables, features, found[number].to_plan(2, 2))
-        assert found[number].most_bytes == pytest.approx(cost_of_layout(layout, features, step).storage.total, rel=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_moves_when_memory_is_what_buffers_take_then_none_takes_more(seed: int):
-    choices, step = choices_of(skewed_model(16, seed), FOUR)
-    dice = np.random.default_rng(seed)
-    choices = with_strange_buffers(choices, dice)
-    assignment = Assignment(choices, step, float("inf"))
-    for candidates in choices.of_table:
-        candidate = candidates[int(dice.integers(len(candidates)))]
-        bins = dice.permutation(4 // candidate.span)[: candidate.num_slices].tolist()
-        assignment.place(candidate, tuple(bins))
-    everyone = set(range(16))
-
-    def swaps() -> None:
-        for group in range(len(choices.groups)):
-            swap_slices(assignment, group, set())
-
-    moves = (
-        swaps,
-        lambda: anneal(assignment, everyone),
-        lambda: reinsert(assignment, sorted(everyone)),
-        lambda: lower_levels(assignment, everyone),
-        lambda: ruin_and_recreate(assignment, everyone, 1),
-    )
-    for move in moves:
-        assignment.memory = assignment.most_bytes
-        move()
-        assert assignment.most_bytes <= assignment.memory * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_tables_on_one_device_when_made_to_fit_then_they_do_or_each_keeps_a_place(seed: int):
-    choices, step = choices_of(skewed_model(10, seed), FOUR, [together(0, 1), pinned(2, 0)])
-    assignment = Assignment(choices, step, float("inf"))
-    for candidate in of_kind(choices):
-        assignment.place(candidate, (0,))
-    everything = assignment.most_bytes
-    for share, fits in ((1.0, True), (0.6, True), (1e-3, False)):
-        assignment.memory = share * everything
-        assert fit(assignment) == fits == (assignment.most_bytes <= assignment.memory)
-        assert None not in assignment.candidate
-        assert assignment.bins[:3] == [(0,)] * 3
 
 
 def test_latency_when_a_cut_table_joins_a_group_then_that_of_its_second_pass_is_added():
