@@ -1,4 +1,4 @@
-"""Assignment: candidates and owners of all tables, with the loads that follow, and the first one.
+"""Assignment: candidates and owners of all tables, with the loads that follow.
 
 Letters: Q of `candidates.SPREAD`, W devices, M bins (places for a slice), L devices of a bin.
 """
@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from sharding.candidates import SPREAD, Buffers, Candidate, Choices, to_placement
 from sharding.cost import Step
 from sharding.layout import Family
-from sharding.partition import Partitioner
 from sharding.plan import ShardingPlan
 
 # Improvements below this share of the cost are noise.
@@ -21,9 +20,9 @@ NOISE = 1e-9
 WORTH = 5e-5
 # What the load of a bin counts for where its maximum stays: little, so that it decides between equals.
 _TIE = 1e-6
-# Times that tables are dealt out, since buffers take more than was left to them.
-_DEALS = 3
 
+# A candidate and its bins.
+Placed = tuple[Candidate, tuple[int, ...]]
 # Seconds, tie, bins, candidate.
 Found = tuple[float, float, tuple[int, ...], Candidate]
 
@@ -156,7 +155,7 @@ class Assignment:
         self.candidate[candidate.table] = candidate
         self.bins[candidate.table] = bins
 
-    def remove(self, table: int) -> tuple[Candidate, tuple[int, ...]]:
+    def remove(self, table: int) -> Placed:
         """Takes a table's place away; returns what it was."""
         candidate, bins = self.candidate[table], self.bins[table]
         if candidate is None:
@@ -164,6 +163,23 @@ class Assignment:
         self._add(candidate, bins, -1.0)
         self.candidate[table] = None
         return candidate, bins
+
+    def snapshot(self) -> list[Placed]:
+        """Where all tables are."""
+        pairs = zip(self.candidate, self.bins, strict=True)
+        return [(candidate, bins) for candidate, bins in pairs if candidate is not None]
+
+    def restore(self, held: list[Placed]) -> None:
+        """Puts tables where they were."""
+        changed = [
+            (candidate, bins)
+            for candidate, bins in held
+            if self.candidate[candidate.table] is not candidate or self.bins[candidate.table] != bins
+        ]
+        for candidate, _ in changed:
+            self.remove(candidate.table)
+        for candidate, bins in changed:
+            self.place(candidate, bins)
 
     def best_bins(self, candidate: Candidate, *, lightest: bool = False) -> tuple[float, float, tuple[int, ...]] | None:
         """Where a candidate adds least: seconds, load of the bins, bins; None if memory has no place for it.
@@ -271,102 +287,6 @@ class Assignment:
             everywhere = candidate.kind in ("row_wise", "data_parallel")
             placements.append(to_placement(candidate, table, () if everywhere else bins))
         return ShardingPlan(nodes=nodes, chips=chips, placements=tuple(placements))
-
-
-def initial_assignment(
-    choices: Choices, chosen: list[Candidate], partitioner: Partitioner, step: Step, memory: float
-) -> Assignment | None:
-    """Deals the chosen candidates out, group by group, each group's slices by the partitioner.
-
-    What a partitioner returns are bins without names (but for those that hold pinned tables). They are named so that
-    memory is even: the bin with most bytes goes to the device that has fewest in that store. How large buffers are is
-    known once all are dealt out: where they do not fit, it is done again with so much less memory.
-
-    Returns:
-        The assignment; None if memory has no place for a table, or not for the buffers.
-    """
-    kept = 0.0
-    for _ in range(_DEALS):
-        assignment = _dealt(choices.without_buffers(), chosen, partitioner, step, memory - kept)
-        if assignment is None:
-            return None
-        assignment.let_choose(choices)
-        assignment.memory = memory
-        if assignment.most_bytes <= memory:
-            return assignment
-        kept = max(kept, choices.buffers.bytes_of(assignment.most))
-    return None
-
-
-def _dealt(
-    choices: Choices, chosen: list[Candidate], partitioner: Partitioner, step: Step, memory: float
-) -> Assignment | None:
-    assignment = Assignment(choices, step, memory)
-    num_devices = assignment.num_devices
-    of_group: dict[tuple[int, int], list[Candidate]] = {}
-    bundled = {table for tables in choices.together for table in tables}
-    for tables in choices.together:
-        if not _place_together(assignment, [chosen[table] for table in tables]):
-            return None
-    for candidate in chosen:
-        if candidate.table in bundled:
-            continue
-        if candidate.owners is not None or candidate.span == num_devices:
-            assignment.place(candidate, candidate.owners or (0,))
-        else:
-            of_group.setdefault((candidate.group, candidate.span), []).append(candidate)
-    # Groups of large slices first: small ones fill what they leave.
-    late: list[Candidate] = []
-    for (group, span), items in sorted(
-        of_group.items(), key=lambda entry: (-entry[0][1], -max(c.owner_bytes for c in entry[1]), entry[0])
-    ):
-        held = assignment.load[group].reshape(len(SPREAD), -1, span).max(axis=2).sum(axis=0)
-        weights = [float(candidate.profile.max(axis=1).sum()) for candidate in items]
-        bins = partitioner(weights, [candidate.num_slices for candidate in items], held)
-        names = np.arange(len(held)) if np.ptp(held) > 0 else _even_memory(assignment, items, bins, span)
-        for candidate, places in zip(items, bins, strict=True):
-            named = tuple(names[list(places)].tolist())
-            held = assignment.bytes[candidate.store].reshape(-1, span)[list(named)].max()
-            if held + candidate.owner_bytes <= assignment.room(candidate.store):
-                assignment.place(candidate, named)
-            else:
-                late.append(candidate)
-    late.sort(key=lambda candidate: (-candidate.owner_bytes, candidate.table))
-    for candidate in late:
-        if not insert_best(assignment, candidate.table, first=candidate):
-            return None
-    return assignment if assignment.most_bytes <= memory else None
-
-
-def _even_memory(
-    assignment: Assignment, items: list[Candidate], bins: list[tuple[int, ...]], span: int
-) -> Int[np.ndarray, " M"]:
-    store = items[0].store
-    held = assignment.bytes[store].reshape(-1, span).max(axis=1)
-    sizes = np.zeros(len(held))
-    for candidate, places in zip(items, bins, strict=True):
-        sizes[list(places)] += candidate.owner_bytes
-    names = np.empty(len(held), np.int64)
-    names[np.argsort(-sizes, kind="stable")] = np.argsort(held, kind="stable")
-    return names
-
-
-def _place_together(assignment: Assignment, candidates: list[Candidate]) -> bool:
-    """Places table-wise candidates on one device: where one is pinned, else the cheapest of those with room."""
-    pinned = {candidate.owners[0] for candidate in candidates if candidate.owners}
-    found: list[tuple[float, float, int]] = []
-    for device in pinned or range(assignment.num_devices):
-        for candidate in candidates:
-            assignment.place(candidate, (device,))
-        if assignment.most_bytes <= assignment.memory:
-            found.append((assignment.cost, float(assignment.bytes[:, device].sum()), device))
-        for candidate in candidates:
-            assignment.remove(candidate.table)
-    if not found:
-        return False
-    for candidate in candidates:
-        assignment.place(candidate, (min(found)[2],))
-    return True
 
 
 def insert_best(

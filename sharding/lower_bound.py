@@ -29,11 +29,12 @@ from jaxtyping import Float
 
 from sharding.candidates import Choices
 from sharding.programme import Programme, Search, Solved
+from sharding.rounding import dive, round_off
 
 # Solves with fractions, each with the cuts that the optimum before broke; the last, where that raised the bound by less
 # than a share.
 _ROUNDS = 30
-_LARGE_ROUNDS = 10
+_LARGE_ROUNDS = 12
 _QUICK_ROUNDS = 4
 _PROGRESS = 3e-4
 # Searches up to as many candidates, and those of models of many tables, which have seconds for them, not a minute.
@@ -59,8 +60,6 @@ _SEARCHES = (
 )
 # Targets above the bound, as shares of it; the lower is tried if the higher is not proved.
 _TARGETS = (8e-3, 4e-3)
-# Times that the relaxation is solved again with what cannot be whole left out.
-_DIVES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,13 +94,12 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
     solved = programme.solve()
     if solved is None:
         return None
-    dived = None
-    for number in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
-        if large and number == _QUICK_ROUNDS:
-            # Of what more rounds change in a large programme, the bound is the better for it, the plan is not.
-            dived = _dive(programme, solved.columns)
-            programme.keep_all()
-        if not programme.add_cuts(solved.columns):
+    middle = solved.columns
+    for _ in range(_QUICK_ROUNDS if quick else _LARGE_ROUNDS if large else _ROUNDS):
+        # Optima of large programmes jump to and fro: cuts are deeper that part them from where all so far were.
+        middle = (middle + solved.columns) / 2
+        points = (middle, solved.columns) if large else (solved.columns,)
+        if not any(programme.add_cuts(point) for point in points):
             break
         before, solved = solved, programme.solve()
         if solved is None:
@@ -133,25 +131,13 @@ def relax(choices: Choices, num_devices: int, memory: float, *, quick: bool = Fa
                 added |= programme.add_dealing_cuts(searched.columns)
             if not added or (how.whole == "vectors" and searched.bound < before * (1.0 + 5 * _PROGRESS)):
                 break
-    if dived is None:
-        dived = _dive(programme, columns)
+    dived = (round_off if large else dive)(programme, columns)
     ends = np.cumsum([len(options) for options in choices.of_table])[:-1]
     return Relaxed(
         # Less what the solver may be off by.
         seconds=_best_bound(proved) * programme.unit * (1.0 - 1e-5),
         shares=tuple(tuple(np.split(each[: programme.num_x], ends)) for each in (dived, *starts)),
     )
-
-
-def _dive(programme: Programme, columns: np.ndarray) -> Float[np.ndarray, " columns"]:
-    """Columns of the optimum once what cannot be whole is left out."""
-    for _ in range(_DIVES):
-        programme.keep_whole(columns)
-        dived = programme.solve()
-        if dived is None:
-            break
-        columns = dived.columns
-    return columns
 
 
 def _best_bound(proved: Sequence[Solved]) -> float:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sharding.assignment import Assignment, initial_assignment
+from sharding.assignment import Assignment
 from sharding.candidates import REPLICA_SHARE, Candidate, Choices, at_stages, make_choices
 from sharding.constraints import Constraint
 from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
@@ -22,8 +22,10 @@ from sharding.partition import PARTITIONERS
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
 from sharding.search import improve
 from sharding.shortage import shortage_error
+from sharding.starts import initial_assignment
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.topology import Topology
+from sharding.trades import trade
 
 if TYPE_CHECKING:
     from sharding.lower_bound import Relaxed
@@ -32,6 +34,8 @@ PartitionerName = Literal["best", "greedy", "ldm"]
 # Times that a plan is made again with less memory for stores, because its buffers take more than was left to them.
 _ATTEMPTS = 6
 _SEARCH_ROUNDS = 4
+# Times that a plan is searched on from before it is made again.
+_MENDS = 2
 # Widths that further starts cut all tables to, the first of which cuts none: fewer groups, which round up less.
 _WIDTHS = (1 << 20, 128, 64, 32)
 # The cheapest of the starts, which are searched on from before one is picked, and cycles of ruins of each.
@@ -206,13 +210,22 @@ class _Search:
                 begun = self.result(best, name, partitioned, lower_bound)
                 if begun.cost.storage.total <= self.limit:
                     spare = min(begun, spare or begun, key=lambda result: result.cost.total_seconds)
-                improve(best, _SEARCH_ROUNDS, enough=enough)
-                improved = self.result(best, name, partitioned, lower_bound)
-                excess = improved.cost.storage.total - self.limit
-                if excess <= 0:
-                    return improved
-                # Stores are rounded up to whole lines, and updates of replicas take their turn, too.
-                memory -= 1.05 * excess
+                if len(self.tables) > _FEW_TABLES:
+                    # To begin again takes seconds here: as much stays free as this has beyond what was counted.
+                    beyond = begun.cost.storage.total - self.step.dense.memory_bytes - best.most_bytes
+                    best.memory -= max(0.0, beyond)
+                    trade(best, enough)
+                for _ in range(_MENDS):
+                    improve(best, _SEARCH_ROUNDS, enough=enough)
+                    improved = self.result(best, name, partitioned, lower_bound)
+                    excess = improved.cost.storage.total - self.limit
+                    if excess <= 0:
+                        return improved
+                    # Stores are rounded up to whole lines, and updates of replicas take their turn, too.
+                    memory -= 1.05 * excess
+                    best.memory = min(memory, best.most_bytes - 1.05 * excess)
+                    if not fit(best):
+                        break
             else:
                 # That memory is even is more than a partitioner promises: leave it some to be uneven with.
                 even *= 0.95

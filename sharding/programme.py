@@ -15,14 +15,18 @@ from sharding.highs import Row, add_rows, make_solver, make_whole
 from sharding.ladders import ladders
 from sharding.layout import FAMILIES, Family
 
-# Up to how many candidates of a part of the step there is time to say that they need its exchanges.
-_MOST_OF_PART = 4000
+# Up to how many candidates all say from the start that they need the exchanges of their part of the step. In larger
+# programmes those say so that a solution has without them, the most chosen few of a part at a time.
+_MOST_EXCHANGES = 4000
+_FEW_OF_PART = 3
 # A dealing cut is worth a row if it raises its group's maxima by such a share; where all together raise them by no more
 # than another, that is as good as true.
 _WORTH_A_ROW = 3e-4
 _CLOSE = 5e-3
 # Nodes of the search tree of a proof.
 _TARGET_NODES = 400
+# What fractions may be off by.
+_TOLERANCE = 1e-6
 # Improving solutions of one search that are worth a start.
 _SOLUTIONS = 5
 
@@ -66,6 +70,7 @@ class Search:
         gap: The share of the cost that may stay open.
         nodes: Nodes of the search tree, not seconds: the same input has the same plan on a slow machine.
         ladders: Whether it branches on levels of maxima, too, and tries no branch out before it is taken.
+        settled: Whether tables stay as they are that are whole already.
         heuristics: Those of HiGHS' heuristics that search a programme of their own which may be used.
         dearest: The highest reduced cost of a candidate, as a share of the optimum; dearer ones are left out.
     """
@@ -74,6 +79,7 @@ class Search:
     gap: float
     nodes: int
     ladders: bool = False
+    settled: bool = False
     heuristics: tuple[str, ...] = _HEURISTICS
     dearest: float = math.inf
 
@@ -109,12 +115,25 @@ class Programme:
         programme.a_matrix_.start_ = np.zeros(self.num_columns + 1, np.int32)
         self._highs = make_solver()
         self._highs.passModel(programme)
+        self._kept = np.ones(self.num_x, np.bool_)
         first = 0
         for options in choices.of_table:
             self._row(np.arange(first, first + len(options)), np.ones(len(options)), 1.0, 1.0)
             first += len(options)
         self._maxima()
-        self._exchanges()
+        self._parts = [
+            [
+                number
+                for number, candidate in enumerate(candidates)
+                if choices.groups[candidate.group].family in part.families
+                and (candidate.has_second_pass or not part.second_pass)
+            ]
+            for part in _PARTS
+        ]
+        self._exchanging: set[tuple[int, int]] = set()
+        if self.num_x <= _MOST_EXCHANGES:
+            for number, members in enumerate(self._parts):
+                self._exchange(number, members)
         sizes = np.array([c.total_bytes for c in candidates], np.float64)
         self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
         self._add_rows()
@@ -142,18 +161,12 @@ class Programme:
                 seconds = self.choices.vector_seconds[group] / self.unit
                 self._at_most(np.array([self.first_p + group]), np.array([seconds]), self._z(group, VECTORS_PLACE))
 
-    def _exchanges(self) -> None:
-        """Of each part of the step that there is, y = 1: seconds that its exchanges take to start."""
-        for number, part in enumerate(_PARTS):
-            members = [
-                i
-                for i, candidate in enumerate(self.cuts.candidates)
-                if self.choices.groups[candidate.group].family in part.families
-                and (candidate.has_second_pass or not part.second_pass)
-            ]
-            if self.choices.exchange_seconds > 0 and len(members) <= _MOST_OF_PART:
-                for member in members:
-                    self._at_most(np.array([member]), np.ones(1), self.first_y + number)
+    def _exchange(self, part: int, members: list[int]) -> None:
+        """Rows that say that y = 1, the seconds that the exchanges of a part take to start, where it has candidates."""
+        for member in members if self.choices.exchange_seconds > 0 else ():
+            if (part, member) not in self._exchanging:
+                self._exchanging.add((part, member))
+                self._at_most(np.array([member]), np.ones(1), self.first_y + part)
 
     def _z(self, group: int, quantity: int) -> int:
         return self.num_x + group * len(SPREAD) + quantity
@@ -179,6 +192,10 @@ class Programme:
             if cut.of_vectors:
                 members, values = np.append(members, self.first_p + cut.group), np.append(values, -cut.of_vectors)
             self._at_most(members, values, self._z(cut.group, cut.quantity))
+        for part, members in enumerate(self._parts):
+            chosen = columns[members]
+            most = np.argsort(-chosen, kind="stable")[:_FEW_OF_PART]
+            self._exchange(part, [members[i] for i in most if chosen[i] > columns[self.first_y + part] + _TOLERANCE])
         self._fit(columns[: self.num_x], z)
         return self._add_rows()
 
@@ -240,6 +257,8 @@ class Programme:
         highs.passModel(self._highs.getLp())
         num_levels = self._add_ladders(highs, near) if how.ladders else 0
         beyond = math.inf
+        if how.settled:
+            self._keep(highs, self._unsettled(near))
         if how.dearest < math.inf:
             relaxed = self._reduced_costs(highs)
             if relaxed is None:
@@ -298,6 +317,17 @@ class Programme:
             return highs.getInfo().objective_function_value >= target
         return status == highspy.HighsModelStatus.kInfeasible
 
+    def _unsettled(self, columns: np.ndarray) -> Bool[np.ndarray, " candidates"]:
+        """Candidates that tables may have: of one that is whole, what it has."""
+        kept = self._kept.copy()
+        first = 0
+        for options in self.choices.of_table:
+            mine = slice(first, first + len(options))
+            first += len(options)
+            if columns[mine].max() > 1.0 - _TOLERANCE:
+                kept[mine] = columns[mine] > 0.5
+        return kept
+
     def _reduced_costs(self, highs: highspy.Highs) -> tuple[float, Float[np.ndarray, " candidates"]] | None:
         """The optimum where all may be fractions, and reduced costs of candidates; None if there is none."""
         highs.run()
@@ -327,11 +357,51 @@ class Programme:
             first += len(options)
             # The least of the evils, where all are too large: what rises then, rises.
             kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
+        self._kept = kept
         self._keep(self._highs, kept)
 
+    def whole_vectors(self, columns: np.ndarray) -> Solved | None:
+        """The optimum with whole vectors on the fullest bins: of each group as many as cost less, rounded up or down.
+
+        The groups have their turn one by one, those whose vectors are dear first.
+
+        Args:
+            columns: Columns of a solution.
+
+        Returns:
+            The optimum; None if all that was left fits nowhere.
+        """
+        seconds = np.where(self.cuts.counts_vectors, self.choices.vector_seconds, 0.0)
+        best: Solved | None = None
+        while True:
+            vectors = columns[self.first_p : self.first_y]
+            fractions = np.abs(vectors - np.round(vectors)) > _TOLERANCE
+            group = int((seconds * fractions).argmax())
+            if not seconds[group] * fractions[group]:
+                return best
+            found: list[tuple[float, float]] = []
+            for whole in (math.floor(vectors[group]), math.ceil(vectors[group])):
+                self._set_vectors(group, whole, whole)
+                solved = self.solve()
+                if solved is not None:
+                    found.append((solved.cost, whole))
+            if not found:
+                return None
+            self._set_vectors(group, min(found)[1], min(found)[1])
+            best = self.solve()
+            if best is None:
+                return None
+            columns = best.columns
+
+    def _set_vectors(self, group: int, lower: float, upper: float) -> None:
+        self._highs.changeColBounds(self.first_p + group, lower, upper)
+
     def keep_all(self) -> None:
-        """Lets all candidates back in."""
-        self._keep(self._highs, np.ones(self.num_x, np.bool_))
+        """Lets all candidates and numbers of vectors back in."""
+        self._kept = np.ones(self.num_x, np.bool_)
+        self._keep(self._highs, self._kept)
+        for group in range(len(self.choices.groups)):
+            self._set_vectors(group, 0.0, highspy.kHighsInf)
 
     def _keep(self, highs: highspy.Highs, kept: Bool[np.ndarray, " candidates"]) -> None:
         """Leaves out all other candidates."""

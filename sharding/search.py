@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sharding.annealing import anneal
-from sharding.assignment import NOISE, WORTH, Assignment, insert_best
+from sharding.assignment import NOISE, WORTH, Assignment, Placed, insert_best
 from sharding.candidates import SPREAD, Candidate
 from sharding.layout import FAMILIES
 from sharding.swaps import swap_slices
@@ -28,9 +28,6 @@ _INSERTS_OF_TABLE = 100
 _INSERTS = 5000
 # Up to how many tables ruins find anything in the time there is.
 _FEW_TABLES = 200
-
-# A candidate and its bins.
-Placed = tuple[Candidate, tuple[int, ...]]
 
 
 def reinsert(assignment: Assignment, tables: list[int]) -> bool:
@@ -160,7 +157,7 @@ def ruin_and_recreate(assignment: Assignment, movable: Set[int], cycles: int, en
 
 def _ruin_cycle(assignment: Assignment, tables: Int[np.ndarray, " tables"], dice: np.random.Generator) -> None:
     best = current = assignment.cost
-    cheapest = _snapshot(assignment)
+    cheapest = assignment.snapshot()
     inserts = total = min(_INSERTS, _INSERTS_OF_TABLE * len(tables))
     while inserts > 0:
         slack = (assignment.most - assignment.load.mean(axis=2)).clip(min=0.0).ravel()
@@ -184,8 +181,8 @@ def _ruin_cycle(assignment: Assignment, tables: Int[np.ndarray, " tables"], dice
             continue
         current = cost
         if cost < best * (1.0 - NOISE):
-            best, cheapest = cost, _snapshot(assignment)
-    _restore(assignment, cheapest)
+            best, cheapest = cost, assignment.snapshot()
+    assignment.restore(cheapest)
 
 
 def _to_ruin(
@@ -213,23 +210,6 @@ def _to_ruin(
     return sorted(chosen)
 
 
-def _snapshot(assignment: Assignment) -> list[Placed]:
-    pairs = zip(assignment.candidate, assignment.bins, strict=True)
-    return [(candidate, bins) for candidate, bins in pairs if candidate is not None]
-
-
-def _restore(assignment: Assignment, held: list[Placed]) -> None:
-    changed = [
-        (candidate, bins)
-        for candidate, bins in held
-        if assignment.candidate[candidate.table] is not candidate or assignment.bins[candidate.table] != bins
-    ]
-    for candidate, _ in changed:
-        assignment.remove(candidate.table)
-    for candidate, bins in changed:
-        assignment.place(candidate, bins)
-
-
 def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enough: float = 0.0) -> None:
     """Local search, until nothing helps: swaps within groups; levels, families and single tables put elsewhere.
 
@@ -241,22 +221,24 @@ def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enoug
     """
     bundled = {table for tables in assignment.choices.together for table in tables}
     movable = set(range(len(assignment.choices.tables))) - bundled
-    for group in range(len(assignment.choices.groups)):
-        swap_slices(assignment, group, bundled)
+
+    def swap() -> None:
+        for group in range(len(assignment.choices.groups)):
+            swap_slices(assignment, group, bundled)
+
+    swap()
     for _ in range(rounds):
         before = assignment.cost
         lower_levels(assignment, movable)
         drop_families(assignment, movable)
         reinsert(assignment, sorted(movable, key=lambda table: (-_weight(assignment, table), table)))
-        for group in range(len(assignment.choices.groups)):
-            swap_slices(assignment, group, bundled)
+        swap()
         if assignment.cost > before * (1.0 - 1e-3):
             break
     if rounds and len(movable) <= _FEW_TABLES:
         ruin_and_recreate(assignment, movable, cycles, enough)
         anneal(assignment, movable, enough)
-        for group in range(len(assignment.choices.groups)):
-            swap_slices(assignment, group, bundled)
+        swap()
 
 
 def _weight(assignment: Assignment, table: int) -> float:

@@ -5,12 +5,13 @@ import pytest
 from planner_cases import BATCH, MACHINE, skewed_model
 
 from sharding.annealing import anneal
-from sharding.assignment import Assignment, initial_assignment
+from sharding.assignment import Assignment
 from sharding.candidates import make_choices
 from sharding.constraints import Constraint
 from sharding.cost import Step
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.partition import greedy
+from sharding.starts import initial_assignment
 from sharding.topology import Topology
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from planner_cases import choices_of, model_of, skewed_model, with_strange_buffers
 
-from sharding.assignment import Assignment, initial_assignment, insert_best
+from sharding.assignment import Assignment, insert_best
 from sharding.candidates import Candidate, Choices
 from sharding.constraints import Constraint
 from sharding.partition import greedy
 from sharding.plan import PlacementKind
 from sharding.search import drop_families, improve, reinsert, ruin_and_recreate
+from sharding.starts import initial_assignment
 from sharding.swaps import swap_slices
 from sharding.tables import TableSpec
 from sharding.topology import parse_topology
