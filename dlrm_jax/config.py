@@ -249,8 +249,8 @@ class Config:
             ("train.chunks", self.train.chunks),
             ("train.profile", self.train.profile),
         ):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}, but must be at least 1: raise it")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} is {value!r}, but must be at least 1 and whole, a Python int: change it")
         for name in ("batch_size", "eval_batch_size"):
             size, shards = getattr(self.data, name), self.data.virtual_shards
             if size % shards:

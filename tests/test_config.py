@@ -71,6 +71,8 @@ def test_config_when_it_states_its_features_then_a_model_without_parameters_is_m
     ("field", "value", "message"),
     [
         ("data.batch_size", 0, "data.batch_size is 0, but must be at least 1"),
+        ("train.epochs", 1.005, "train.epochs is 1.005, but must be at least 1 and whole"),
+        ("train.max_steps", "10", "train.max_steps is '10', but must be at least 1 and whole"),
         ("data.batch_size", 66, "data.batch_size is 66, which data.virtual_shards 4 does not divide: use 68"),
         ("data.eval_batch_size", 2, "data.eval_batch_size is 2, which data.virtual_shards 4 does not divide: use 4"),
         ("train.epochs", 0, "train.epochs is 0"),
