@@ -182,14 +182,7 @@ def anneal(assignment: Assignment, movable: Set[int], enough: float = 0.0) -> No
             places.give(table, candidate, bins)
         if loads.cost < best * (1.0 - NOISE):
             best, cheapest = loads.cost, (list(places.candidate), list(places.bins))
-    pairs = list(zip(*cheapest, strict=True))
-    changed = [t for t in places.tables if (assignment.candidate[t], assignment.bins[t]) != pairs[t]]
-    for table in changed:
-        assignment.remove(table)
-    for table in changed:
-        candidate, bins = pairs[table]
-        if candidate is not None:
-            assignment.place(candidate, bins)
+    assignment.restore([(candidate, bins) for candidate, bins in zip(*cheapest, strict=True) if candidate is not None])
 
 
 def _first(places: _Places, loads: _Loads, dice: random.Random) -> int:

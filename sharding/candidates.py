@@ -128,6 +128,11 @@ class Choices:
     exchange_seconds: float
     buffers: Buffers
 
+    @cached_property
+    def bundled(self) -> frozenset[int]:
+        """Tables that must be on one device with others."""
+        return frozenset(table for tables in self.together for table in tables)
+
     def without_buffers(self) -> "Choices":
         """The same for steps that need nothing but the stores."""
         none = 0.0 * self.buffers.together

@@ -15,9 +15,8 @@ def fit(assignment: Assignment) -> bool:
     Returns:
         Whether it fits.
     """
-    bundled = {table for tables in assignment.choices.together for table in tables}
     held = [(candidate.total_bytes, candidate.table) for candidate in assignment.candidate if candidate is not None]
-    tables = [table for _, table in sorted(held, reverse=True) if table not in bundled]
+    tables = [table for _, table in sorted(held, reverse=True) if table not in assignment.choices.bundled]
     for _ in range(_ROUNDS):
         before = assignment.most_bytes
         for table in tables:

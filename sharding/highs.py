@@ -22,6 +22,11 @@ def make_solver() -> highspy.Highs:
     return solver
 
 
+def at_most(one: int, other: int) -> Row:
+    """The row ``columns[one] <= columns[other]``."""
+    return np.array([one, other]), np.array([1.0, -1.0]), -highspy.kHighsInf, 0.0
+
+
 def add_rows(solver: highspy.Highs, rows: Sequence[Row]) -> None:
     """Adds rows to a problem, all at once."""
     if rows:

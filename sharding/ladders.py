@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from sharding.candidates import SPREAD
 from sharding.cuts import Cuts
-from sharding.highs import Row
+from sharding.highs import Row, at_most
 
 # Levels of a maximum, and from which share of what a solution has on: to find solutions, and to prove a bound.
 _COARSE = 16, 0.5
@@ -56,15 +56,10 @@ def ladders(
             levels = above[np.unique(np.linspace(0, len(above) - 1, most + 1).round().astype(int)[:-1])]
             columns = np.arange(column, column + len(levels))
             column += len(levels)
-            rows.extend(_at_most(upper, lower) for lower, upper in itertools.pairwise(columns.tolist()))
+            rows.extend(at_most(upper, lower) for lower, upper in itertools.pairwise(columns.tolist()))
             reached = np.searchsorted(levels, peaks, side="right") - 1
             some = reached >= 0
-            rows.extend(map(_at_most, mine[some].tolist(), columns[reached[some]].tolist()))
+            rows.extend(map(at_most, mine[some].tolist(), columns[reached[some]].tolist()))
             maximum = np.append(columns, first_z + group * len(SPREAD) + quantity)
             rows.append((maximum, np.append(np.diff(levels, prepend=0.0), -1.0), -highspy.kHighsInf, 0.0))
     return column - first_level, rows
-
-
-def _at_most(one: int, other: int) -> Row:
-    """``columns[one] <= columns[other]``."""
-    return np.array([one, other]), np.array([1.0, -1.0]), -highspy.kHighsInf, 0.0

@@ -330,8 +330,7 @@ class _Search:
 
 def _fixed(chosen: list[Candidate], choices: Choices) -> list[Candidate]:
     """The chosen candidates; tables that must be together on one device are table-wise, whatever else was chosen."""
-    bundled = {table for tables in choices.together for table in tables}
     return [
-        next(c for c in choices.of_table[table] if c.kind == "table_wise") if table in bundled else candidate
+        next(c for c in choices.of_table[table] if c.kind == "table_wise") if table in choices.bundled else candidate
         for table, candidate in enumerate(chosen)
     ]

@@ -1,6 +1,7 @@
 """The programme of the lower bound in HiGHS: its rows, its optimum, branch and bound. See `sharding.lower_bound`."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -11,14 +12,13 @@ from jaxtyping import Bool, Float
 from sharding.candidates import SPREAD, Choices
 from sharding.cuts import VECTORS_PLACE, Cuts
 from sharding.dealing import MOST_PLACES, least_dealt
+from sharding.exchanges import PARTS, Exchanges
 from sharding.highs import Row, add_rows, make_solver, make_whole
 from sharding.ladders import ladders
-from sharding.layout import FAMILIES, Family
 
 # Up to how many candidates all say from the start that they need the exchanges of their part of the step. In larger
-# programmes those say so that a solution has without them, the most chosen few of a part at a time.
+# programmes those say so that a solution has without them.
 _MOST_EXCHANGES = 4000
-_FEW_OF_PART = 3
 # A dealing cut is worth a row if it raises its group's maxima by such a share; where all together raise them by no more
 # than another, that is as good as true.
 _WORTH_A_ROW = 3e-4
@@ -33,22 +33,6 @@ _SOLUTIONS = 5
 _HEURISTICS = ("rins", "rens", "root_reduced_cost")
 
 Whole = Literal["vectors", "all"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A part of the step that takes a fixed number of exchanges if any table needs it; see `Step.latency_seconds`."""
-
-    families: tuple[Family, ...]
-    exchanges: int
-    second_pass: bool = False
-
-
-_PARTS = (
-    *(_Part(families=(family,), exchanges=2) for family in FAMILIES),
-    _Part(families=tuple(family for family in FAMILIES if family != "local"), exchanges=1),
-    _Part(families=FAMILIES, exchanges=2, second_pass=True),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,12 +85,12 @@ class Programme:
         self.num_x = len(candidates)
         self.first_p = self.num_x + len(choices.groups) * len(SPREAD)
         self.first_y = self.first_p + len(choices.groups)
-        self.num_columns = self.first_y + len(_PARTS)
+        self.num_columns = self.first_y + len(PARTS)
         self._rows: list[Row] = []
         objective = np.zeros(self.num_columns)
         objective[: self.num_x] = [c.fixed / self.unit for c in candidates]
         objective[self.num_x : self.first_p] = 1.0
-        objective[self.first_y :] = [part.exchanges * choices.exchange_seconds / self.unit for part in _PARTS]
+        objective[self.first_y :] = [part.exchanges * choices.exchange_seconds / self.unit for part in PARTS]
         upper = np.full(self.num_columns, highspy.kHighsInf)
         upper[: self.num_x] = 1.0
         programme = highspy.HighsLp()
@@ -116,24 +100,14 @@ class Programme:
         self._highs = make_solver()
         self._highs.passModel(programme)
         self._kept = np.ones(self.num_x, np.bool_)
-        first = 0
-        for options in choices.of_table:
-            self._row(np.arange(first, first + len(options)), np.ones(len(options)), 1.0, 1.0)
-            first += len(options)
+        ends = np.cumsum([len(options) for options in choices.of_table]).tolist()
+        self._of_table = [slice(first, end) for first, end in itertools.pairwise([0, *ends])]
+        for mine in self._of_table:
+            self._row(np.arange(mine.start, mine.stop), np.ones(mine.stop - mine.start), 1.0, 1.0)
         self._maxima()
-        self._parts = [
-            [
-                number
-                for number, candidate in enumerate(candidates)
-                if choices.groups[candidate.group].family in part.families
-                and (candidate.has_second_pass or not part.second_pass)
-            ]
-            for part in _PARTS
-        ]
-        self._exchanging: set[tuple[int, int]] = set()
+        self._exchanges = Exchanges(choices, self.first_y)
         if self.num_x <= _MOST_EXCHANGES:
-            for number, members in enumerate(self._parts):
-                self._exchange(number, members)
+            self._rows += self._exchanges.all()
         sizes = np.array([c.total_bytes for c in candidates], np.float64)
         self._row(np.arange(self.num_x), sizes / (memory * num_devices), -highspy.kHighsInf, 1.0)
         self._add_rows()
@@ -161,13 +135,6 @@ class Programme:
                 seconds = self.choices.vector_seconds[group] / self.unit
                 self._at_most(np.array([self.first_p + group]), np.array([seconds]), self._z(group, VECTORS_PLACE))
 
-    def _exchange(self, part: int, members: list[int]) -> None:
-        """Rows that say that y = 1, the seconds that the exchanges of a part take to start, where it has candidates."""
-        for member in members if self.choices.exchange_seconds > 0 else ():
-            if (part, member) not in self._exchanging:
-                self._exchanging.add((part, member))
-                self._at_most(np.array([member]), np.ones(1), self.first_y + part)
-
     def _z(self, group: int, quantity: int) -> int:
         return self.num_x + group * len(SPREAD) + quantity
 
@@ -192,10 +159,7 @@ class Programme:
             if cut.of_vectors:
                 members, values = np.append(members, self.first_p + cut.group), np.append(values, -cut.of_vectors)
             self._at_most(members, values, self._z(cut.group, cut.quantity))
-        for part, members in enumerate(self._parts):
-            chosen = columns[members]
-            most = np.argsort(-chosen, kind="stable")[:_FEW_OF_PART]
-            self._exchange(part, [members[i] for i in most if chosen[i] > columns[self.first_y + part] + _TOLERANCE])
+        self._rows += self._exchanges.broken(columns)
         self._fit(columns[: self.num_x], z)
         return self._add_rows()
 
@@ -320,10 +284,7 @@ class Programme:
     def _unsettled(self, columns: np.ndarray) -> Bool[np.ndarray, " candidates"]:
         """Candidates that tables may have: of one that is whole, what it has."""
         kept = self._kept.copy()
-        first = 0
-        for options in self.choices.of_table:
-            mine = slice(first, first + len(options))
-            first += len(options)
+        for mine in self._of_table:
             if columns[mine].max() > 1.0 - _TOLERANCE:
                 kept[mine] = columns[mine] > 0.5
         return kept
@@ -351,10 +312,7 @@ class Programme:
         z = columns[self.num_x : self.first_p].reshape(-1, len(SPREAD))
         excess = (self.cuts.peaks - z[self.cuts.groups] * 1.1).clip(min=0.0).sum(axis=1)
         kept = excess <= 0.01
-        first = 0
-        for options in self.choices.of_table:
-            mine = slice(first, first + len(options))
-            first += len(options)
+        for mine in self._of_table:
             # The least of the evils, where all are too large: what rises then, rises.
             kept[mine][(excess[mine] + self.costs[mine]).argmin()] |= not kept[mine].any()
         self._kept = kept
@@ -379,18 +337,16 @@ class Programme:
             group = int((seconds * fractions).argmax())
             if not seconds[group] * fractions[group]:
                 return best
-            found: list[tuple[float, float]] = []
+            found: list[tuple[float, int, Solved]] = []
             for whole in (math.floor(vectors[group]), math.ceil(vectors[group])):
                 self._set_vectors(group, whole, whole)
                 solved = self.solve()
                 if solved is not None:
-                    found.append((solved.cost, whole))
+                    found.append((solved.cost, whole, solved))
             if not found:
                 return None
-            self._set_vectors(group, min(found)[1], min(found)[1])
-            best = self.solve()
-            if best is None:
-                return None
+            _, whole, best = min(found, key=lambda each: each[:2])
+            self._set_vectors(group, whole, whole)
             columns = best.columns
 
     def _set_vectors(self, group: int, lower: float, upper: float) -> None:

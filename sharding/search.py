@@ -219,7 +219,7 @@ def improve(assignment: Assignment, rounds: int, *, cycles: int = _CYCLES, enoug
         cycles: Most cycles of ruins, which follow where there are rounds; then comes annealing.
         enough: What costs no more than this is neither ruined nor annealed.
     """
-    bundled = {table for tables in assignment.choices.together for table in tables}
+    bundled = assignment.choices.bundled
     movable = set(range(len(assignment.choices.tables))) - bundled
 
     def swap() -> None:

@@ -43,12 +43,11 @@ def _dealt(
     assignment = Assignment(choices, step, memory)
     num_devices = assignment.num_devices
     of_group: dict[tuple[int, int], list[Candidate]] = {}
-    bundled = {table for tables in choices.together for table in tables}
     for tables in choices.together:
         if not _place_together(assignment, [chosen[table] for table in tables]):
             return None
     for candidate in chosen:
-        if candidate.table in bundled:
+        if candidate.table in choices.bundled:
             continue
         if candidate.owners is not None or candidate.span == num_devices:
             assignment.place(candidate, candidate.owners or (0,))

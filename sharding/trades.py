@@ -156,8 +156,7 @@ def trade(assignment: Assignment, enough: float = 0.0) -> None:
     best = assignment.cost
     if best <= enough:
         return
-    bundled = {table for tables in assignment.choices.together for table in tables}
-    smooth = _Smooth(assignment, set(range(len(assignment.choices.tables))) - bundled)
+    smooth = _Smooth(assignment, set(range(len(assignment.choices.tables))) - assignment.choices.bundled)
     cheapest = assignment.snapshot()
     least = best * _WORTH
     dice = np.random.default_rng(0)

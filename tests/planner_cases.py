@@ -10,7 +10,9 @@ from sharding.assignment import Assignment
 from sharding.candidates import SPREAD, Buffers, Choices, make_choices
 from sharding.cost import Step
 from sharding.load import FeatureLoad, loads_by_feature
+from sharding.partition import greedy
 from sharding.planner import PlanResult, make_plan
+from sharding.starts import initial_assignment
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology, parse_topology
 
@@ -62,6 +64,25 @@ def with_strange_buffers(choices: Choices, dice: np.random.Generator) -> Choices
 def plan_of(num_tables: int = 10, seed: int = 0, **arguments) -> PlanResult:
     tables, features, loads = skewed_model(num_tables, seed)
     return make_plan(tables, features, MACHINE, batch_size=BATCH, loads=loads, **arguments)
+
+
+def drawn_start(model, machine: Topology = MACHINE, constraints=(), *, seed: int) -> Assignment:
+    """Tables of any of their kinds, dealt out."""
+    memory = float(machine.hbm_bytes)
+    choices, step = choices_of(model, machine, constraints, memory)
+    dice = np.random.default_rng(seed)
+    chosen = [candidates[int(dice.integers(len(candidates)))] for candidates in choices.of_table]
+    started = initial_assignment(choices, chosen, greedy, step, memory)
+    assert started is not None
+    return started
+
+
+def added_up_again(assignment: Assignment) -> Assignment:
+    """The same, placed anew."""
+    again = Assignment(assignment.choices, assignment.step, assignment.memory)
+    for candidate, bins in assignment.snapshot():
+        again.place(candidate, bins)
+    return again
 
 
 def every_assignment(choices: Choices, step: Step) -> Iterator[Assignment]:

@@ -1,43 +1,19 @@
 """Annealing: places that tables trade, what stays as it is, and what memory forbids."""
 
-import numpy as np
 import pytest
-from planner_cases import BATCH, MACHINE, skewed_model
+from planner_cases import added_up_again, drawn_start, skewed_model
 
 from sharding.annealing import anneal
 from sharding.assignment import Assignment
-from sharding.candidates import make_choices
 from sharding.constraints import Constraint
-from sharding.cost import Step
-from sharding.load import FeatureLoad, loads_by_feature
-from sharding.partition import greedy
-from sharding.starts import initial_assignment
-from sharding.topology import Topology
+from sharding.load import FeatureLoad
 
 
-def _started(
-    seed: int, *, num_tables: int = 16, machine: Topology = MACHINE, constraints: tuple[Constraint, ...] = ()
-) -> Assignment:
+def _started(seed: int, constraints: tuple[Constraint, ...] = ()) -> Assignment:
     """Tables of any of their kinds, dealt out; ids of some are skewed, so that devices of a node differ."""
-    tables, features, loads = skewed_model(num_tables, seed)
+    tables, features, loads = skewed_model(16, seed)
     hot = FeatureLoad(feature=loads[0].feature, pooling_factor=50.0, top=((0, 0.3),))
-    step = Step(topology=machine, batch_size=BATCH, loads=loads_by_feature(features, [hot, *loads[1:]]))
-    memory = float(machine.hbm_bytes)
-    choices = make_choices(tables, features, step, constraints, memory)
-    rng = np.random.default_rng(seed)
-    chosen = [candidates[int(rng.integers(len(candidates)))] for candidates in choices.of_table]
-    started = initial_assignment(choices, chosen, greedy, step, memory)
-    assert started is not None
-    return started
-
-
-def _again(assignment: Assignment) -> Assignment:
-    """The same, added up anew."""
-    again = Assignment(assignment.choices, assignment.step, assignment.memory)
-    for candidate, bins in zip(assignment.candidate, assignment.bins, strict=True):
-        assert candidate is not None
-        again.place(candidate, bins)
-    return again
+    return drawn_start((tables, features, [hot, *loads[1:]]), constraints=constraints, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -46,7 +22,7 @@ def test_annealing_when_kinds_were_drawn_then_the_cost_falls_and_every_slice_has
     before = assignment.cost
     anneal(assignment, set(range(16)))
     assert assignment.cost < before
-    assert assignment.cost == pytest.approx(_again(assignment).cost, rel=1e-9)
+    assert assignment.cost == pytest.approx(added_up_again(assignment).cost, rel=1e-9)
     for candidate, bins in zip(assignment.candidate, assignment.bins, strict=True):
         assert candidate is not None
         assert candidate in assignment.choices.of_table[candidate.table]
