@@ -3,21 +3,20 @@
 from sharding.assignment import Assignment
 from sharding.candidates import Candidate
 
-_ROUNDS = 4
 
-
-def fit(assignment: Assignment) -> bool:
+def fit(assignment: Assignment, rounds: int = 4) -> bool:
     """Takes tables out, the largest first, and puts each where devices need fewest bytes, until that is little enough.
 
     Args:
         assignment: The assignment; changed.
+        rounds: Most times that each table is put elsewhere.
 
     Returns:
         Whether it fits.
     """
     held = [(candidate.total_bytes, candidate.table) for candidate in assignment.candidate if candidate is not None]
     tables = [table for _, table in sorted(held, reverse=True) if table not in assignment.choices.bundled]
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         before = assignment.most_bytes
         for table in tables:
             if assignment.most_bytes <= assignment.memory:

@@ -202,6 +202,14 @@ def make_layout(tables: Sequence[TableSpec], features: Sequence[FeatureSpec], pl
     Raises:
         InputError: A device's part of a store has more rows than 32 bits can name.
     """
+    layout = lay_out(tables, features, plan)
+    for store in layout.stores:
+        _check_rows(store)
+    return layout
+
+
+def lay_out(tables: Sequence[TableSpec], features: Sequence[FeatureSpec], plan: ShardingPlan) -> Layout:
+    """The same for those who only count: a device may have more rows than can be named."""
     placements = {placement.table: placement for placement in plan.placements}
     by_store = _by_store(tables)
     stores = tuple(_store_layout(name, by_store[name], placements, plan) for name in sorted(by_store))
@@ -283,19 +291,7 @@ def _store_layout(
     for shard in unplaced:
         first = elements.take(shard, shard.rows_per_owner * shard.width, math.lcm(pair, shard.width))
         first_row = first // shard.width
-        if first_row + shard.rows_per_owner > MOST_ROWS:
-            raise InputError(
-                f"table {shard.table.name!r} ends at row {first_row + shard.rows_per_owner} of width {shard.width} in "
-                f"the store {name!r} of one device, and 32 bits name {MOST_ROWS}: spread its rows over more "
-                "devices, or use larger dims or fewer rows"
-            )
         first_scalar = scalars.take(shard, -(-shard.rows_per_owner // LINE_SCALARS) * LINE_SCALARS)
-        if state_of_store(name)[1] and first_scalar + shard.rows_per_owner > MOST_ROWS:
-            raise InputError(
-                f"the row-wise state of table {shard.table.name!r} ends at number "
-                f"{first_scalar + shard.rows_per_owner} in the store {name!r} of one device, and 32 bits name "
-                f"{MOST_ROWS}: spread its rows over more devices, or use an optimizer without row-wise state"
-            )
         shards.append(dataclasses.replace(shard, first_row=first_row, first_scalar=first_scalar))
     # Rows of every width must be able to see the whole store as [-1, width].
     whole = math.lcm(pair, *(shard.width for shard in shards))
@@ -307,6 +303,23 @@ def _store_layout(
         scalar_lines_per_device=scalars.most // LINE_SCALARS,
         shards=tuple(shards),
     )
+
+
+def _check_rows(store: StoreLayout) -> None:
+    for shard in store.shards:
+        where = f"in the store {store.name!r} of one device, and 32 bits name {MOST_ROWS}: spread its rows over more "
+        end = shard.first_row + shard.rows_per_owner
+        if end > MOST_ROWS:
+            raise InputError(
+                f"table {shard.table.name!r} ends at row {end} of width {shard.width} {where}devices, or use larger "
+                "dims or fewer rows"
+            )
+        end = shard.first_scalar + shard.rows_per_owner
+        if store.row_state and end > MOST_ROWS:
+            raise InputError(
+                f"the row-wise state of table {shard.table.name!r} ends at number {end} {where}devices, or use an "
+                "optimizer without row-wise state"
+            )
 
 
 def _group(

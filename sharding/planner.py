@@ -16,13 +16,13 @@ from sharding.constraints import Constraint
 from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
 from sharding.errors import InputError
 from sharding.fitting import fit
-from sharding.layout import make_layout
+from sharding.layout import lay_out, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.partition import PARTITIONERS
 from sharding.plan import ShardingPlan, check_plan, one_device_plan
 from sharding.search import improve
-from sharding.shortage import shortage_error
-from sharding.starts import initial_assignment
+from sharding.shortage import Demand, shortage_error
+from sharding.starts import initial_assignment, lightest_assignment
 from sharding.tables import FeatureSpec, TableSpec, check_specs
 from sharding.topology import Topology
 from sharding.trades import trade
@@ -107,8 +107,8 @@ def make_plan(
         The plan, its cost and its lower bound.
 
     Raises:
-        InputError: The tables do not fit (the message says how much is missing and what to do), a constraint cannot be
-            obeyed, or there is no such partitioner.
+        InputError: The tables do not fit (the message says how much is missing and what to do), a device would have
+            more rows than 32 bits can name, a constraint cannot be obeyed, or there is no such partitioner.
     """
     check_specs(tables, features)
     if batch_size < 1 or batch_size % topology.num_devices:
@@ -128,7 +128,10 @@ def make_plan(
     limit = _usable(topology) if memory_limit is None else memory_limit
     names = tuple(PARTITIONERS) if partitioner == "best" else (partitioner,)
     search = _Search(tables=tables, features=features, step=step, constraints=constraints, limit=limit, names=names)
-    return search.one_device() if topology.num_devices == 1 else search.run()
+    result = search.one_device() if topology.num_devices == 1 else search.run()
+    # Raises where a device has more rows than can be named, though there is memory for them.
+    make_layout(tables, features, result.plan)
+    return result
 
 
 def _usable(topology: Topology) -> int:
@@ -146,7 +149,7 @@ class _Search:
 
     def cost(self, plan: ShardingPlan) -> PlanCost:
         check_plan(plan, self.tables, self.step.topology.nodes, self.step.topology.chips)
-        return cost_of_layout(make_layout(self.tables, self.features, plan), self.features, self.step)
+        return cost_of_layout(lay_out(self.tables, self.features, plan), self.features, self.step)
 
     def one_device(self) -> PlanResult:
         # Names and devices of constraints are checked, though there is only one place.
@@ -154,7 +157,7 @@ class _Search:
         plan = one_device_plan(self.tables)
         cost = self.cost(plan)
         if cost.storage.total > self.limit:
-            raise self.shortage(cost.storage.buffers)
+            raise self.shortage()
         return PlanResult(
             plan=plan,
             cost=cost,
@@ -164,26 +167,21 @@ class _Search:
             memory_limit=self.limit,
         )
 
-    def shortage(self, buffers: int) -> InputError:
-        return shortage_error(self.tables, self.features, self.step, self.constraints, self.limit, buffers)
+    def shortage(self) -> InputError:
+        demand = Demand(
+            tables=tuple(self.tables),
+            features=tuple(self.features),
+            step=self.step,
+            constraints=tuple(self.constraints),
+        )
+        return shortage_error(demand, self.limit)
 
     def run(self) -> PlanResult:
         """The plan."""
         found = self.search()
         if found is None:
-            raise self.shortage(self.least_buffers())
+            raise self.shortage()
         return found
-
-    def least_buffers(self) -> int:
-        """Bytes of the buffers of a plan that needs as little memory as any that is easily found."""
-        choices = make_choices(self.tables, self.features, self.step, self.constraints, math.inf)
-        lightest = [min(candidates, key=lambda c: (c.total_bytes, c.seconds)) for candidates in choices.of_table]
-        found = initial_assignment(choices, _fixed(lightest, choices), PARTITIONERS[self.names[0]], self.step, math.inf)
-        if found is None:
-            return 0
-        found.memory = 0.0
-        fit(found)
-        return self.cost(self.plan_of(found)).storage.buffers
 
     def search(self) -> PlanResult | None:
         """A plan that fits, if one is found."""
@@ -227,10 +225,27 @@ class _Search:
                     if not fit(best):
                         break
             else:
+                spare = spare or self.lightest(choices, memory, lower_bound, enough)
+                if spare is None and len(self.tables) > _FEW_TABLES:
+                    # Further attempts would take half a minute to say so.
+                    return None
                 # That memory is even is more than a partitioner promises: leave it some to be uneven with.
                 even *= 0.95
                 relaxed = self.relaxed(choices, even, quick=True)
-        return spare
+        return spare or self.lightest(choices, memory, lower_bound, enough)
+
+    def lightest(self, choices: Choices, memory: float, lower_bound: float, enough: float) -> PlanResult | None:
+        """A plan that begins where memory is all that counts; None if that does not fit either."""
+        start = lightest_assignment(choices, self.step, PARTITIONERS[self.names[0]])
+        partitioned = ((self.names[0], start.cost),)
+        begun = self.result(start, self.names[0], partitioned, lower_bound)
+        if begun.cost.storage.total > self.limit:
+            return None
+        # What was not counted stays free.
+        start.memory = memory - max(0.0, begun.cost.storage.total - self.step.dense.memory_bytes - start.most_bytes)
+        improve(start, _SEARCH_ROUNDS, enough=enough)
+        improved = self.result(start, self.names[0], partitioned, lower_bound)
+        return improved if improved.cost.storage.total <= self.limit else begun
 
     def plan_of(self, assignment: Assignment) -> ShardingPlan:
         return assignment.to_plan(self.step.topology.nodes, self.step.topology.chips)
@@ -313,7 +328,7 @@ class _Search:
                 continue
             seen.append(chosen)
             for name in self.names:
-                start = self.start(choices, _fixed(chosen, choices), name, memory)
+                start = self.start(choices, chosen, name, memory)
                 if start is not None:
                     found.append((start, name))
         return found
@@ -326,11 +341,3 @@ class _Search:
             if dealt is not None:
                 dealt.memory = memory
         return dealt if dealt is not None and fit(dealt) else None
-
-
-def _fixed(chosen: list[Candidate], choices: Choices) -> list[Candidate]:
-    """The chosen candidates; tables that must be together on one device are table-wise, whatever else was chosen."""
-    return [
-        next(c for c in choices.of_table[table] if c.kind == "table_wise") if table in choices.bundled else candidate
-        for table, candidate in enumerate(chosen)
-    ]

@@ -1,127 +1,154 @@
-"""What to tell a user whose tables do not fit: how much is missing, and the cheapest ways out with their figures."""
+"""What to tell a user whose tables do not fit: how much is missing, and the cheapest ways out with their figures.
 
+All figures are of plans: of those that need as little memory as is found, so that a way out that is said to fit does.
+"""
+
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from sharding.candidates import make_choices
 from sharding.constraints import Constraint
-from sharding.cost import Step
+from sharding.cost import Step, cost_of_layout
 from sharding.errors import InputError
+from sharding.layout import lay_out
+from sharding.plan import one_device_plan
+from sharding.starts import lightest_assignment
+from sharding.storage import Storage
 from sharding.tables import FeatureSpec, TableSpec
-from sharding.topology import Topology
 
 _WAYS = 3
+# The share of the bytes that a way out saves.
+_WORTH = 0.01
+# At most so many times the devices, and by how much more of them are tried.
+_MOST_TIMES = 16
+_GROWTH = 1.2
+_WITH_STATE_OF_ELEMENTS = ("adagrad", "adam", "lamb", "partial_rowwise_adam")
 
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-def least_bytes(
-    tables: Sequence[TableSpec],
-    features: Sequence[FeatureSpec],
-    step: Step,
-    constraints: Sequence[Constraint],
-) -> float:
-    """Bytes of a device that tables and optimizer state take at least, as even as can be.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What is to be placed, and on which machine.
 
-    Args:
+    Attributes:
         tables: The tables.
         features: The features.
         step: What a step asks of the machine.
         constraints: What users want.
     """
-    choices = make_choices(tables, features, step, constraints, math.inf)
-    devices = step.topology.num_devices
-    total, largest = 0.0, 0.0
-    for candidates in choices.of_table:
-        total += min(candidate.total_bytes for candidate in candidates)
-        largest = max(largest, min(candidate.owner_bytes for candidate in candidates))
-    return max(total / devices, largest)
+
+    tables: tuple[TableSpec, ...]
+    features: tuple[FeatureSpec, ...]
+    step: Step
+    constraints: tuple[Constraint, ...]
+
+    def least_storage(self) -> Storage:
+        """Bytes of a device under the plan that needs fewest, as far as that is easily found.
+
+        Raises:
+            InputError: A constraint cannot be obeyed.
+        """
+        topology = self.step.topology
+        plan = one_device_plan(self.tables)
+        if topology.num_devices > 1:
+            choices = make_choices(self.tables, self.features, self.step, self.constraints, math.inf)
+            plan = lightest_assignment(choices, self.step).to_plan(topology.nodes, topology.chips)
+        return cost_of_layout(lay_out(self.tables, self.features, plan), self.features, self.step).storage
 
 
-def shortage_error(
-    tables: Sequence[TableSpec],
-    features: Sequence[FeatureSpec],
-    step: Step,
-    constraints: Sequence[Constraint],
-    limit: int,
-    buffers: int,
-) -> InputError:
+def shortage_error(demand: Demand, limit: int) -> InputError:
     """The error of tables that do not fit.
 
     Args:
-        tables: The tables.
-        features: The features.
-        step: What a step asks of the machine.
-        constraints: What users want.
+        demand: What was to be placed.
         limit: Bytes of a device.
-        buffers: Bytes of a step's buffers, where a plan was made far enough to know.
     """
-    topology = step.topology
-    devices = topology.num_devices
-    beside = buffers + step.dense.memory_bytes
-    stores = least_bytes(tables, features, step, constraints)
-    needed = stores + beside
-
-    def figure(size: float) -> str:
-        verdict = "fits" if size <= limit else f"{_gigabytes(size - limit)} too much"
-        return f"{_gigabytes(size)} a device, {verdict}"
-
-    # Cheapest first: what costs nothing but speed, then accuracy, then money.
+    topology = demand.step.topology
+    needed = demand.least_storage()
     ways: list[tuple[bool, str]] = []
-
-    def way(size: float, text: str) -> None:
-        if size < needed:
-            ways.append((size > limit, f"{text} ({figure(size)})"))
-
-    if constraints:
-        way(least_bytes(tables, features, step, ()) + beside, "lift the constraints, so that tables may be split")
-    if buffers:
-        half = stores + buffers / 2 + step.dense.memory_bytes
-        way(half, f"halve the batch to {step.batch_size // 2} samples")
-    wide = ("adagrad", "adam", "lamb", "partial_rowwise_adam")
-    rowwise = [
-        dataclasses.replace(table, optimizer="rowwise_adagrad") if table.optimizer in wide else table
-        for table in tables
-    ]
-    way(
-        least_bytes(rowwise, features, step, constraints) + beside,
-        "optimizer rowwise_adagrad, one number of state a row",
-    )
-    half_width = [
-        dataclasses.replace(table, dtype="bfloat16") if table.dtype == "float32" else table for table in tables
-    ]
-    way(least_bytes(half_width, features, step, constraints) + beside, "dtype bfloat16 for float32 tables")
-    total = stores * devices
-    # Devices that are made of one CPU share its memory.
-    if limit > beside and topology.platform != "cpu":
-        more = math.ceil(total / (limit - beside) / topology.chips) * topology.chips
-        if more > devices:
-            ways.append((False, f"{more} devices instead of {devices} ({figure(total / more + beside)})"))
-    largest = max(tables, key=lambda table: table.num_rows * table.dim)
-    fewer = [
-        dataclasses.replace(table, num_rows=max(1, table.num_rows // 2)) if table is largest else table
-        for table in tables
-    ]
-    way(
-        least_bytes(fewer, features, step, constraints) + beside,
-        f"half of the {largest.num_rows} rows of table {largest.name!r}",
-    )
-    ways.sort(key=lambda entry: entry[0])
-    missing = needed - limit
-    if missing > 0:
-        what = f"{_gigabytes(missing)} a device ({_gigabytes(missing * devices)} in all) are missing"
-    else:
-        what = "shards are too large to be dealt out evenly"
+    for text, size in _ways_out(demand, needed, limit):
+        if size < needed.total * (1.0 - _WORTH):
+            verdict = "fits" if size <= limit else f"{_gigabytes(size - limit)} too much"
+            ways.append((size > limit, f"{text} ({_gigabytes(size)} a device, {verdict})"))
+        if sum(not too_much for too_much, _ in ways) == _WAYS:
+            break
+    ways.sort(key=lambda way: way[0])
+    missing = needed.total - limit
     options = "; ".join(f"({number}) {text}" for number, (_, text) in enumerate(ways[:_WAYS], 1))
     return InputError(
-        f"the tables do not fit {_machine(topology)}: they need {_gigabytes(needed)} a device (tables and optimizer "
-        f"state {_gigabytes(stores)}, buffers {_gigabytes(buffers)}, dense {_gigabytes(step.dense.memory_bytes)}) of "
-        f"{_gigabytes(limit)}, so {what}; ways out: {options or 'more memory a device'}"
+        f"the tables do not fit {topology.name} ({topology.num_devices} devices): they need "
+        f"{_gigabytes(needed.total)} a device (tables and optimizer state {_gigabytes(needed.stores)}, buffers "
+        f"{_gigabytes(needed.buffers)}, dense {_gigabytes(needed.dense)}) of {_gigabytes(limit)}, so "
+        f"{_gigabytes(missing)} a device ({_gigabytes(missing * topology.num_devices)} in all) are missing; ways out: "
+        f"{options or 'more memory a device'}"
     )
 
 
-def _machine(topology: Topology) -> str:
-    return f"{topology.name} ({topology.num_devices} devices)"
+def _ways_out(demand: Demand, needed: Storage, limit: int) -> Iterator[tuple[str, int]]:
+    """What to do, and bytes of a device then. The cheapest first: what costs but speed, then accuracy, then money."""
+    step, tables = demand.step, demand.tables
+
+    def way(text: str, **changes: Any) -> Iterator[tuple[str, int]]:
+        other = dataclasses.replace(demand, **changes)
+        # Fewer rows may be too few to be spread as users want.
+        with contextlib.suppress(InputError):
+            if other != demand:
+                yield text, other.least_storage().total
+
+    if demand.constraints and step.topology.num_devices > 1:
+        yield from way("lift the constraints, so that tables may be split", constraints=())
+    half = step.batch_size // 2
+    if half and half % step.topology.num_devices == 0:
+        yield from way(f"halve the batch to {half} samples", step=dataclasses.replace(step, batch_size=half))
+    rowwise = tuple(
+        dataclasses.replace(table, optimizer="rowwise_adagrad") if table.optimizer in _WITH_STATE_OF_ELEMENTS else table
+        for table in tables
+    )
+    yield from way("optimizer rowwise_adagrad, one number of state a row", tables=rowwise)
+    half_width = tuple(
+        dataclasses.replace(table, dtype="bfloat16") if table.dtype == "float32" else table for table in tables
+    )
+    yield from way("dtype bfloat16 for float32 tables", tables=half_width)
+    for more in _machines(demand, needed, limit):
+        larger = dataclasses.replace(step.topology, nodes=more // step.topology.chips)
+        found = list(
+            way(
+                f"{more} devices instead of {step.topology.num_devices}",
+                step=dataclasses.replace(step, topology=larger),
+            )
+        )
+        if found and found[0][1] <= limit:
+            yield found[0]
+            break
+    largest = max(tables, key=lambda table: table.num_rows * table.dim)
+    fewer = dataclasses.replace(largest, num_rows=max(1, largest.num_rows // 2))
+    yield from way(
+        f"half of the {largest.num_rows} rows of table {largest.name!r}",
+        tables=tuple(fewer if table is largest else table for table in tables),
+    )
+
+
+def _machines(demand: Demand, needed: Storage, limit: int) -> Iterator[int]:
+    """Numbers of devices that may do, all of which the batch can be dealt out to."""
+    topology = demand.step.topology
+    room = limit - needed.dense
+    # Devices that are made of one CPU share its memory.
+    if topology.platform == "cpu" or room <= 0:
+        return
+    # As many as stores alone need, then more and more.
+    more = max(topology.num_devices + 1, math.ceil(sum(needed.weights_alone) / room))
+    while more <= topology.num_devices * _MOST_TIMES:
+        more = -(-more // topology.chips) * topology.chips
+        # Most slices of TPUs are powers of two.
+        exists = topology.platform != "tpu" or more.bit_count() == 1
+        if exists and demand.step.batch_size % more == 0:
+            yield more
+            more = math.ceil(more * _GROWTH)
+        else:
+            more += 1

@@ -1,15 +1,20 @@
 """Starts: the kinds that were chosen, dealt out to devices and nodes by a partitioner."""
 
+import math
+
 import numpy as np
 from jaxtyping import Int
 
 from sharding.assignment import Assignment, insert_best
 from sharding.candidates import SPREAD, Candidate, Choices
 from sharding.cost import Step
-from sharding.partition import Partitioner
+from sharding.fitting import fit
+from sharding.partition import Partitioner, greedy
 
 # Times that tables are dealt out, since buffers take more than was left to them.
 _DEALS = 3
+# Rounds towards the least memory: a third gains 1 % of it at most.
+_LIGHTEST_ROUNDS = 2
 
 
 def initial_assignment(
@@ -35,6 +40,19 @@ def initial_assignment(
             return assignment
         kept = max(kept, choices.buffers.bytes_of(assignment.most))
     return None
+
+
+def lightest_assignment(choices: Choices, step: Step, partitioner: Partitioner = greedy) -> Assignment:
+    """Every table where a device needs fewest bytes, as far as that is easily found; no table is without candidates."""
+    # What is spread over all devices is even.
+    sizes = [[c.owner_bytes + c.fixed_bytes for c in candidates] for candidates in choices.of_table]
+    chosen = [candidates[each.index(min(each))] for candidates, each in zip(choices.of_table, sizes, strict=True)]
+    lightest = initial_assignment(choices, chosen, partitioner, step, math.inf)
+    # Without a limit, there is a place for every table.
+    assert lightest is not None
+    lightest.memory = 0.0
+    fit(lightest, rounds=_LIGHTEST_ROUNDS)
+    return lightest
 
 
 def _dealt(
