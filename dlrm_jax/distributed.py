@@ -78,6 +78,8 @@ def join(processes: Processes | None = None) -> int:
     given = processes or Processes()
     fields = dataclasses.asdict(given)
     missing = [name for name, value in fields.items() if value is None]
+    if given.num_processes is not None and given.num_processes < 1:
+        raise InputError(f"--num_processes is {given.num_processes}, but must be at least 1: say how many are started")
     if given.num_processes == 1:
         return 1
     if 0 < len(missing) < len(fields):
@@ -219,14 +221,37 @@ def check_same(facts: Mapping[str, Any], *, fix: str = "start all with the same 
     everyone = [json.loads(text) for text in gather(json.dumps(dict(facts), sort_keys=True))]
     names = sorted({name for each in everyone for name in each})
     for name in names:
-        values = [json.dumps(each.get(name)) for each in everyone]
-        others = [number for number, value in enumerate(values) if value != values[0]]
+        values = [each.get(name) for each in everyone]
+        others = [number for number, value in enumerate(values) if json.dumps(value) != json.dumps(values[0])]
         if others:
             more = f" (and {len(others) - 1} other processes)" if len(others) > 1 else ""
+            place, first, other = _difference(name, values[0], values[others[0]])
             raise AgreedError(
-                f"processes differ: {name} is {_brief(values[0])} for process 0, but {_brief(values[others[0]])} for "
-                f"process {others[0]}{more}: {fix}"
+                f"processes differ: {place} is {_brief(first)} for process 0, but {_brief(other)} for process "
+                f"{others[0]}{more}: {fix}"
             )
+
+
+def _difference(place: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """The first place in two decoded JSON texts where they differ, and what is there."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(key, one.get(key), other.get(key)) for key in sorted({*one, *other})]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [
+            (_label(number, first), first, second)
+            for number, (first, second) in enumerate(zip(one, other, strict=True))
+        ]
+    for label, first, second in pairs:
+        if json.dumps(first) != json.dumps(second):
+            return _difference(f"{place}, {label}", first, second)
+    return place, one, other
+
+
+def _label(number: int, entry: Any) -> str:
+    """What to call an entry of a list: by its name, if it has one."""
+    named = [entry[key] for key in ("table", "name") if key in entry] if isinstance(entry, dict) else []
+    return repr(named[0]) if named else f"number {number}"
 
 
 def check_shared(workdir: Workdir) -> None:
@@ -250,7 +275,8 @@ def check_shared(workdir: Workdir) -> None:
     check_same({f"the checkpoints in {workdir.path}, which all processes must share,": workdir.checkpoint_steps()})
 
 
-def _brief(text: str) -> str:
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

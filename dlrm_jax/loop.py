@@ -7,6 +7,7 @@ logged again. So a run that is killed and started again ends with the same bits.
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -24,11 +25,11 @@ from dlrm_jax.distributed import check_same, check_shared, code_version, gather,
 from dlrm_jax.evaluate import DivergedError, evaluate
 from dlrm_jax.metrics import Metrics
 from dlrm_jax.pipeline import Pipeline
-from dlrm_jax.plan_choice import check_memory
+from dlrm_jax.plan_choice import check_chunks, check_memory
 from dlrm_jax.predictions import Predictions
 from dlrm_jax.recommender import Recommender
 from dlrm_jax.replay import ReplayedSteps, Window
-from dlrm_jax.report import RunLog, draw_curves, logged_metrics, result_table, write_result
+from dlrm_jax.report import RunLog, draw_curves, first_line, logged_metrics, result_table, write_result
 from dlrm_jax.save_errors import saving
 from dlrm_jax.sources import Source, card_of, check_parts, open_split
 from dlrm_jax.stop_signal import StopSignal
@@ -105,16 +106,17 @@ def train(config: Config, *, mesh: Mesh | None = None, console: Console | None =
                 num_processes(),
                 batches=["batch_size"] if split is None else ["batch_size", "eval_batch_size"],
             )
+            check_chunks(config, num_devices)
         for line in without_effect(config, num_devices):
             console.print(f"note: {line}", highlight=False, soft_wrap=True)
         # Processes that know the same take the same way, also where they plan and measure together.
         check_same({"the dataset's card": dataclasses.asdict(card)})
         with together():
             recommender = Recommender(config, card, mesh=mesh)
-            check_memory(config, card, recommender.tables.mesh)
+            check_memory(config, card, recommender.tables.plan, recommender.tables.mesh)
             source = open_split(recommender, "train", training=True)
             judged = None if split is None else open_split(recommender, split, training=False)
-        check_same({"the plan": recommender.tables.plan.to_json()})
+        check_same({"the plan": json.loads(recommender.tables.plan.to_json())})
         sources = {"train": source} if judged is None else {"train": source, str(split): judged}
         check_same(
             {f"the digest of row groups of {name}": opened.row_groups_digest for name, opened in sources.items()},
@@ -163,6 +165,10 @@ class _Run:
         self._noted = False
 
     def run(self) -> Result:
+        with StopSignal(self._recommender.tables.mesh) as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopSignal) -> Result:
         state, progress, step = self._start()
         ended: Ended = "all steps"
         writes = process_id() == 0
@@ -170,7 +176,7 @@ class _Run:
         for line in steps_in_vain(self._recommender.config, step=step, last_step=self._last_step):
             self._console.print(f"note: {line}", highlight=False, soft_wrap=True)
         log = RunLog(self._workdir, self._console, first_step=step, last_step=self._last_step, writes=writes)
-        with log, StopSignal(self._recommender.tables.mesh) as stop:
+        with log:
             self._log = log
             if self._gave_up(progress):
                 ended = "early stop"
@@ -206,14 +212,7 @@ class _Run:
     def _start(self) -> tuple[TrainState, Progress, int]:
         """The state of the latest checkpoint, or a new one."""
         recommender = self._recommender
-        self._console.print(
-            f"{recommender.config.name}: {recommender.num_table_parameters:,} parameters in "
-            f"{len(recommender.tables.tables)} tables, {recommender.num_dense_parameters:,} dense; "
-            f"{self._source.num_samples:,} training samples, {self._source.steps_per_epoch:,} steps an epoch; "
-            f"{_devices_text(recommender)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._console.print(first_line(recommender, self._source), highlight=False, soft_wrap=True)
         steps = self._checkpointer.steps()
         if not steps:
             return init_train_state(recommender, self._optimizer), Progress(), 0
@@ -255,9 +254,8 @@ class _Run:
             improved = False
             if self._judged is not None and (at_end or step % steps_per_epoch == 0 or _due(step, settings.eval_every)):
                 stopping |= self._check(steps, ahead=0)
-                started = time.perf_counter()
-                progress, improved = self._evaluate(self._judged, steps.state, progress, step)
-                self._since += time.perf_counter() - started
+                with self._untimed():
+                    progress, improved = self._evaluate(self._judged, steps.state, progress, step)
             if num_processes() == 1:
                 # Nobody else has to hear of it first.
                 stopping = stop.received
@@ -265,10 +263,18 @@ class _Run:
             if at_end or improved or stopping or gave_up or _due(step, settings.checkpoint_every):
                 # What is not logged before a checkpoint, a run that resumes from it never logs.
                 stopping |= self._check(steps, ahead=0)
-                self._log.to_disk()
-                self._checkpointer.save(steps.state, progress)
+                with self._untimed():
+                    self._log.to_disk()
+                    self._checkpointer.save(steps.state, progress)
             if at_end or stopping or gave_up:
                 return progress, "all steps" if at_end else "signal" if stopping else "early stop"
+
+    @contextlib.contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """What samples a second do not count."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def _batches(self, step: int, pipeline: Pipeline) -> Iterator[tuple[Batch, Batch | None]]:
         """The batches after a step, each with the next one as far as the pipeline looks ahead, across epochs."""
@@ -388,13 +394,3 @@ def _of_all_epochs(source: Source, step: int) -> Iterator[Batch]:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _devices_text(recommender: Recommender) -> str:
-    mesh = recommender.tables.mesh
-    nodes, chips = mesh.devices.shape
-    kind = mesh.devices.flat[0].device_kind
-    return (
-        f"mesh {nodes} x {chips} ({kind}): {num_processes()} processes, {recommender.num_local_devices} local and "
-        f"{nodes * chips} global devices" + (f"; {recommender.chunks} chunks a batch" if recommender.chunks > 1 else "")
-    )

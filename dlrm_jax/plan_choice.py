@@ -6,12 +6,13 @@ from jax.sharding import Mesh
 
 from dlrm_jax.config import Config, make_specs
 from dlrm_jax.data.card import DatasetCard
-from dlrm_jax.planning import planning_input
+from dlrm_jax.planning import check_memory_of_plan, planning_input
 from sharding.chunks import best_chunks
 from sharding.errors import InputError
 from sharding.measure import memory_alone, topology_of
 from sharding.mesh import is_of_hosts
 from sharding.plan import ShardingPlan, one_device_plan
+from sharding.planner import usable_memory
 from sharding.topology import preset_of
 
 # Of accelerators whose figures are not known. To measure them would make a number that changes from run to run.
@@ -41,19 +42,39 @@ def choose_plan(config: Config, card: DatasetCard, mesh: Mesh) -> ShardingPlan:
     return planning_input(config, card, mesh.devices.size).make_plan(topology_of(mesh)).plan
 
 
-def check_memory(config: Config, card: DatasetCard, mesh: Mesh) -> None:
-    """Refuses to train what one device has no room for; for several, the planner does.
+def check_memory(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> None:
+    """Refuses to train what devices have no room for. Of plans for several that it makes itself, the planner does.
 
     Args:
         config: The experiment.
         card: The dataset.
+        plan: Where its tables live.
         mesh: Devices.
 
     Raises:
         InputError: The tables and what a step needs beside them do not fit.
     """
+    known = planning_input(config, card, mesh.devices.size)
     if mesh.devices.size == 1:
-        planning_input(config, card, 1).make_plan(memory_alone(mesh))
+        known.make_plan(memory_alone(mesh))
+    elif config.plan is not None:
+        topology = memory_alone(mesh)
+        check_memory_of_plan(known.cost(plan, topology).storage, usable_memory(topology), topology.name)
+
+
+def check_chunks(config: Config, num_devices: int) -> None:
+    """Raises InputError if the config's number of chunks does not divide the samples of a device.
+
+    Args:
+        config: The experiment.
+        num_devices: Devices that share a batch.
+    """
+    given, samples = config.train.chunks, config.data.batch_size // num_devices
+    if given is not None and samples % given:
+        raise InputError(
+            f"train.chunks is {given}, which does not divide the {samples} samples of a device (data.batch_size "
+            f"{config.data.batch_size} over {num_devices} devices): use a divisor, or leave it out"
+        )
 
 
 def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Mesh) -> int:
@@ -70,18 +91,13 @@ def choose_chunks(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: M
     Raises:
         InputError: The config's number does not divide the samples of a device.
     """
-    given, samples = config.train.chunks, config.data.batch_size // mesh.devices.size
-    if given is not None:
-        if samples % given:
-            raise InputError(
-                f"train.chunks is {given}, which does not divide the {samples} samples of a device (data.batch_size "
-                f"{config.data.batch_size} over {mesh.devices.size} devices): use a divisor, or leave it out"
-            )
-        return given
+    check_chunks(config, mesh.devices.size)
+    if config.train.chunks is not None:
+        return config.train.chunks
     if mesh.devices.size == 1 or is_of_hosts(mesh):
         return 1
     topology = preset_of(mesh.devices.flat[0].device_kind, *mesh.devices.shape)
     if topology is None:
-        return math.gcd(_CHUNKS_OF_UNKNOWN, samples)
+        return math.gcd(_CHUNKS_OF_UNKNOWN, config.data.batch_size // mesh.devices.size)
     known = planning_input(config, card, mesh.devices.size)
     return best_chunks(known.layout(plan), known.features, known.step(topology))

@@ -17,12 +17,14 @@ from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import DLRM
 from pallas_kernels.interaction import num_pairs
 from sharding.constraints import Constraint
-from sharding.cost import Step
+from sharding.cost import PlanCost, Step, cost_of_layout
 from sharding.cost_settings import CostSettings, DenseLoad
+from sharding.errors import InputError
 from sharding.layout import Layout, make_layout
 from sharding.load import FeatureLoad, loads_by_feature
 from sharding.plan import ShardingPlan
 from sharding.planner import PartitionerName, PlanResult, make_plan
+from sharding.storage import Storage
 from sharding.tables import FeatureSpec, TableSpec
 from sharding.topology import Topology
 from sharding.vectors import blocks_of
@@ -88,6 +90,27 @@ class PlanningInput:
     def layout(self, plan: ShardingPlan) -> Layout:
         """A plan, laid out."""
         return make_layout(self.tables, self.features, plan)
+
+    def cost(self, plan: ShardingPlan, topology: Topology) -> PlanCost:
+        """What a plan costs on a machine."""
+        return cost_of_layout(self.layout(plan), self.features, self.step(topology))
+
+
+def check_memory_of_plan(storage: Storage, limit: int, machine: str) -> None:
+    """Raises InputError if a plan that was not made for a machine does not fit into it.
+
+    Args:
+        storage: Bytes of a device under the plan.
+        limit: Bytes that a step may take.
+        machine: What to call it.
+    """
+    if storage.total > limit:
+        gigabytes = {name: getattr(storage, name) / 1e9 for name in ("total", "stores", "buffers", "dense")}
+        raise InputError(
+            "the plan needs {total:.2f} GB a device (tables and optimizer state {stores:.2f} GB, buffers {buffers:.2f} "
+            "GB, dense {dense:.2f} GB)".format(**gigabytes)
+            + f", but {machine} has {limit / 1e9:.2f} GB for it: leave --plan out for one that fits"
+        )
 
 
 def planning_input(config: Config, card: DatasetCard, num_devices: int) -> PlanningInput:

@@ -18,13 +18,30 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from dlrm_jax.distributed import num_processes
 from dlrm_jax.metrics import Metrics
+from dlrm_jax.recommender import Recommender
+from dlrm_jax.sources import Source
 from dlrm_jax.workdir import Workdir
 from sharding.whole_file import to_disk, write_whole
 
 # TensorBoard shows a run so long after it happens, at most.
 _SECONDS_BETWEEN_FLUSHES = 30
 _SHOWN = ("auc", "ne", "log_loss", "accuracy", "calibration")
+
+
+def first_line(recommender: Recommender, source: Source) -> str:
+    """What is trained, on what, and where."""
+    mesh, chunks = recommender.tables.mesh, recommender.chunks
+    nodes, chips = mesh.devices.shape
+    return (
+        f"{recommender.config.name}: {recommender.num_table_parameters:,} parameters in "
+        f"{len(recommender.tables.tables)} tables, {recommender.num_dense_parameters:,} dense; "
+        f"{source.num_samples:,} training samples, {source.steps_per_epoch:,} steps an epoch; "
+        f"mesh {nodes} x {chips} ({mesh.devices.flat[0].device_kind}): {num_processes()} processes, "
+        f"{recommender.num_local_devices} local and {nodes * chips} global devices"
+        + (f"; {chunks} chunks a batch" if chunks > 1 else "")
+    )
 
 
 class RunLog:

@@ -39,7 +39,7 @@ from dlrm_jax.config import Config, MeshConfig
 from dlrm_jax.data.card import DatasetCard
 from dlrm_jax.data.write_errors import naming_folder
 from dlrm_jax.plan_choice import choose_chunks
-from dlrm_jax.planning import PlanningInput, planning_input
+from dlrm_jax.planning import PlanningInput, check_memory_of_plan, planning_input
 from dlrm_jax.sources import card_of
 from dlrm_jax.target_report import bytes_table
 from dlrm_jax.target_step import compile_for_target, device_bytes, lower_train_step, step_timeline
@@ -47,7 +47,6 @@ from scripts.command_line import ConfigFlags, configure_jax, parse_with_config
 from scripts.constraints import parse_constraints
 from scripts.one_line_errors import run
 from sharding.aot import target_mesh
-from sharding.cost import cost_of_layout
 from sharding.errors import InputError
 from sharding.measure import topology_of
 from sharding.mesh import make_mesh
@@ -118,11 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         with naming_folder(given.picture, instead="another --picture"):
             draw_plan(result, given.picture)
     estimate = result.cost.storage.total
-    if estimate > result.memory_limit:
-        raise InputError(
-            f"the plan needs {estimate / 1e9:.2f} GB a device, but {topology.name} has {result.memory_limit / 1e9:.2f} "
-            "GB for it: leave --plan out for one that fits"
-        )
+    check_memory_of_plan(result.cost.storage, result.memory_limit, topology.name)
     if given.compile:
         assert mesh is not None
         chunks = choose_chunks(config, card, result.plan, mesh)
@@ -151,6 +146,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_files(given: Arguments) -> None:
     """Raises InputError unless files can be written where they are to be, before planning and compiling take time."""
+    written: dict[Path, str] = {}
     for flag, path, drawn in (
         ("--out", given.out, False),
         ("--picture", given.picture, True),
@@ -158,6 +154,9 @@ def _check_files(given: Arguments) -> None:
     ):
         if path is None:
             continue
+        if other := written.get(path.resolve()):
+            raise InputError(f"{flag} {path}: is the file of {other}, too; give each its own")
+        written[path.resolve()] = flag
         if not path.parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {path.parent}; make it, or give another {flag}")
         if path.is_dir():
@@ -230,7 +229,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
     )
     if plan is None:
         return made
-    cost = cost_of_layout(described.layout(plan), described.features, described.step(topology))
+    cost = described.cost(plan, topology)
     return dataclasses.replace(made, plan=plan, cost=cost, partitioner=f"none (plan of {path})", partitioned=())
 
 

@@ -241,7 +241,9 @@ def make_choices(
         if not ways:
             raise InputError(
                 f"the constraints on table {table.name!r} ({table.num_rows} rows, {table.dim} columns) leave no "
-                "placement: allow another kind, or pin it to so many devices that each has a multiple of 16 columns"
+                f"placement on {topology.nodes} x {topology.chips} devices: row_wise needs {devices} rows or more, "
+                f"table_row_wise and grid {topology.chips}; slices of column_wise and grid need a multiple of "
+                f"{STATISTICS_BLOCK} columns each: allow another kind, or pin it to fewer or more"
             )
         store = stores.setdefault(store_name(table), len(stores))
         quantities: dict[tuple[Family, int, bool], tuple[np.ndarray, np.ndarray]] = {}

@@ -40,10 +40,16 @@ def make_mesh(nodes: int = 1, chips: int = 1, devices: Sequence[jax.Device] | No
     """
     available = list(jax.devices() if devices is None else devices)
     needed = nodes * chips
-    if nodes < 1 or chips < 1 or needed > len(available):
+    if nodes < 1 or chips < 1:
+        raise InputError(f"a mesh of {nodes} x {chips} has no device: make nodes and chips at least 1")
+    if needed > len(available):
+        platform = available[0].platform
+        of_host = (
+            f', or jax.config.update("jax_num_cpu_devices", {needed}) before anything else' if platform == "cpu" else ""
+        )
         raise InputError(
-            f"a mesh of {nodes} x {chips} needs {needed} devices, but JAX sees {len(available)} "
-            f"({available[0].platform}): make nodes * chips at most {len(available)}"
+            f"a mesh of {nodes} x {chips} needs {needed} devices, but JAX sees {len(available)} ({platform}): make "
+            f"nodes * chips at most {len(available)}{of_host}"
         )
     filled = np.empty(needed, object)
     filled[:] = _in_order(available, nodes, chips)

@@ -245,15 +245,18 @@ def check_plan(plan: ShardingPlan, tables: Sequence[TableSpec], nodes: int, chip
     """
     if (plan.nodes, plan.chips) != (nodes, chips):
         raise InputError(
-            f"the plan is for a mesh of {plan.nodes} x {plan.chips}, but the mesh is {nodes} x {chips}: make a plan "
-            "for this mesh with scripts/plan.py, or leave --plan out"
+            f"the plan is for a mesh of {plan.nodes} x {plan.chips}, but the mesh is {nodes} x {chips}: make it "
+            f"{plan.nodes} x {plan.chips} (--mesh.nodes, --mesh.chips or --topology), make a plan for this mesh with "
+            "scripts/plan.py, or leave --plan out"
         )
     by_name = {table.name: table for table in tables}
+    fix = "make a plan for this model with scripts/plan.py, or leave --plan out"
     placed: set[str] = set()
     for placement in plan.placements:
         if placement.table not in by_name:
             raise InputError(
-                f"the plan places table {placement.table!r}, which the model does not have; it has {list(by_name)[:20]}"
+                f"the plan places table {placement.table!r}, which the model does not have; it has "
+                f"{list(by_name)[:20]}: {fix}"
             )
         if placement.table in placed:
             raise InputError(f"the plan places table {placement.table!r} twice (an overlap): keep one of the two")
@@ -261,7 +264,10 @@ def check_plan(plan: ShardingPlan, tables: Sequence[TableSpec], nodes: int, chip
         _check_placement(placement, by_name[placement.table], plan)
     missing = [name for name in by_name if name not in placed]
     if missing:
-        raise InputError(f"the plan has no place for {len(missing)} of the model's tables, first {missing[0]!r}")
+        raise InputError(
+            f"the plan has no place for {len(missing)} of the model's {len(by_name)} tables, first {missing[0]!r}: "
+            f"{fix}"
+        )
 
 
 def _check_placement(placement: Placement, table: TableSpec, plan: ShardingPlan) -> None:
@@ -279,11 +285,13 @@ def _check_placement(placement: Placement, table: TableSpec, plan: ShardingPlan)
     limit = {"device": plan.num_devices, NODE: plan.nodes, None: 0}[owner]
     for piece in placement.slices:
         if owner is None and piece.owner is not None:
-            raise InputError(f"{where}: a {placement.kind} placement is on all devices, but names {piece.owner}")
+            raise InputError(
+                f"{where}: a {placement.kind} placement is on all devices, but names {piece.owner}: leave it out"
+            )
         if owner is not None and (piece.owner is None or not 0 <= piece.owner < limit):
             raise InputError(
                 f"{where} is placed on {owner} {piece.owner}, but a mesh of {plan.nodes} x {plan.chips} has {owner}s 0 "
-                f"to {limit - 1}"
+                f"to {limit - 1}: give one of these"
             )
     owners = [piece.owner for piece in placement.slices]
     if len(set(owners)) < len(owners):
@@ -298,9 +306,12 @@ def _check_placement(placement: Placement, table: TableSpec, plan: ShardingPlan)
 
 def _check_columns(placement: Placement, table: TableSpec, where: str) -> None:
     if not placement.slices:
-        raise InputError(f"{where} has no slice of columns; it has columns 0 to {table.dim - 1}")
+        raise InputError(f"{where} has no slice of columns: give one, of columns 0 to {table.dim - 1}")
     if len(placement.slices) > 1 and placement.kind not in _SLICED:
-        raise InputError(f"{where}: a {placement.kind} placement has one slice, but {len(placement.slices)} are given")
+        raise InputError(
+            f"{where}: a {placement.kind} placement has one slice, but {len(placement.slices)} are given: join them, "
+            f"or make it {' or '.join(_SLICED)}"
+        )
     end = 0
     for piece in placement.slices:
         if piece.first_column != end:
@@ -312,7 +323,10 @@ def _check_columns(placement: Placement, table: TableSpec, where: str) -> None:
         end += piece.num_columns
     if end != table.dim:
         what = "a gap" if end < table.dim else "columns that do not exist"
-        raise InputError(f"{where}: its slices end at column {end}, its last column is {table.dim - 1}: {what}")
+        raise InputError(
+            f"{where}: its slices end at column {end}, its last column is {table.dim - 1}: the plan has {what}; slices "
+            "must follow each other to the last column"
+        )
     widths = {piece.num_columns for piece in placement.slices}
     if len(placement.slices) > 1 and (len(widths) > 1 or widths.pop() % STATISTICS_BLOCK):
         raise InputError(_indivisible(table, len(placement.slices)))

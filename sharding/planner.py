@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sharding.assignment import Assignment
 from sharding.candidates import REPLICA_SHARE, Candidate, Choices, at_stages, make_choices
-from sharding.constraints import Constraint
+from sharding.constraints import Constraint, allowed_of
 from sharding.cost import CostSettings, DenseLoad, PlanCost, Step, cost_of_layout
 from sharding.errors import InputError
 from sharding.fitting import fit
@@ -125,7 +125,7 @@ def make_plan(
         dense=dense or DenseLoad(),
         settings=settings or CostSettings(),
     )
-    limit = _usable(topology) if memory_limit is None else memory_limit
+    limit = usable_memory(topology) if memory_limit is None else memory_limit
     names = tuple(PARTITIONERS) if partitioner == "best" else (partitioner,)
     search = _Search(tables=tables, features=features, step=step, constraints=constraints, limit=limit, names=names)
     result = search.one_device() if topology.num_devices == 1 else search.run()
@@ -134,7 +134,8 @@ def make_plan(
     return result
 
 
-def _usable(topology: Topology) -> int:
+def usable_memory(topology: Topology) -> int:
+    """Bytes of a device that a step may take: what the runtime does not keep for itself."""
     return int(topology.hbm_bytes * _USABLE_MEMORY)
 
 
@@ -152,8 +153,13 @@ class _Search:
         return cost_of_layout(lay_out(self.tables, self.features, plan), self.features, self.step)
 
     def one_device(self) -> PlanResult:
-        # Names and devices of constraints are checked, though there is only one place.
-        make_choices(self.tables, self.features, self.step, self.constraints, math.inf)
+        allowed = allowed_of(self.tables, self.constraints, self.step.topology)
+        elsewhere = [table.name for table in self.tables if not allowed[table.name].allows("table_wise", 1, None)]
+        if elsewhere:
+            raise InputError(
+                f"the constraints on table {elsewhere[0]!r} do not let it be table_wise on device 0, and there is no "
+                "other place on one device: lift them, or plan for more devices"
+            )
         plan = one_device_plan(self.tables)
         cost = self.cost(plan)
         if cost.storage.total > self.limit:
@@ -187,7 +193,7 @@ class _Search:
         """A plan that fits, if one is found."""
         memory = float(self.limit - self.step.dense.memory_bytes)
         # Replicas do not depend on the limit: what is planned for more memory may fit into less.
-        replicas = (_usable(self.step.topology) - self.step.dense.memory_bytes) * REPLICA_SHARE
+        replicas = (usable_memory(self.step.topology) - self.step.dense.memory_bytes) * REPLICA_SHARE
         choices = make_choices(
             self.tables, self.features, self.step, self.constraints, max(memory, 0.0), replica_bytes=replicas
         )

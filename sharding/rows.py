@@ -172,6 +172,8 @@ def row_numbers(rows: Sequence[int] | np.ndarray, where: str) -> Int64[np.ndarra
             f"rows of {where} are given as {given.dtype} of shape {given.shape}; give a list of row numbers "
             "(np.flatnonzero makes one of a mask, range of a slice)"
         )
+    if given.dtype.kind == "u" and given.max(initial=0) > np.iinfo(np.int64).max:
+        raise InputError(f"{where} has no row {given.max()}: no table has 2**63 rows; give numbers of rows that it has")
     return given.astype(np.int64)
 
 

@@ -165,6 +165,22 @@ def test_facts_when_processes_differ_then_the_error_names_the_fact_and_the_proce
     check_same({"seed": 0, "the code": "a"})
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "where"),
+    [
+        ({"a": [1, {"name": "b", "rows": 2}]}, {"a": [1, {"name": "b", "rows": 3}]}, "a, 'b', rows is 2 .* but 3 for"),
+        ({"a": [[1], [2]]}, {"a": [[1], [4]]}, "a, number 1, number 0 is 2 .* but 4 for"),
+        ({"a": [1]}, {"a": [1, 2]}, r"a is \[1\] .* but \[1, 2\] for"),
+        ({"a": {"b": 1}}, {"a": {}}, "a, b is 1 .* but null for"),
+        ({"a": float("nan"), "b": 1}, {"a": float("nan"), "b": 2}, "fact, b is 1 .* but 2 for"),
+    ],
+)
+def test_facts_when_they_are_large_then_the_error_names_the_place_that_differs(monkeypatch, one, other, where):
+    monkeypatch.setattr(distributed, "gather", lambda _: [json.dumps({"the fact": fact}) for fact in (one, other)])
+    with pytest.raises(AgreedError, match=rf"the fact, {where.removeprefix('fact, ')} process 1"):
+        check_same({"the fact": one})
+
+
 def test_block_when_another_process_fails_in_it_then_this_one_fails_too(monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda text: [text, "", "no such file"])
     with pytest.raises(AgreedError, match="process 2 cannot go on: no such file"), together():
@@ -239,6 +255,7 @@ def test_workdir_when_processes_do_not_share_it_then_every_process_says_so(monke
             {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
             "--process_id is 2, but 2 processes count from 0",
         ),
+        ({"num_processes": 0}, "--num_processes is 0, but must be at least 1"),
         ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "--coordinator is 'a', but must be HOST:PORT"),
         ({"coordinator": "a:65536", "num_processes": 2, "process_id": 1}, "--coordinator is 'a:65536', but must be"),
     ],

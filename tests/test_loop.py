@@ -3,9 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
+import signal
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import kill9
@@ -17,6 +20,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from dlrm_jax import loop, replay
+from dlrm_jax.config import MeshConfig, make_specs
 from dlrm_jax.config_notes import steps_in_vain
 from dlrm_jax.data.card import SparseColumn
 from dlrm_jax.data.random_batches import RandomBatches
@@ -29,8 +33,10 @@ from dlrm_jax.save_errors import SaveError
 from dlrm_jax.schedules import ScheduleConfig
 from dlrm_jax.sources import card_of
 from dlrm_jax.trace import StepTrace
+from dlrm_jax.train_state import init_train_state
 from dlrm_jax.workdir import Workdir
 from sharding import InputError
+from sharding.plan import ShardingPlan, table_wise
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,60 @@ def test_tables_when_one_device_has_no_room_for_them_then_nothing_is_written(tmp
     with pytest.raises(InputError, match=r"the tables do not fit cpu:1x1 \(1 devices\): they need .*; ways out: \(1\)"):
         tiny.train_quietly(tiny.config(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_when_devices_have_no_room_for_it_then_nothing_is_written(tmp_path):
+    # The planner would cut it; the plan that is given does not.
+    users = dataclasses.replace(tiny.card().sparse[0], num_rows=10**9)
+    card = tiny.card(sparse=(users, *tiny.card().sparse[1:]))
+    data = tiny.write_dataset(tmp_path / "data", sparse=card.sparse)
+    config = tiny.config(data, tmp_path / "run")
+    tables, _ = make_specs(config.embedding, card)
+    plan = ShardingPlan(nodes=1, chips=2, placements=tuple(table_wise(table, 1) for table in tables))
+    plan.save(tmp_path / "plan.json")
+    config = dataclasses.replace(config, mesh=MeshConfig(nodes=1, chips=2), plan=str(tmp_path / "plan.json"))
+    with pytest.raises(
+        InputError, match=r"the plan needs .* GB a device .*, but cpu:1x2 has .* GB for it: leave --plan"
+    ):
+        tiny.train_quietly(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_chunks_when_they_do_not_divide_a_batch_then_nothing_is_written(data, tmp_path):
+    with pytest.raises(InputError, match=r"train\.chunks is 3, which does not divide the 64 samples of a device"):
+        tiny.train_quietly(tiny.config(data, tmp_path / "run", chunks=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_signal_when_it_comes_before_the_first_step_then_that_step_is_saved(data, tmp_path, monkeypatch):
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return init_train_state(*arguments)
+
+    monkeypatch.setattr(loop, "init_train_state", signalled)
+    result = tiny.train_quietly(tiny.config(data, tmp_path / "run", max_steps=12))
+    assert (result.ended, result.step) == ("signal", 1)
+    assert kill9.committed(tmp_path / "run") == {1}
+
+
+def test_speed_when_checkpoints_take_long_then_it_does_not_count_them(data, tmp_path, monkeypatch):
+    now, save = [0.0], loop.Checkpointer.save
+
+    def slow(*arguments):
+        now[0] += 1e6
+        save(*arguments)
+
+    def tick() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(loop.Checkpointer, "save", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=tick))
+    config = tiny.config(data, tmp_path / "run", max_steps=12, checkpoint_every=1, eval_split=None)
+    tiny.train_quietly(config)
+    speeds = [line["samples_per_second"] for line in read_log(Workdir(config.workdir))]
+    assert speeds
+    assert min(speeds) > 1
 
 
 def test_loss_when_it_is_not_finite_then_training_ends_naming_the_step_and_the_checkpoint_is_intact(data, tmp_path):

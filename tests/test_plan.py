@@ -85,7 +85,7 @@ def test_a_plan_saved_to_a_file_then_loaded_as_it_was(tmp_path: Path) -> None:
         ),
         (
             Placement(table="t", kind="table_wise", slices=()),
-            "table 't' has no slice of columns; it has columns 0 to 63",
+            "table 't' has no slice of columns: give one, of columns 0 to 63",
         ),
     ],
 )
@@ -98,9 +98,12 @@ def test_a_placement_that_cannot_be_then_refused(placement: Placement, message: 
     [
         ([(0, 32), (16, 32)], "a slice begins at column 16, the one before ends at 32: the plan has an overlap"),
         ([(0, 16), (32, 32)], "a slice begins at column 32, the one before ends at 16: the plan has a gap"),
-        ([(0, 16), (16, 16)], "its slices end at column 32, its last column is 63: a gap"),
-        ([(0, 64), (64, 64)], "its slices end at column 128, its last column is 63: columns that do not exist"),
-        ([(0, 0)], "its slices end at column 0, its last column is 63: a gap"),
+        ([(0, 16), (16, 16)], "its slices end at column 32, its last column is 63: the plan has a gap; slices must"),
+        (
+            [(0, 64), (64, 64)],
+            "its slices end at column 128, its last column is 63: the plan has columns that do not exist",
+        ),
+        ([(0, 0)], "its slices end at column 0, its last column is 63: the plan has a gap"),
         ([(0, 0), (0, 64)], "its 64 columns do not divide into 2 equal slices of a multiple of 16: use one of"),
         ([(0, 48), (48, 16)], "its 64 columns do not divide into 2 equal slices of a multiple of 16: use one of"),
     ],
@@ -113,7 +116,7 @@ def test_a_plan_edited_so_that_columns_do_not_tile_the_table_then_refused(column
 @pytest.mark.parametrize(
     ("placements", "message"),
     [
-        ((), "the plan has no place for 1 of the model's tables, first 't'"),
+        ((), "the plan has no place for 1 of the model's 1 tables, first 't': make a plan for"),
         ((table_wise(T, 0), table_wise(T, 1)), "the plan places table 't' twice (an overlap)"),
         (
             (table_wise(T, 0), table_wise(TableSpec(name="u", num_rows=1, dim=1), 0)),
@@ -126,7 +129,7 @@ def test_a_plan_for_other_tables_then_refused(placements: tuple, message: str) -
 
 
 def test_a_plan_for_another_mesh_then_refused() -> None:
-    with pytest.raises(InputError, match="the plan is for a mesh of 2 x 4, but the mesh is 1 x 8: make a plan"):
+    with pytest.raises(InputError, match=r"a mesh of 2 x 4, but the mesh is 1 x 8: make it 2 x 4 \(--mesh"):
         check_plan(on_2x4(data_parallel(T)), [T], 1, 8)
 
 

@@ -126,6 +126,10 @@ def test_a_plan_when_its_table_is_pinned_then_it_is_there(plan, tmp_path):
         ),
         (("--topology", "h200:1x3"), "use 2112, or another number of devices"),
         (("--topology", "h200:1x2", "--out", "/nowhere/plan.json"), "--out /nowhere/plan.json: there is no folder /no"),
+        (
+            ("--topology", "h200:1x2", "--out", "/tmp/plan.svg", "--picture", "/tmp/../tmp/plan.svg"),
+            "--picture /tmp/../tmp/plan.svg: is the file of --out, too; give each its own",
+        ),
         (("--topology", "h200:1x2", "--out", "/"), "--out /: is a folder; give a file in it"),
         (
             ("--topology", "h200:1x2", "--picture", "/tmp/plan.foo"),
@@ -153,7 +157,7 @@ def test_a_given_plan_when_it_is_for_another_mesh_then_the_error_says_both(plan,
 def test_a_given_plan_when_it_does_not_fit_then_the_error_says_how_much_it_needs(plan, saved):
     code, _, error = plan(*CONFIG, "--topology", "zionex:1x2", "--plan", saved)
     assert code == 2
-    assert "GB" in error
+    assert re.search(r"the tables do not fit zionex:1x2 .* of 38.94 GB, so [\d.]+ GB a device .* are missing", error)
 
 
 @pytest.mark.slow

@@ -355,6 +355,23 @@ def test_mesh_when_of_one_device_then_everything_is_on_it():
         make_plan(tables, features, parse_topology("h200:1x1"), batch_size=BATCH, memory_limit=1000)
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint(tables=("t1",), forbidden=("table_wise",)),
+        Constraint(tables=("t1",), kinds=("row_wise", "column_wise")),
+        Constraint(tables=("t1",), nodes=(0,)),
+    ],
+)
+def test_mesh_when_of_one_device_then_a_constraint_that_wants_another_place_is_refused(constraint: Constraint):
+    tables, features, _ = skewed_model(3, 0)
+    machine = parse_topology("h200:1x1")
+    with pytest.raises(InputError, match="'t1' do not let it be table_wise on device 0, and there is no other place"):
+        make_plan(tables, features, machine, batch_size=BATCH, constraints=[constraint])
+    harmless = [Constraint(tables=("t0", "t1"), together=True), Constraint(tables=("t2",), devices=(0,))]
+    assert make_plan(tables, features, machine, batch_size=BATCH, constraints=harmless).plan.num_devices == 1
+
+
 def test_large_table_when_one_device_cannot_hold_it_then_it_is_split():
     tables = [TableSpec(name="large", num_rows=1_000_000, dim=128), TableSpec(name="small", num_rows=1000, dim=128)]
     features = [FeatureSpec(name=table.name, table=table.name) for table in tables]

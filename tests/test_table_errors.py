@@ -174,7 +174,8 @@ def test_a_batch_that_is_not_laid_out_for_the_devices_then_refused() -> None:
 
 @pytest.mark.parametrize(("nodes", "chips"), [(1, 10_000), (0, 1), (1, 0)])
 def test_a_mesh_of_devices_that_are_not_there_then_refused(nodes: int, chips: int) -> None:
-    assert_refused(f"a mesh of {nodes} x {chips} needs {nodes * chips} devices", make_mesh, nodes, chips)
+    what = f"needs {nodes * chips} devices" if nodes * chips else "has no device: make nodes and chips at least 1"
+    assert_refused(f"a mesh of {nodes} x {chips} {what}", make_mesh, nodes, chips)
 
 
 def jagged(**changes) -> KeyedJagged:

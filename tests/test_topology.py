@@ -246,5 +246,6 @@ def test_mesh_when_devices_come_in_any_order_then_each_process_has_them_by_numbe
 
 
 def test_mesh_when_there_are_too_few_devices_then_the_error_says_how_many_there_are():
-    with pytest.raises(InputError, match=r"a mesh of 2 x 8 needs 16 devices, but JAX sees 8 \(cpu\)"):
+    with pytest.raises(InputError, match=r"a mesh of 2 x 8 needs 16 devices, but JAX sees 8 \(cpu\)") as raised:
         make_mesh(2, 8)
+    assert str(raised.value).endswith('or jax.config.update("jax_num_cpu_devices", 16) before anything else')
