@@ -154,18 +154,27 @@ class Cuts:
             if len(sizes) > _MOST_SIZES:
                 sizes = np.unique(np.append(np.quantile(sizes, np.linspace(0.0, 1.0, _MOST_SIZES)), 0.0))
         fill = np.minimum(sizes[:, None] * vectors, seconds)
-        found: list[tuple[float, int, int, np.ndarray]] = []
-        for count, held in enumerate(np.cumsum(slices[chosen]).tolist(), start=1):
-            if held >= bins:
-                break
+        counts = np.cumsum(slices[chosen])
+        counts = counts[counts < bins]
+        # What all others are counted for where each may be outside of the bins of S, and what S is counted for beyond.
+        outside = fill * slices * x[mine]
+        beyond = ((seconds * slices * x[mine]) - outside)[:, chosen[: len(counts)]]
+        reached = outside.sum(axis=1)[:, None] + np.cumsum(beyond, axis=1)
+        # Few candidates have so many slices that the other bins have no room for them.
+        many = np.flatnonzero(slices > bins - counts.max(initial=0))
+        added = ((seconds - fill) * x[mine])[:, many]
+        for place in np.flatnonzero(counts > bins - slices.max()).tolist():
+            inside = np.maximum(slices[many] + counts[place] - bins, 0) * ~np.isin(many, chosen[: place + 1])
+            reached[:, place] += added @ inside
+        reached = (reached - sizes[:, None] * (bins - counts) * most_vectors) / counts
+        highest = reached.max(axis=0)
+        order = np.argsort(-highest, kind="stable")[:_MOST_CUTS]
+        for place in order[highest[order] > least].tolist():
+            held, best = int(counts[place]), int(reached[:, place].argmax())
             inside = np.maximum(slices + held - bins, 0)
-            values = seconds * inside + fill * (slices - inside)
-            values[:, chosen[:count]] = (seconds * slices)[chosen[:count]]
-            reached = (values @ x[mine] - sizes * (bins - held) * most_vectors) / held
-            best = int(reached.argmax())
-            if reached[best] > least:
-                found.append((float(reached[best]), held, best, values[best] / held))
-        for _, held, best, values in sorted(found, key=lambda entry: -entry[0])[:_MOST_CUTS]:
+            values = seconds * inside + fill[best] * (slices - inside)
+            values[chosen[: place + 1]] = (seconds * slices)[chosen[: place + 1]]
+            values /= held
             used = np.flatnonzero(values > 1e-9)
             large = np.flatnonzero(values[used] >= (seconds * slices)[used] / held * (1 - 1e-9))
             if self._is_new(2, group, quantity, held, int(sizes[best] * 1e6), *mine[used[large]].tolist()):
