@@ -23,15 +23,19 @@ they are. A maximum is at least the mean over these W / D, and what smaller slic
 seconds that a slice adds to them, for the candidates c whose slices are such::
 
     Z_gq >= (D / W) sum_c k_c h_c x_c
+
+Where users say that tables are on one device, its load is what they add to it, b_c::
+
+    Z_gq >= sum_c b_c x_c
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sharding.candidates import SPREAD, Choices
+from sharding.candidates import SPREAD, Candidate, Choices
 from sharding.cost_settings import VECTORS
 
 VECTORS_PLACE = SPREAD.index(VECTORS)
@@ -94,6 +98,7 @@ class Cuts:
             num_devices // int(self.spans[mine[0]]) if len(set(self.spans[mine].tolist())) == 1 else 1
             for mine in self.members
         ]
+        self._shared = _shared_devices(choices, self.candidates, unit)
         self._found: set[tuple[int, ...]] = set()
         self._places: dict[tuple[int, int, int], np.ndarray] = {}
 
@@ -113,6 +118,11 @@ class Cuts:
                     members=np.array([candidate]),
                     values=self.peaks[candidate, quantity, None],
                 )
+        for number, (group, members, added) in enumerate(self._shared):
+            load = x[members] @ added
+            for quantity in np.flatnonzero(load > z[group] + _BROKEN).tolist():
+                if self._is_new(4, number, quantity):
+                    yield Cut(group=group, quantity=quantity, members=members, values=added[:, quantity])
         for group in np.unique(self.groups[x > 1e-6]).tolist():
             for quantity in range(len(SPREAD)):
                 least = z[group, quantity] + _BROKEN
@@ -206,3 +216,25 @@ class Cuts:
                     added[row] = candidate.num_slices * candidate.profile[quantity].reshape(-1, span).sum(axis=0)
             added *= span / self.num_devices / self.unit
         return self._places[key]
+
+
+def _shared_devices(
+    choices: Choices, candidates: Sequence[Candidate], unit: float
+) -> list[tuple[int, Int[np.ndarray, " m"], Float[np.ndarray, "m Q"]]]:
+    """For each device that users put tables on: a group, its candidates there, and what each adds."""
+    held: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+    # Tables that are together are where one of them is pinned, or on a device without a number.
+    together: dict[int, int] = {}
+    for number, tables in enumerate(choices.together):
+        pinned = (c.owners[0] for table in tables for c in choices.of_table[table] if c.owners)
+        together |= dict.fromkeys(tables, next(pinned, -1 - number))
+    for member, candidate in enumerate(candidates):
+        owners = (together[candidate.table],) if candidate.table in together else candidate.owners or ()
+        for owner in owners:
+            for place in range(candidate.span):
+                device = owner * candidate.span + place
+                held.setdefault((candidate.group, device), []).append((member, candidate.profile[:, place]))
+    return [
+        (group, np.array([member for member, _ in added]), np.array([seconds for _, seconds in added]) / unit)
+        for (group, _), added in held.items()
+    ]

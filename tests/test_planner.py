@@ -175,6 +175,33 @@ def test_bound_when_every_plan_of_three_tables_is_tried_then_none_is_below_it(se
     assert planned.cost.total_seconds <= cheapest * 1.05
 
 
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        [Constraint(tables=("t0", "t1", "t2"), devices=(1,))],
+        [Constraint(tables=("t0",), devices=(0, 1)), Constraint(tables=("t1",), nodes=(1,))],
+        [Constraint(tables=("t0", "t2"), together=True)],
+        [Constraint(tables=("t0", "t2"), together=True), Constraint(tables=("t1", "t2"), devices=(0,))],
+    ],
+    ids=["pinned", "columns and a node", "together", "both"],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_bound_when_users_say_where_tables_are_then_near_the_cheapest_of_such_plans(seed: int, constraints):
+    model = skewed_model(3, seed)
+    machine = parse_topology("h200:2x2")
+    choices, step = choices_of(model, machine, constraints, float(machine.hbm_bytes))
+
+    def is_obeyed(held: Assignment) -> bool:
+        where = list(zip(held.candidate, held.bins, strict=True))
+        pinned = all(c is not None and c.owners in (None, bins) for c, bins in where)
+        return pinned and all(len({held.bins[table] for table in tables}) == 1 for tables in choices.together)
+
+    cheapest = min(held.cost for held in every_assignment(choices, step) if is_obeyed(held))
+    relaxed = relax(choices, machine.num_devices, float(machine.hbm_bytes))
+    assert relaxed is not None
+    assert 0.95 * cheapest <= relaxed.seconds <= cheapest * (1 + 1e-9)
+
+
 @pytest.mark.parametrize(("few_tables", "asks"), [(300, True), (0, False)])
 def test_targets_when_candidates_are_many_then_asked_for_before_whole_tables_unless_in_a_hurry(
     few_tables: int, asks: bool, monkeypatch
