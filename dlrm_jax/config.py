@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from dlrm_jax.config_types import check_types
 from dlrm_jax.data.card import DatasetCard, SparseColumn
 from dlrm_jax.model import ModelConfig
 from dlrm_jax.schedules import ScheduleConfig
@@ -230,27 +231,18 @@ class Config:
 
     def __post_init__(self):
         """Refuses settings that contradict themselves."""
-        for name, value in (
-            ("mesh.nodes", self.mesh.nodes),
-            ("mesh.chips", self.mesh.chips),
-            ("data.batch_size", self.data.batch_size),
-            ("data.eval_batch_size", self.data.eval_batch_size),
-            ("data.virtual_shards", self.data.virtual_shards),
-            ("data.shuffle_window", self.data.shuffle_window),
-            ("data.prefetch", self.data.prefetch),
-            ("data.threads", self.data.threads),
-            ("train.epochs", self.train.epochs),
-            ("train.max_steps", self.train.max_steps),
-            ("train.eval_every", self.train.eval_every),
-            ("train.early_stop", self.train.early_stop),
-            ("train.log_every", self.train.log_every),
-            ("train.checkpoint_every", self.train.checkpoint_every),
-            ("train.keep_checkpoints", self.train.keep_checkpoints),
-            ("train.chunks", self.train.chunks),
-            ("train.profile", self.train.profile),
-        ):
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name} is {value!r}, but must be at least 1 and whole, a Python int: change it")
+        check_types(self)
+        counts = {
+            "mesh": ("nodes", "chips"),
+            "data": ("batch_size", "eval_batch_size", "virtual_shards", "shuffle_window", "prefetch", "threads"),
+            "train": ("epochs", "max_steps", "eval_every", "early_stop", "log_every", "checkpoint_every"),
+        }
+        counts["train"] += ("keep_checkpoints", "chunks", "profile")
+        for part, names in counts.items():
+            for name in names:
+                value = getattr(getattr(self, part), name)
+                if value is not None and value < 1:
+                    raise InputError(f"{part}.{name} is {value}, but must be at least 1: raise it")
         for name in ("batch_size", "eval_batch_size"):
             size, shards = getattr(self.data, name), self.data.virtual_shards
             if size % shards:

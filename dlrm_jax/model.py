@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dlrm_jax.config_types import check_types
 from dlrm_jax.layers import MLP, LowRankCross, Projection
 from pallas_kernels.interaction import dot_interaction, num_pairs
 from sharding.errors import InputError
@@ -40,6 +41,7 @@ class ModelConfig:
 
     def __post_init__(self):
         """Refuses widths that make no model."""
+        check_types(self, "model.")
         for name in ("bottom_mlp", "top_mlp"):
             widths = getattr(self, name)
             if any(width < 1 for width in widths):

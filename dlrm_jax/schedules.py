@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
+from dlrm_jax.config_types import check_types
 from sharding.errors import InputError
 
 # Of the base learning rates.
@@ -29,6 +30,7 @@ class ScheduleConfig:
 
     def __post_init__(self):
         """Refuses schedules that contradict themselves."""
+        check_types(self, "schedule.")
         for name in ("warmup_steps", "decay_start_step", "decay_steps"):
             value = getattr(self, name)
             if value < 0:

@@ -77,7 +77,7 @@ class KeyedJagged:
 
         Raises:
             InputError: Features differ in the number of samples, a bag is no list, an id is no integer of 63 bits,
-                weights do not match ids, or the capacity is too small.
+                weights do not match ids or are not finite, or the capacity is too small.
         """
         sizes = {name: len(samples) for name, samples in bags.items()}
         if len(set(sizes.values())) > 1:
@@ -85,6 +85,12 @@ class KeyedJagged:
         unknown = sorted(set(weights or {}) - set(bags))
         if unknown:
             raise InputError(f"weights are given for features without ids: {unknown}; give ids for them too")
+        for name, given in (weights or {}).items():
+            if len(given) != sizes[name]:
+                raise InputError(
+                    f"feature {name!r} has ids of {sizes[name]} samples, but weights of {len(given)}: give each sample "
+                    "a list of weights, [] where it has no ids"
+                )
         values: list[int] = []
         scales: list[float] = []
         for name, samples in bags.items():
@@ -138,9 +144,14 @@ def _weights_of(
     given = (weights or {}).get(name)
     if given is None:
         return [1.0] * num_ids
-    bag_weights = given[sample] if sample < len(given) else []
+    bag_weights = given[sample]
     if len(bag_weights) != num_ids:
         raise InputError(f"{where}: {num_ids} ids but {len(bag_weights)} weights; give one weight for each id")
+    for weight in bag_weights:
+        if not isinstance(weight, int | float | np.number) or not np.isfinite(weight):
+            raise InputError(
+                f"{where}: weight {weight!r} is not a finite number; leave its id out, or give it weight 0"
+            )
     return bag_weights
 
 

@@ -79,8 +79,8 @@ def check_update(gradients: object, step: ArrayLike) -> None:
     """
     if not isinstance(gradients, Sequence):
         check_type(gradients, Embeddings, "gradients")
-    if isinstance(step, int | float | np.generic | np.ndarray) and np.any(np.less(step, 1)):
-        raise InputError(f"step is {step}; updates are counted from 1")
+    if isinstance(step, int | float | np.generic | np.ndarray) and (np.any(np.less(step, 1)) or step != int(step)):
+        raise InputError(f"step is {step}; updates are counted from 1: give a whole number")
 
 
 def update_local(

@@ -4,7 +4,7 @@ Letters: b samples, k features of a block, D dim, L longest sequence of a featur
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from sharding.tables import FeatureSpec, TableSpec
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Embeddings:
-    """Embeddings of a batch, features of one dim side by side, so that a program's size ignores their number.
+class Embeddings(Mapping[str, Any]):
+    """Embeddings of a batch by feature, those of one dim side by side, so that a program's size ignores their number.
 
     Attributes:
         blocks: Pooled embeddings; a block holds the features of one dim of one store, in the order of `names`.
@@ -37,8 +37,16 @@ class Embeddings:
         for block, names in zip(self.blocks, self.names, strict=True):
             if feature in names:
                 return block[:, names.index(feature)]
-        known = [name for names in self.names for name in names] + list(self.sequences)
-        raise KeyError(f"no feature {feature!r}; there are {known}")
+        raise KeyError(f"no feature {feature!r}; there are {list(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        """The features: pooled ones, then sequences."""
+        yield from (name for names in self.names for name in names)
+        yield from self.sequences
+
+    def __len__(self) -> int:
+        """Number of features."""
+        return sum(len(names) for names in self.names) + len(self.sequences)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -31,6 +32,8 @@ from sharding.mesh import make_mesh
 
 CARD = tiny.card()
 CARD = tiny.card(sparse=(dataclasses.replace(CARD.sparse[0], vocabulary_digest="11"), *CARD.sparse[1:]))
+
+WRONG_TABLE = TableConfig(dim="8")  # pyright: ignore[reportArgumentType]: what is to be refused
 
 
 def replaced(config, field, value):
@@ -71,8 +74,20 @@ def test_config_when_it_states_its_features_then_a_model_without_parameters_is_m
     ("field", "value", "message"),
     [
         ("data.batch_size", 0, "data.batch_size is 0, but must be at least 1"),
-        ("train.epochs", 1.005, "train.epochs is 1.005, but must be at least 1 and whole"),
-        ("train.max_steps", "10", "train.max_steps is '10', but must be at least 1 and whole"),
+        ("train.epochs", 1.005, "train.epochs is 1.005, of type float, but must be int: change it"),
+        ("train.max_steps", "10", "train.max_steps is '10', of type str, but must be int | None: change it"),
+        ("data.batch_size", np.int64(512), "data.batch_size is np.int64(512), of type int64, but must be int"),
+        ("train.log_every", True, "train.log_every is True, of type bool, but must be int"),
+        ("workdir", Path("runs"), "workdir is PosixPath('runs'), of type PosixPath, but must be str: change it"),
+        (
+            "dense_optimizer.learning_rate",
+            None,
+            "dense_optimizer.learning_rate is None, of type NoneType, but must be f",
+        ),
+        ("embedding.tables", {"a": 16}, "embedding.tables is {'a': 16}, of type dict, but must be dict[str, "),
+        ("embedding.tables", {"a": WRONG_TABLE}, "embedding.tables.a.dim is '8', of type str, but must be int"),
+        ("embedding.features", "user", "embedding.features is 'user', of type str, but must be tuple[str, ...]"),
+        ("embedding", None, "embedding is None, of type NoneType, but must be EmbeddingConfig: change it"),
         ("data.batch_size", 66, "data.batch_size is 66, which data.virtual_shards 4 does not divide: use 68"),
         ("data.eval_batch_size", 2, "data.eval_batch_size is 2, which data.virtual_shards 4 does not divide: use 4"),
         ("train.epochs", 0, "train.epochs is 0"),
@@ -97,6 +112,8 @@ def test_config_when_it_states_its_features_then_a_model_without_parameters_is_m
         ("seed", 2**32, "seed is 4294967296"),
         ("schedule.warmup_steps", -1, "schedule.warmup_steps is -1"),
         ("model.top_mlp", (8, 2), "model.top_mlp"),
+        ("model.top_mlp", 64, "model.top_mlp is 64, of type int, but must be tuple[int, ...]: change it"),
+        ("schedule.warmup_steps", "5", "schedule.warmup_steps is '5', of type str, but must be int"),
     ],
 )
 def test_config_when_a_setting_is_out_of_its_limits_then_one_line_names_field_value_and_limit(field, value, message):

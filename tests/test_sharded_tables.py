@@ -208,7 +208,7 @@ def test_routing_of_features_in_their_own_order_then_the_same_as_in_any_other() 
     batch = samples_of(5, fullness=0.8)
     routed = []
     for names in (tables.feature_order, tuple(reversed(tables.feature_order))):
-        bags, weights = ({name: values[name] for name in names} for values in (batch.bags, batch.weights))
+        bags, weights = {name: batch.bags[name] for name in names}, {name: batch.weights[name] for name in names}
         routed.append(tables.route(KeyedJagged.from_bags(bags, weights=weights, capacity=CAPACITY)))
     one, other = (r.groups[0].owned for r in routed)
     num_ids = int(one.offsets[-1])
@@ -320,12 +320,14 @@ def test_rows_written_then_read_back_and_no_other_row_changes() -> None:
         np.testing.assert_array_equal(rows, before[name])
 
 
-def test_embeddings_when_asked_for_an_unknown_feature_then_an_error_names_those_there_are() -> None:
+def test_embeddings_when_asked_for_an_unknown_feature_then_an_error_names_those_there_are_which_can_be_listed() -> None:
     tables = ShardedTables(TABLES[:2], FEATURES[:4])
     shapes = jax.eval_shape(tables.init)
     embeddings = jax.eval_shape(tables.lookup, shapes, jax.eval_shape(tables.route, samples_of(0).jagged()))
     with pytest.raises(KeyError, match=r"no feature 'colour'; there are .*user_id"):
         embeddings["colour"]
+    assert set(embeddings) == {feature.name for feature in FEATURES[:4]}
+    assert len(embeddings) == 4
 
 
 def test_tables_inside_a_callers_jit_then_the_same_rows_as_outside() -> None:

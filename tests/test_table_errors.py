@@ -279,7 +279,7 @@ def test_an_update_whose_step_or_gradients_cannot_be_then_refused() -> None:
     tables = ShardedTables([TABLE], [FEATURE])
     state, routed = tables.init(), tables.route(tables.to_devices(jagged()))
     gradients = tables.lookup(state, routed)
-    for step in (0, 0.5, np.int64(0), np.array(0)):
+    for step in (0, 0.5, 1.5, np.int64(0), np.array(0)):
         assert_refused(
             f"step is {step}; updates are counted from 1", tables.update, state, routed, gradients, step=step
         )
@@ -310,7 +310,11 @@ def test_expected_ids_of_a_feature_that_are_missing_then_refused() -> None:
         ({"f": [[1]], "g": [[1], [2]]}, {}, "features have different numbers of samples: {'f': 1, 'g': 2}"),
         ({"f": [[1, 2]]}, {"capacity": 1}, "2 ids do not fit into capacity 1; raise it or leave it out"),
         ({"f": [[1, 2]]}, {"weights": {"f": [[1.0]]}}, "feature 'f', sample 0: 2 ids but 1 weights"),
-        ({"f": [[], [1]]}, {"weights": {"f": [[]]}}, "feature 'f', sample 1: 1 ids but 0 weights"),
+        ({"f": [[], [1]]}, {"weights": {"f": [[], []]}}, "feature 'f', sample 1: 1 ids but 0 weights"),
+        ({"f": [[]]}, {"weights": {"f": [[], []]}}, "feature 'f' has ids of 1 samples, but weights of 2: give"),
+        ({"f": [[], [1]]}, {"weights": {"f": [[]]}}, "feature 'f' has ids of 2 samples, but weights of 1: give"),
+        ({"f": [[1]]}, {"weights": {"f": [[None]]}}, "feature 'f', sample 0: weight None is not a finite number"),
+        ({"f": [[1]]}, {"weights": {"f": [[np.nan]]}}, "feature 'f', sample 0: weight nan is not a finite number"),
         ({"f": [[1]]}, {"weights": {"g": [[1.0]]}}, "weights are given for features without ids: ['g']"),
     ],
 )
