@@ -52,7 +52,7 @@ from sharding.measure import topology_of
 from sharding.mesh import make_mesh
 from sharding.plan import ShardingPlan, check_plan
 from sharding.plan_report import draw_plan, plan_report
-from sharding.planner import PartitionerName, PlanResult
+from sharding.planner import PartitionerName, PlanResult, usable_memory
 from sharding.timeline_picture import draw_timeline
 from sharding.timeline_report import timeline_report
 from sharding.topology import Topology, parse_topology
@@ -69,6 +69,8 @@ class Arguments:
     """KIND:NxC, NODE times CHIP devices, such as h200:16x8; this machine's devices unless given."""
     partitioner: PartitionerName = "best"
     """How slices are dealt out to devices before the search: "best" of both, "greedy", or "ldm" (Karmarkar-Karp)."""
+    memory_gb: float | None = None
+    """GB of a device that a step may take; 92 % of its memory unless given."""
     pin: Constraints = ()
     """Where tables are to be, such as sparse_0=device:3."""
     forbid: Constraints = ()
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"--most_tables is {given.most_tables}, but must be at least 0: raise it")
     _check_files(given)
     topology, mesh = _target(given)
+    limit = _memory_limit(given, topology)
     config = dataclasses.replace(given.config, mesh=MeshConfig(nodes=topology.nodes, chips=topology.chips))
     card = _card(config)
     described = planning_input(config, card, topology.num_devices)
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     console = console if console.is_terminal else Console(width=160, markup=False)
     started = time.perf_counter()
     with _progress(f"planning {len(described.tables)} tables on {topology.num_devices} devices"):
-        result = _plan(given, described, topology)
+        result = _plan(given, described, topology, limit)
     seconds = time.perf_counter() - started
     console.print(plan_report(result, described.tables, most_tables=given.most_tables))
     console.print(f"{topology.name}: planned in {seconds:.1f} s", highlight=False)
@@ -136,12 +139,14 @@ def main(arguments: Sequence[str]) -> None:
                 ) from error
         seconds = time.perf_counter() - started
         timeline = step_timeline(compiled, topology, described.settings)
-        console.print(bytes_table(result.cost.storage, device_bytes(compiled)))
+        found = device_bytes(compiled)
+        console.print(bytes_table(result.cost.storage, found))
         console.print(timeline_report(timeline, config.data.batch_size))
         console.print(f"chunks of a batch: {chunks} ({way}); compiled in {seconds:.1f} s", highlight=False)
         if given.timeline is not None:
             with naming_folder(given.timeline, instead="another --timeline"):
                 draw_timeline(timeline, given.timeline)
+        _judge(found.total, result, topology)
 
 
 def _check_files(given: Arguments) -> None:
@@ -204,7 +209,38 @@ def _target(given: Arguments) -> tuple[Topology, Mesh | None]:
     return topology, target_mesh(topology) if given.compile else None
 
 
-def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> PlanResult:
+def _memory_limit(given: Arguments, topology: Topology) -> int:
+    """Bytes of a device that a step may take."""
+    if given.memory_gb is None:
+        return usable_memory(topology)
+    most = topology.hbm_bytes / 1e9
+    if not 0 < given.memory_gb <= most:
+        raise InputError(
+            f"--memory_gb is {given.memory_gb:g}, but a device has {most:.2f}: give more than 0, at most that"
+        )
+    return int(given.memory_gb * 1e9)
+
+
+def _judge(found: int, result: PlanResult, topology: Topology) -> None:
+    """Says so where XLA's program takes more than the plan was to, and refuses what no device has.
+
+    Args:
+        found: Bytes of a device that XLA's program takes.
+        result: The plan.
+        topology: The machine.
+    """
+    limit, estimate = result.memory_limit, result.cost.storage.total
+    if found <= limit:
+        return
+    takes = f"XLA's program takes {found / 1e9:.2f} GB a device, {(found - limit) / 1e9:.2f} more than the plan may"
+    # What the estimate lacks, it lacks of a smaller plan, too.
+    fix = f"--memory_gb {(limit - 1.1 * (found - estimate)) / 1e9:.1f} plans for less"
+    if found > topology.hbm_bytes:
+        raise InputError(f"{takes}, and {topology.name} has {topology.hbm_bytes / 1e9:.2f}: {fix}")
+    print(f"note: {takes}; {topology.name} has {topology.hbm_bytes / 1e9:.2f}, and {fix}", file=sys.stderr)
+
+
+def _plan(given: Arguments, described: PlanningInput, topology: Topology, limit: int) -> PlanResult:
     """The planner's plan; or the given one, beside the planner's lower bound."""
     path = given.config.plan
     plan = None
@@ -226,6 +262,7 @@ def _plan(given: Arguments, described: PlanningInput, topology: Topology) -> Pla
             together=given.together,
         ),
         partitioner=given.partitioner,
+        memory_limit=limit,
     )
     if plan is None:
         return made

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from planner_cases import MACHINE, plan_of
 
 from configs import CONFIGS
 from dlrm_jax.config import ExchangeConfig
@@ -137,6 +138,12 @@ def test_a_plan_when_its_table_is_pinned_then_it_is_there(plan, tmp_path):
         ),
         (("--topology", "h200:1x2", "--picture", "/nowhere/plan.png"), "there is no folder /nowhere; make it, or give"),
         (("--topology", "h200:1x2", "--compile", "--timeline", "/tmp/step"), "its ending is none of a picture"),
+        (("--topology", "h200:1x2", "--memory_gb", "0"), "--memory_gb is 0, but a device has 151.40: give more than 0"),
+        (
+            ("--topology", "h200:1x2", "--memory_gb", "152"),
+            "--memory_gb is 152, but a device has 151.40: give more than",
+        ),
+        (("--topology", "h200:1x2", "--memory_gb", "20"), "of 20.00 GB, so"),
         (("--topology", "h200:1x2", "--most_tables", "-1"), "--most_tables is -1, but must be at least 0"),
         (("--topology", "h200:1x2", "--timeline", "step.png"), "give --compile, too"),
         (("--topolgy", "h200:1x2"), "did you mean '--topology'"),
@@ -158,6 +165,26 @@ def test_a_given_plan_when_it_does_not_fit_then_the_error_says_how_much_it_needs
     code, _, error = plan(*CONFIG, "--topology", "zionex:1x2", "--plan", saved)
     assert code == 2
     assert re.search(r"the tables do not fit zionex:1x2 .* of 38.94 GB, so [\d.]+ GB a device .* are missing", error)
+
+
+def test_program_when_it_takes_more_than_planned_then_it_is_noted_and_what_no_device_has_is_refused(capsys):
+    machine = dataclasses.replace(MACHINE, hbm_bytes=10_000_000_000)
+    made = plan_of(4, memory_limit=9_000_000_000)
+    storage = dataclasses.replace(made.cost.storage, dense=8_900_000_000 - made.cost.storage.total)
+    result = dataclasses.replace(made, cost=dataclasses.replace(made.cost, storage=storage))
+    plan_script._judge(9_000_000_000, result, machine)
+    assert capsys.readouterr().err == ""
+    plan_script._judge(9_900_000_000, result, machine)
+    note = capsys.readouterr().err
+    assert note.startswith(
+        "note: XLA's program takes 9.90 GB a device, 0.90 more than the plan may; h200:2x4 has 10.00"
+    )
+    # It was underestimated by 1 GB, and a tenth is to spare.
+    assert note.endswith("and --memory_gb 7.9 plans for less\n")
+    with pytest.raises(
+        InputError, match=r"takes 10\.10 GB a device, .* and h200:2x4 has 10\.00: --memory_gb 7\.7 plans"
+    ):
+        plan_script._judge(10_100_000_000, result, machine)
 
 
 @pytest.mark.slow
