@@ -28,6 +28,7 @@ from sharding import InputError
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 # What tyro says of a dictionary's flag.
+_CHOICES = re.compile(r"(?<=Expected one of \()([^()]*)")
 _BAD_PAIRS = re.compile(r"Error parsing --([\w.]+): Failed to parse key-value pairs")
 # Most flags that are listed where only what they have in common was given.
 _MOST_LISTED = 8
@@ -141,7 +142,8 @@ def parse_flags[T](target: type[T], arguments: Sequence[str], *, known: Iterable
     except InputError as error:
         found = _BAD_PAIRS.match(str(error))
         if found is None:
-            raise
+            # tyro has them in another order each time.
+            raise InputError(_CHOICES.sub(lambda of: ", ".join(sorted(of[1].split(", "))), str(error))) from None
         raise InputError(_pairs_wanted(target, found[1], arguments)) from None
     if unknown:
         flag = unknown[0].partition("=")[0]

@@ -244,7 +244,11 @@ def test_impressions_of_unknown_users_and_videos_have_id_0_and_are_not_rejected(
 
 def test_exact_duplicates_are_dropped_and_the_splits_are_those_of_the_date(tmp_path):
     lines = [log_line(i % 3, i % 4, 20220504 + i % 3, SECOND + i + (i % 3 - 1) * 86_400_000, i % 2) for i in range(30)]
-    card = prepare_kuairand(write_source(tmp_path / "source", lines + lines[::2]), tmp_path / "out")
+    seen: list[tuple[int, int]] = []
+    source = write_source(tmp_path / "source", lines + lines[::2])
+    card = prepare_kuairand(source, tmp_path / "out", progress=lambda *done: seen.append(done))
+    # Lines that were dropped are done, too.
+    assert seen[-1][0] == seen[-1][1] > 0
     assert {name: split.num_samples for name, split in card.splits.items()} == dict.fromkeys(card.splits, 10)
 
 

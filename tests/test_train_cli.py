@@ -127,7 +127,7 @@ def test_help_when_asked_without_a_config_then_all_configs_are_listed(train, cap
             "--embedding.pooling id_0 mean bag_0 median: --embedding.pooling takes pairs of a name and one of sum, m",
         ),
         (["quickstart", "--embedding.shared", "t"], "--embedding.shared: table 't' has no features, but takes"),
-        (["quickstart", "--kernels", "mosaic"], "invalid choice 'mosaic' for argument '--kernels'"),
+        (["quickstart", "--kernels", "mosaic"], "argument '--kernels'. Expected one of ('None', 'cpu', 'mosa"),
         (["quickstart", "--data.batch_size", "100"], "data.batch_size is 100, which data.virtual_shards 64 does not"),
         (["quickstart", "--data.path", "/nowhere"], "/nowhere/card.json: no dataset card there"),
         (["quickstart", "--data.path", "None"], "config 'quickstart' needs a dataset"),

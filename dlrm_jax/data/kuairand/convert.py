@@ -108,7 +108,10 @@ def prepare_kuairand(
             shutil.rmtree(out / left, ignore_errors=True)
         try:
             rejects = Rejects(out / REJECTS_FILE, max_reject_share)
-            card = _convert(folder, out, files, settings, rejects, _advance(progress, 3 * num_lines))
+            advance = _advance(progress, 3 * num_lines)
+            card = _convert(folder, out, files, settings, rejects, advance)
+            # Lines that were dropped are done, too.
+            advance(3 * num_lines)
         finally:
             shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
         finish_dataset(card, out)
