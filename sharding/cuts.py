@@ -46,6 +46,8 @@ _BROKEN = 0.03
 _MOST_SIZES = 40
 _LEAST_SHARE = 0.05
 _MOST_CUTS = 3
+# What sums in two orders may differ by.
+_CLOSE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,23 +170,22 @@ class Cuts:
         counts = counts[counts < bins]
         # What all others are counted for where each may be outside of the bins of S, and what S is counted for beyond.
         outside = fill * slices * x[mine]
-        beyond = ((seconds * slices * x[mine]) - outside)[:, chosen[: len(counts)]]
+        beyond = (seconds * slices * x[mine] - outside)[:, chosen[: len(counts)]]
         reached = outside.sum(axis=1)[:, None] + np.cumsum(beyond, axis=1)
         # Few candidates have so many slices that the other bins have no room for them.
-        many = np.flatnonzero(slices > bins - counts.max(initial=0))
-        added = ((seconds - fill) * x[mine])[:, many]
-        for place in np.flatnonzero(counts > bins - slices.max()).tolist():
-            inside = np.maximum(slices[many] + counts[place] - bins, 0) * ~np.isin(many, chosen[: place + 1])
-            reached[:, place] += added @ inside
-        reached = (reached - sizes[:, None] * (bins - counts) * most_vectors) / counts
-        highest = reached.max(axis=0)
-        order = np.argsort(-highest, kind="stable")[:_MOST_CUTS]
-        for place in order[highest[order] > least].tolist():
-            held, best = int(counts[place]), int(reached[:, place].argmax())
+        crowded = counts > bins - slices.max()
+        highest = ((reached - sizes[:, None] * (bins - counts) * most_vectors) / counts).max(axis=0)
+        found: list[tuple[float, int, int, np.ndarray]] = []
+        for place in np.flatnonzero(crowded | (highest > least * (1.0 - _CLOSE))).tolist():
+            held = int(counts[place])
             inside = np.maximum(slices + held - bins, 0)
-            values = seconds * inside + fill[best] * (slices - inside)
-            values[chosen[: place + 1]] = (seconds * slices)[chosen[: place + 1]]
-            values /= held
+            values = seconds * inside + fill * (slices - inside)
+            values[:, chosen[: place + 1]] = (seconds * slices)[chosen[: place + 1]]
+            total = (values @ x[mine] - sizes * (bins - held) * most_vectors) / held
+            best = int(total.argmax())
+            if total[best] > least:
+                found.append((float(total[best]), held, best, values[best] / held))
+        for _, held, best, values in sorted(found, key=lambda entry: -entry[0])[:_MOST_CUTS]:
             used = np.flatnonzero(values > 1e-9)
             large = np.flatnonzero(values[used] >= (seconds * slices)[used] / held * (1 - 1e-9))
             if self._is_new(2, group, quantity, held, int(sizes[best] * 1e6), *mine[used[large]].tolist()):
