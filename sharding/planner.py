@@ -306,7 +306,9 @@ class _Search:
             start.let_choose(choices)
             improve(start, 0)
         found.sort(key=lambda entry: entry[0].cost)
-        for start, _ in found[:_SEARCHED]:
+        # Of many tables, where all start from one solution, swaps have told which of them to go on from.
+        several = len(self.tables) <= _FEW_TABLES or len(found) > len(self.names)
+        for start, _ in found[: _SEARCHED if several else 0]:
             improve(start, 2, cycles=_CYCLES, enough=enough)
         return min(found, key=lambda entry: entry[0].cost)
 
