@@ -168,11 +168,12 @@ class Cuts:
         fill = np.minimum(sizes[:, None] * vectors, seconds)
         counts = np.cumsum(slices[chosen])
         counts = counts[counts < bins]
-        # What all others are counted for where each may be outside of the bins of S, and what S is counted for beyond.
+        # Most numbers of slices break nothing, which sums over prefixes tell of all at once: what others are counted
+        # for where each may be outside of the bins of S, and what S is counted for beyond that.
         outside = fill * slices * x[mine]
         beyond = (seconds * slices * x[mine] - outside)[:, chosen[: len(counts)]]
         reached = outside.sum(axis=1)[:, None] + np.cumsum(beyond, axis=1)
-        # Few candidates have so many slices that the other bins have no room for them.
+        # Unless one has so many slices that the other bins have no room for all.
         crowded = counts > bins - slices.max()
         highest = ((reached - sizes[:, None] * (bins - counts) * most_vectors) / counts).max(axis=0)
         found: list[tuple[float, int, int, np.ndarray]] = []
