@@ -235,9 +235,11 @@ class Config:
         counts = {
             "mesh": ("nodes", "chips"),
             "data": ("batch_size", "eval_batch_size", "virtual_shards", "shuffle_window", "prefetch", "threads"),
-            "train": ("epochs", "max_steps", "eval_every", "early_stop", "log_every", "checkpoint_every"),
+            "train": (
+                *("epochs", "max_steps", "eval_every", "early_stop", "log_every"),
+                *("checkpoint_every", "keep_checkpoints", "chunks", "profile"),
+            ),
         }
-        counts["train"] += ("keep_checkpoints", "chunks", "profile")
         for part, names in counts.items():
             for name in names:
                 value = getattr(getattr(self, part), name)

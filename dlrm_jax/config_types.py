@@ -1,7 +1,8 @@
 """Types of settings: a config written in Python may hold anything, which would come to light late and far off."""
 
 import dataclasses
-from types import NoneType, UnionType
+import functools
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sharding.errors import InputError
@@ -16,7 +17,7 @@ def check_types(config: Any, prefix: str = "") -> None:
         config: An instance of a dataclass.
         prefix: What to call it in errors, with a dot.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints(type(config))
     for field in dataclasses.fields(config):
         value, hint, name = getattr(config, field.name), hints[field.name], prefix + field.name
         if not _fits(value, hint):
@@ -26,6 +27,12 @@ def check_types(config: Any, prefix: str = "") -> None:
         for key, entry in entries:
             if dataclasses.is_dataclass(entry):
                 check_types(entry, f"{name}." if key is None else f"{name}.{key}.")
+
+
+@functools.cache
+def _hints(of: type) -> dict[str, Any]:
+    """The types of a class's fields, which take longer to find than to check: a config may have a thousand tables."""
+    return get_type_hints(of)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -44,4 +51,4 @@ def _fits(value: Any, hint: Any) -> bool:
             )
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, NoneType if hint is None else hint)
+    return isinstance(value, hint)

@@ -222,7 +222,8 @@ def check_same(facts: Mapping[str, Any], *, fix: str = "start all with the same 
     names = sorted({name for each in everyone for name in each})
     for name in names:
         values = [each.get(name) for each in everyone]
-        others = [number for number, value in enumerate(values) if json.dumps(value) != json.dumps(values[0])]
+        texts = [json.dumps(value) for value in values]
+        others = [number for number, text in enumerate(texts) if text != texts[0]]
         if others:
             more = f" (and {len(others) - 1} other processes)" if len(others) > 1 else ""
             place, first, other = _difference(name, values[0], values[others[0]])

@@ -54,11 +54,12 @@ def check_memory(config: Config, card: DatasetCard, plan: ShardingPlan, mesh: Me
     Raises:
         InputError: The tables and what a step needs beside them do not fit.
     """
-    known = planning_input(config, card, mesh.devices.size)
+    if mesh.devices.size > 1 and config.plan is None:
+        return
+    known, topology = planning_input(config, card, mesh.devices.size), memory_alone(mesh)
     if mesh.devices.size == 1:
-        known.make_plan(memory_alone(mesh))
-    elif config.plan is not None:
-        topology = memory_alone(mesh)
+        known.make_plan(topology)
+    else:
         check_memory_of_plan(known.cost(plan, topology).storage, usable_memory(topology), topology.name)
 
 

@@ -27,7 +27,7 @@ from sharding import InputError
 
 # Device files of accelerators, by the drivers of NVIDIA, AMD and Google, and of WSL.
 _ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
-# What tyro says of a dictionary's flag.
+# What tyro says of a value that is none of a flag's, and of a dictionary's flag.
 _CHOICES = re.compile(r"(?<=Expected one of \()([^()]*)")
 _BAD_PAIRS = re.compile(r"Error parsing --([\w.]+): Failed to parse key-value pairs")
 # Most flags that are listed where only what they have in common was given.

@@ -352,13 +352,6 @@ class Programme:
     def _set_vectors(self, group: int, lower: float, upper: float) -> None:
         self._highs.changeColBounds(self.first_p + group, lower, upper)
 
-    def keep_all(self) -> None:
-        """Lets all candidates and numbers of vectors back in."""
-        self._kept = np.ones(self.num_x, np.bool_)
-        self._keep(self._highs, self._kept)
-        for group in range(len(self.choices.groups)):
-            self._set_vectors(group, 0.0, highspy.kHighsInf)
-
     def _keep(self, highs: highspy.Highs, kept: Bool[np.ndarray, " candidates"]) -> None:
         """Leaves out all other candidates."""
         every = np.arange(self.num_x, dtype=np.int32)

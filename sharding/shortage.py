@@ -3,7 +3,6 @@
 All figures are of plans: of those that need as little memory as is found, so that a way out that is said to fit does.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ _WORTH = 0.01
 # At most so many times the devices, and by how much more of them are tried.
 _MOST_TIMES = 16
 _GROWTH = 1.2
-_WITH_STATE_OF_ELEMENTS = ("adagrad", "adam", "lamb", "partial_rowwise_adam")
 
 
 def _gigabytes(size: float) -> str:
@@ -94,12 +92,13 @@ def _ways_out(demand: Demand, needed: Storage, limit: int) -> Iterator[tuple[str
     """What to do, and bytes of a device then. The cheapest first: what costs but speed, then accuracy, then money."""
     step, tables = demand.step, demand.tables
 
-    def way(text: str, **changes: Any) -> Iterator[tuple[str, int]]:
+    def way(text: str, **changes: Any) -> list[tuple[str, int]]:
         other = dataclasses.replace(demand, **changes)
-        # Fewer rows may be too few to be spread as users want.
-        with contextlib.suppress(InputError):
-            if other != demand:
-                yield text, other.least_storage().total
+        try:
+            return [(text, other.least_storage().total)] if other != demand else []
+        except InputError:
+            # Fewer rows may be too few to be spread as users want.
+            return []
 
     if demand.constraints and step.topology.num_devices > 1:
         yield from way("lift the constraints, so that tables may be split", constraints=())
@@ -107,7 +106,7 @@ def _ways_out(demand: Demand, needed: Storage, limit: int) -> Iterator[tuple[str
     if half and half % step.topology.num_devices == 0:
         yield from way(f"halve the batch to {half} samples", step=dataclasses.replace(step, batch_size=half))
     rowwise = tuple(
-        dataclasses.replace(table, optimizer="rowwise_adagrad") if table.optimizer in _WITH_STATE_OF_ELEMENTS else table
+        dataclasses.replace(table, optimizer="rowwise_adagrad") if table.rule and table.rule.element_state else table
         for table in tables
     )
     yield from way("optimizer rowwise_adagrad, one number of state a row", tables=rowwise)
@@ -117,12 +116,8 @@ def _ways_out(demand: Demand, needed: Storage, limit: int) -> Iterator[tuple[str
     yield from way("dtype bfloat16 for float32 tables", tables=half_width)
     for more in _machines(demand, needed, limit):
         larger = dataclasses.replace(step.topology, nodes=more // step.topology.chips)
-        found = list(
-            way(
-                f"{more} devices instead of {step.topology.num_devices}",
-                step=dataclasses.replace(step, topology=larger),
-            )
-        )
+        text = f"{more} devices instead of {step.topology.num_devices}"
+        found = way(text, step=dataclasses.replace(step, topology=larger))
         if found and found[0][1] <= limit:
             yield found[0]
             break
